@@ -1,0 +1,129 @@
+"""What the ops share: seeds, autocast, checks that name the argument, the refusal of second derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Seed = int | Tensor | None
+
+
+def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> Tensor:
+    """The seed as a 0-dim int64 tensor on `device`; None draws one from torch's default generator.
+
+    With p == 0 nothing is dropped, so nothing is drawn and the generator does not advance.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            got = f"{seed.dtype} of shape {tuple(seed.shape)}"
+            raise TypeError(f"{op}: seed must be None, an int or a 0-dim int64 tensor, got {got}")
+        return seed if device is None else seed.to(device)
+    if seed is None:
+        if p == 0:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        # drawn on the CPU for every device: one generator, so one torch.manual_seed, governs all
+        drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+        return drawn if device is None else drawn.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be None, an int or a 0-dim int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must fit in 64 signed bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_probability(op: str, name: str, p: float) -> float:
+    """p as a float in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: {name} must be a float in [0, 1), got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
+    return float(p)
+
+
+def check_flag(op: str, **flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def check_tensor(
+    op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """`value` is a tensor of one of `dtypes` on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device}, but the other tensors are on {device}")
+
+
+def check_input(op: str, name: str, value: Tensor) -> None:
+    """The first tensor of an op, which sets dtype and device: any floating dtype, any device."""
+    check_tensor(op, name, value, FLOATS, value.device if isinstance(value, Tensor) else torch.device("cpu"))
+
+
+def check_shape(op: str, name: str, value: Tensor, layout: str, shape: tuple[int, ...]) -> None:
+    """`value` has `shape`, which the message also spells as `layout`, for example "(4H, I)"."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {layout} = {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of `value` may be checked here without a wait or a graph break.
+
+    Otherwise the kernel checks them (RuntimeError).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+
+
+def check_range(
+    op: str, name: str, value: Tensor, low: int, high: int, meaning: str, error: type[Exception]
+) -> None:
+    """low <= value < high for every element, where the elements can be read."""
+    if not readable(value) or value.numel() == 0:
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(value))
+    if smallest < low or largest >= high:
+        bad = smallest if smallest < low else largest
+        raise error(f"{op}: {name} must be {meaning}, got {bad}")
+
+
+def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch.device) -> None:
+    """lengths: int64 (B,), each in 0..T."""
+    check_tensor(op, "lengths", lengths, (torch.int64,), device)
+    check_shape(op, "lengths", lengths, "(B,)", (batch,))
+    check_range(op, "lengths", lengths, 0, time + 1, f"in 0..{time}, the number of time steps", ValueError)
+
+
+def autocast_dtype(value: Tensor) -> torch.dtype:
+    """The dtype an activation takes: autocast's where it is on (not for float64, as in torch), else its own."""
+    device = value.device.type
+    if value.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return value.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient with respect to any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def raise_second_derivative(op: str) -> None:
+    raise RuntimeError(
+        f"ulmfit_fast.{op}: second derivatives are not implemented (its gradient has no gradient); "
+        f"ulmfit_fast.reference.{op} has them"
+    )
+
+
+def forbid_second_derivative(op: str) -> None:
+    """Gives the backward op of `op` an autograd formula that only explains."""
+
+    def backward(ctx: object, *grads: Tensor | None) -> None:
+        raise_second_derivative(op)
+
+    torch.library.register_autograd(f"ulmfit_fast::{op}_backward", backward)

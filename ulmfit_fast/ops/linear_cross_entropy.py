@@ -1,0 +1,166 @@
+"""linear_cross_entropy: the softmax over the vocabulary and its loss, without ever holding all the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulmfit_fast.ops._common import (
+    autocast_dtype,
+    check_input,
+    check_shape,
+    check_tensor,
+    forbid_second_derivative,
+    needs_grad,
+    raise_second_derivative,
+    readable,
+)
+
+_REDUCTIONS = ("none", "mean", "sum")
+_NONE, _SUM = 0, 2  # the op's codes; a mean is a sum divided here, see linear_cross_entropy
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the logits h @ weight.T + bias against target.
+
+    Equivalent to `F.cross_entropy(F.linear(h, weight, bias), target, ...)`, except that no more than a
+    chunk of logits exists at a time (with "mean" and "sum" the gradient is computed in the forward pass,
+    where a gradient is wanted), and that a mean over no position is 0, not NaN.
+
+    Args:
+        h: (..., E); float64, float32, bfloat16 or float16.
+        weight: (V, E), in h's dtype, or float32 where h is 16-bit (master weights); its gradient has its
+        dtype. bias: (V,) in weight's dtype, or None. target: (...) int64, each in 0..V-1 or ignore_index.
+        ignore_index: positions with this target have loss 0, no gradient, and do not count in the mean.
+        label_smoothing: s in [0, 1]: the target distribution is 1-s on the target plus s/V everywhere.
+        reduction: "mean" over the positions that count, "sum", or "none".
+
+    Returns:
+        float32 (float64 for float64) loss: 0-dim, or the shape of target with "none".
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above.
+        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile).
+    """
+    op = "linear_cross_entropy"
+    check_input(op, "h", h)
+    if h.dim() < 1:
+        raise ValueError(f"{op}: h must have shape (..., E), got ()")
+    h = h.to(autocast_dtype(h))
+    weight_dtypes = (h.dtype, torch.float32) if h.dtype.itemsize == 2 else (h.dtype,)
+    check_tensor(op, "weight", weight, weight_dtypes, h.device)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must have shape (V, E) with V > 0, got {tuple(weight.shape)}")
+    check_shape(op, "weight", weight, "(V, E)", (weight.shape[0], h.shape[-1]))
+    words, features = weight.shape
+    if bias is not None:
+        check_tensor(op, "bias", bias, (weight.dtype,), h.device)
+        check_shape(op, "bias", bias, "(V,)", (words,))
+    check_tensor(op, "target", target, (torch.int64,), h.device)
+    check_shape(op, "target", target, "h.shape[:-1]", tuple(h.shape[:-1]))
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"{op}: label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if readable(target):
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= words))]
+        if wrong.numel():
+            allowed = f"in 0..{words - 1}, the vocabulary, or ignore_index = {ignore_index}"
+            raise IndexError(f"{op}: target must be {allowed}, got {int(wrong[0])}")
+
+    # A mean is the sum divided here: the gradients that the op saves are then the sum's, which float16 can
+    # hold where those of a mean over thousands of positions underflow, before a gradient scaler has had its
+    # say.
+    code = _NONE if reduction == "none" else _SUM
+    loss = torch.ops.ulmfit_fast.linear_cross_entropy(
+        h.reshape(-1, features) if features else h.new_zeros((target.numel(), 0)),
+        weight,
+        bias,
+        target.reshape(-1),
+        ignore_index,
+        float(label_smoothing),
+        code,
+        needs_grad(h, weight, bias) and code == _SUM,
+    )[0]
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss if reduction == "sum" else loss / (target != ignore_index).sum().clamp(min=1)
+
+
+@torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
+def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, grad):  # type: ignore
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
+    dh = h.new_empty(h.shape if grad else (0,))
+    dweight = weight.new_empty(weight.shape if grad else (0,))
+    dbias = weight.new_empty(bias.shape if grad and bias is not None else (0,))
+    return loss, dh, dweight, dbias
+
+
+@torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
+def _(dloss, h, weight, bias, target, ignore_index, label_smoothing):  # type: ignore
+    dbias = weight.new_empty((0,) if bias is None else bias.shape)
+    return h.new_empty(h.shape), weight.new_empty(weight.shape), dbias
+
+
+class _ScaleGradients(torch.autograd.Function):
+    """dloss times the gradients that the forward pass computed.
+
+    An autograd function, although it is only a product: it takes the op's inputs too, so that a second
+    derivative fails with a sentence and is not silently zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, dloss: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *grads: Tensor
+    ) -> tuple:
+        # Out of place: the saved gradients must survive a second backward pass over a retained graph.  In
+        # dloss's dtype: float32 / positions rounded to 16 bits would scale all gradients by the same error.
+        return tuple((g.to(dloss.dtype) * dloss).to(g.dtype) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise_second_derivative("linear_cross_entropy")
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.grad = inputs
+    _, dh, dweight, dbias = output
+    ctx.mark_non_differentiable(dh, dweight, dbias)
+    ctx.save_for_backward(h, weight, bias, *((target,) if ctx.reduction == _NONE else (dh, dweight, dbias)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
+    if dloss is None:
+        return (None,) * 8
+    if ctx.reduction == _NONE:
+        grads = torch.ops.ulmfit_fast.linear_cross_entropy_backward(
+            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
+        )
+    elif ctx.grad:
+        grads = _ScaleGradients.apply(dloss, *ctx.saved_tensors)
+    else:
+        raise RuntimeError(
+            "ulmfit_fast::linear_cross_entropy was called with grad=False, so it has no gradient"
+        )
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
+
+
+torch.library.register_autograd("ulmfit_fast::linear_cross_entropy", _backward, setup_context=_setup_context)
+forbid_second_derivative("linear_cross_entropy")
