@@ -101,7 +101,7 @@ def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch
 
 
 def autocast_dtype(value: Tensor) -> torch.dtype:
-    """The dtype an activation takes: autocast's where it is on (not for float64, as in torch), else its own."""
+    """The dtype of an activation: autocast's where it is on (not for float64, as in torch), else its own."""
     device = value.device.type
     if value.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return value.dtype
