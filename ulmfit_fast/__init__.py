@@ -1,0 +1,48 @@
+"""Fused kernels for the AWD-LSTM, the modules on them, and a thin training API for ULMFiT's three stages.
+
+Ops are pure functions of their inputs, a probability and a seed: lstm, embedding_dropout,
+variational_dropout, linear_cross_entropy, concat_pool, dropout_mask.  Modules: WeightDropLSTM,
+EmbeddingDropout, VariationalDropout, AWDLSTM, LanguageModel, TextClassifier.  The three stages:
+pretrain_lm, finetune_lm, train_classifier, and load for what they left in a run directory.  `info()` says
+what this copy was built for and what it runs with.
+"""
+
+from importlib import import_module
+
+from ._info import __version__, info
+from .model import AWDLSTM, LanguageModel, TextClassifier
+from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
+from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
+
+_TRAINING = ("pretrain_lm", "finetune_lm", "train_classifier", "load")  # imported on first use
+
+__all__ = [
+    "AWDLSTM",
+    "EmbeddingDropout",
+    "LanguageModel",
+    "TextClassifier",
+    "VariationalDropout",
+    "WeightDropLSTM",
+    "__version__",
+    "concat_pool",
+    "dropout_mask",
+    "embedding_dropout",
+    "finetune_lm",
+    "info",
+    "linear_cross_entropy",
+    "load",
+    "lstm",
+    "pretrain_lm",
+    "train_classifier",
+    "variational_dropout",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".train", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINING})

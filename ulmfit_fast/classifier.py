@@ -1,0 +1,206 @@
+"""Text classifier: reads documents in chunks (BPT3C), pools over all of them, and a small head decides."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .encoder import AWDLSTM, unique_groups
+from .nn import check_probability
+
+
+class SentenceEncoder(nn.Module):
+    """Reads whole documents through an encoder and pools: ids (B, T), lengths (B,) -> (B, 3 * emb_sz).
+
+    BPT3C (Howard and Ruder 2018): a document is read in chunks of bptt tokens, each from the previous one's
+    final state, and the result is [last, max, mean] of the outputs at all its tokens.  Gradients flow
+    through the last max_len tokens of each document (all of them if None), across the borders of its
+    chunks, which fastai cuts; earlier tokens are read and pooled without gradient, so that memory is
+    bounded by max_len whatever the length.
+
+    Chunks are counted from each document's end and documents enter the batch as they begin, longest first
+    inside.  Tokens at and beyond a length are never read, and the result of a document depends neither on
+    them nor on its neighbours.  The dropout masks are drawn once and hold for the whole of each document,
+    as variational dropout has it (fastai draws them anew for each chunk).  The encoder's carried state is
+    neither used nor changed.
+    """
+
+    def __init__(self, module: AWDLSTM, bptt: int = 72, max_len: int | None = 1440) -> None:
+        super().__init__()
+        if bptt <= 0:
+            raise ValueError(f"bptt must be greater than zero, got {bptt}")
+        if max_len is not None and max_len <= 0:
+            raise ValueError(f"max_len must be None or greater than zero, got {max_len}")
+        self.module = module
+        self.bptt = bptt
+        self.max_len = max_len
+
+    def reset(self) -> None:
+        """Forget the encoder's state."""
+        self.module.reset()
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """A document of length 0 gives zeros.  lengths are best on the host, where they are needed."""
+        lengths = _check_documents(ids, lengths)
+        longest_first = torch.argsort(lengths, descending=True, stable=True)
+        counts = lengths[longest_first].tolist()
+        rows = longest_first.to(ids.device)
+        pooled = self._read(ids, rows, lengths.to(ids.device)[rows], counts)
+        missing = ids.size(0) - pooled.size(0)
+        if missing:
+            pooled = torch.cat([pooled, pooled.new_zeros(missing, pooled.size(1))])
+        return pooled[torch.argsort(rows)]
+
+    def _read(self, ids: Tensor, rows: Tensor, lengths: Tensor, counts: list[int]) -> Tensor:
+        """Pooled features of the documents that have tokens; lengths and counts are those of ids[rows]."""
+        encoder = self.module
+        hidden = encoder.zero_hidden(0)
+        seed = encoder.draw_seed()
+        pool = _RunningPool(hidden[-1][0].new_zeros(0, encoder.emb_sz))
+        for far, near in self._chunks(counts[0] if counts else 0):
+            active = sum(count > near for count in counts)
+            length = lengths[:active]
+            start = (length - far).clamp(min=0)
+            valid = length.clamp(max=far) - near
+            steps = torch.arange(far - near, device=ids.device)
+            position = torch.minimum(start[:, None] + steps, length[:, None] - 1)
+            with_grad = torch.is_grad_enabled() and (self.max_len is None or far <= self.max_len)
+            with torch.set_grad_enabled(with_grad):
+                chunk = ids[rows[:active, None], position]
+                outputs, hidden = encoder.run(chunk, hidden, lengths=valid, seed=seed)
+                pool.add(outputs[-1], valid)
+        return pool.result(lengths[: pool.total.size(0)])
+
+    def _chunks(self, longest: int) -> list[tuple[int, int]]:
+        """(far, near) distances from a document's end, far to near, such that a chunk ends at max_len."""
+        border = longest if self.max_len is None else min(self.max_len, longest)
+        edges = [*range(0, border, self.bptt), *range(border, longest, self.bptt), max(longest, border)]
+        chunks = list(zip(edges[1:], edges[:-1], strict=True))
+        return chunks[::-1]
+
+
+class _RunningPool:
+    """[last, max, mean] over chunks; sums in fp32 or better.  Each chunk's rows extend the previous one's."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self.last = self.largest = empty
+        self.total = empty.to(torch.promote_types(empty.dtype, torch.float32))
+
+    def add(self, out: Tensor, lengths: Tensor) -> None:
+        """out (B, T, H), of which row b has lengths[b] > 0 valid steps."""
+        self.last, largest, mean = ops.concat_pool(out, lengths).chunk(3, dim=1)
+        total = mean.to(self.total.dtype) * lengths[:, None]
+        old = self.total.size(0)
+        self.total = torch.cat([self.total + total[:old], total[old:]])
+        self.largest = torch.cat([torch.maximum(self.largest.to(out.dtype), largest[:old]), largest[old:]])
+
+    def result(self, lengths: Tensor) -> Tensor:
+        mean = (self.total / lengths[:, None]).to(self.last.dtype)
+        return torch.cat([self.last, self.largest, mean], 1)
+
+
+def _check_documents(ids: Tensor, lengths: Tensor | None) -> Tensor:
+    """lengths as an int64 tensor on the host, checked against ids."""
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be (B, T) int64 token numbers, got {tuple(ids.shape)} of {ids.dtype}")
+    batch, steps = ids.shape
+    if lengths is None:
+        return torch.full((batch,), steps)
+    lengths = torch.as_tensor(lengths).cpu()
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"lengths must be ({batch},) int64, one for each row of ids, "
+            f"got shape {tuple(lengths.shape)} of {lengths.dtype}"
+        )
+    wrong = [n for n in lengths.tolist() if not 0 <= n <= steps]
+    if wrong:
+        raise ValueError(f"lengths must be in 0..{steps} (the width of ids), got {wrong[0]}")
+    return lengths.long()
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """Batch norm that in training normalises a batch of fewer than two rows by its running statistics.
+
+    One document has no variance to normalise by; `nn.BatchNorm1d` raises there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.size(0) < 2:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class PoolingLinearClassifier(nn.Module):
+    """Batch norm, dropout, linear without bias, once or more, ReLU between: (B, dims[0]) -> (B, dims[-1])."""
+
+    def __init__(self, dims: Sequence[int], ps: Sequence[float]) -> None:
+        super().__init__()
+        if len(ps) != len(dims) - 1:
+            raise ValueError(
+                f"ps must have one dropout for each of {len(dims) - 1} linear layers, got {list(ps)}"
+            )
+        blocks = []
+        for i, p in enumerate(ps):
+            norm = BatchNorm1d(dims[i])
+            nn.init.constant_(norm.bias, 1e-3)  # fastai's
+            dropout = nn.Dropout(check_probability("ps", p))
+            block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False)]
+            blocks.append(nn.Sequential(*block, *([nn.ReLU()] if i < len(ps) - 1 else [])))
+        self.layers = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class TextClassifier(nn.Sequential):
+    """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
+
+    lin_ftrs are the widths of the head's hidden layers, ps its dropouts: one before each linear layer, the
+    first of which drops the pooled features.
+    """
+
+    def __init__(
+        self,
+        encoder: AWDLSTM,
+        n_classes: int,
+        bptt: int = 72,
+        max_len: int | None = 1440,
+        lin_ftrs: Sequence[int] = (50,),
+        ps: Sequence[float] = (0.4, 0.1),
+    ) -> None:
+        if n_classes <= 0:
+            raise ValueError(f"n_classes must be greater than zero, got {n_classes}")
+        head = PoolingLinearClassifier([3 * encoder.emb_sz, *lin_ftrs, n_classes], ps)
+        super().__init__(SentenceEncoder(encoder, bptt, max_len), head)
+
+    @classmethod
+    def from_language_model(
+        cls, lm: nn.Sequential, n_classes: int, *, dropout: dict[str, float] | None = None, **options
+    ) -> "TextClassifier":
+        """A classifier on a copy of the encoder of the `LanguageModel` lm.
+
+        dropout holds the arguments of `AWDLSTM.set_dropout`, options those of the class.
+        """
+        encoder = copy.deepcopy(lm[0])
+        encoder.bs = 1
+        encoder.reset()
+        encoder.set_dropout(**(dropout or {}))
+        return cls(encoder, n_classes, **options)
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """ids (B, T), padded on the right with anything; lengths (B,) in 0..T, in any order, None for T each.
+
+        -> logits (B, n_classes)
+        """
+        return self[1](self[0](ids, lengths))
+
+    def reset(self) -> None:
+        """Forget the encoder's state."""
+        self[0].reset()
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        encoder = self[0].module
+        return unique_groups([[encoder.encoder], *([rnn] for rnn in encoder.rnns), [self[1]]])

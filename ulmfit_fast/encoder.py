@@ -1,0 +1,227 @@
+"""The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .nn import (
+    EmbeddingDropout,
+    Seed,
+    VariationalDropout,
+    WeightDropLSTM,
+    check_probability,
+    derive_seed,
+    draw_seed,
+)
+
+Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
+
+# Which derived seed (see `derive_seed`) draws which mask of an encoder forward; then two for each layer:
+# its WeightDropLSTM's and that of the dropout after it
+_EMBEDDING, _INPUT, _FIRST_LAYER = 0, 1, 2
+
+
+class WeightDropLayer(nn.Module):
+    """One batch-first LSTM layer under fastai's names: `weight_hh_l0_raw` here, the rest in `module`.
+
+    x (B, T, n_in), hx two of (directions, B, n_out) -> output (B, T, directions * n_out), (h_n, c_n).
+    """
+
+    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> None:
+        super().__init__()
+        self.module = WeightDropLSTM(n_in, n_out, batch_first=True, bidirectional=bidir, weight_p=weight_p)
+        self.weight_hh_l0_raw = self.module.weight_hh_l0
+        del self.module.weight_hh_l0
+
+    @property
+    def weight_p(self) -> float:
+        return self.module.weight_p
+
+    @weight_p.setter
+    def weight_p(self, p: float) -> None:
+        self.module.weight_p = check_probability("weight_p", p)
+
+    def forward(
+        self,
+        x: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        lstm = self.module
+        weights = [[lstm.weight_ih_l0, self.weight_hh_l0_raw, lstm.bias_ih_l0, lstm.bias_hh_l0]]
+        if lstm.bidirectional:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weights.append([getattr(lstm, f"{name}_l0_reverse") for name in names])
+        return lstm.run(x, hx, weights, lengths, seed)
+
+
+class AWDLSTM(nn.Module):
+    """The AWD-LSTM encoder (Merity et al. 2017): embedding, then n_layers LSTMs, under five dropouts.
+
+    Layers have n_hid features, the last one emb_sz (halved per direction with bidir).  input_p drops
+    features of the embeddings, hidden_p of the output of every layer but the last, embed_p whole words,
+    weight_p recurrent weights; the fifth dropout, of the output, belongs to the decoder.  The state of each
+    call is carried, detached, into the next one: `hidden` is [(h, c)] per layer, `bs` its batch size, which
+    may change between calls (rows beyond it start from zero, missing ones are forgotten).  It follows the
+    module's device and dtype and is no part of the state dict.
+
+    Unlike in fastai, with bidir the recurrent weights of the reverse direction are dropped too.
+    """
+
+    def __init__(
+        self,
+        vocab_sz: int,
+        emb_sz: int = 400,
+        n_hid: int = 1152,
+        n_layers: int = 3,
+        pad_token: int | None = 1,
+        hidden_p: float = 0.2,
+        input_p: float = 0.6,
+        embed_p: float = 0.1,
+        weight_p: float = 0.5,
+        bidir: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"vocab_sz": vocab_sz, "emb_sz": emb_sz, "n_hid": n_hid, "n_layers": n_layers}
+        for name, size in sizes.items():
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if pad_token is not None and not 0 <= pad_token < vocab_sz:
+            raise ValueError(f"pad_token must be None or in [0, vocab_sz={vocab_sz}), got {pad_token}")
+        if bidir and (emb_sz % 2 or n_hid % 2):
+            raise ValueError(f"bidir needs an even emb_sz and n_hid, got {emb_sz} and {n_hid}")
+        self.emb_sz, self.n_hid, self.n_layers, self.pad_token = emb_sz, n_hid, n_layers, pad_token
+        self.bs = 1
+        self.n_dir = 2 if bidir else 1
+        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
+        self.rnns = nn.ModuleList(
+            WeightDropLayer(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p)
+            for layer in range(n_layers)
+        )
+        self.input_dp = VariationalDropout(input_p)
+        self.hidden_dps = nn.ModuleList(VariationalDropout(hidden_p) for _ in range(n_layers))
+        self.hidden: Hidden = []
+        self.reset()
+
+    def _features(self, layer: int) -> int:
+        return (self.n_hid if layer < self.n_layers - 1 else self.emb_sz) // self.n_dir
+
+    def set_dropout(
+        self,
+        *,
+        hidden_p: float | None = None,
+        input_p: float | None = None,
+        embed_p: float | None = None,
+        weight_p: float | None = None,
+    ) -> None:
+        """Change the probabilities that are given (the language model and the classifier want others)."""
+        if hidden_p is not None:
+            for dropout in self.hidden_dps:
+                dropout.p = check_probability("hidden_p", hidden_p)
+        if input_p is not None:
+            self.input_dp.p = check_probability("input_p", input_p)
+        if embed_p is not None:
+            self.encoder_dp.embed_p = check_probability("embed_p", embed_p)
+        if weight_p is not None:
+            for rnn in self.rnns:
+                rnn.weight_p = weight_p
+
+    def reset(self) -> None:
+        """Forget the state: the next call starts from zeros."""
+        self.hidden = self.zero_hidden(self.bs)
+
+    def zero_hidden(self, batch: int) -> Hidden:
+        weight = self.encoder.weight.detach()
+        shapes = [(self.n_dir, batch, self._features(layer)) for layer in range(self.n_layers)]
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for shape in shapes]
+
+    def forward(
+        self,
+        inp: Tensor,
+        from_embeds: bool = False,
+        lengths: Tensor | None = None,
+        return_raw: bool = False,
+        seed: Seed = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Read inp and carry the state into the next call.
+
+        inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds; lengths (B,), 0..T in any
+        order: steps beyond carry the state and give zeros.  -> output (B, T, emb_sz); with return_raw also
+        the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
+        """
+        raw_outputs, hidden = self.run(inp, self.hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
+        self.bs = inp.size(0)
+        self.hidden = [(h.detach(), c.detach()) for h, c in hidden]
+        return (raw_outputs[-1], raw_outputs) if return_raw else raw_outputs[-1]
+
+    def run(
+        self,
+        inp: Tensor,
+        hidden: Hidden,
+        *,
+        from_embeds: bool = False,
+        lengths: Tensor | None = None,
+        seed: Seed = None,
+    ) -> tuple[list[Tensor], Hidden]:
+        """`forward` as a function of the state: -> every layer's output before dropout, new state (attached).
+
+        hidden may have another batch size than inp; its first rows go on, further ones start from zeros.
+        Calls with the same seed use the same masks, row for row, whatever the batch size.
+        """
+        if inp.dim() != (3 if from_embeds else 2):
+            raise ValueError(
+                f"inp must be {'(B, T, emb_sz) embeddings' if from_embeds else '(B, T) token numbers'}, "
+                f"got shape {tuple(inp.shape)}"
+            )
+        hidden = _resize_hidden(hidden, inp.size(0))
+        if seed is None:
+            seed = self.draw_seed()
+        output = inp if from_embeds else self.encoder_dp(inp, seed=derive_seed(seed, _EMBEDDING))
+        output = self.input_dp(output, seed=derive_seed(seed, _INPUT))
+        raw_outputs, new_hidden = [], []
+        for layer, (rnn, dropout) in enumerate(zip(self.rnns, self.hidden_dps, strict=True)):
+            first = _FIRST_LAYER + 2 * layer
+            hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
+            output, state = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first))
+            raw_outputs.append(output)
+            new_hidden.append(state)
+            if layer < self.n_layers - 1:
+                output = dropout(output, seed=derive_seed(seed, first + 1))
+        return raw_outputs, new_hidden
+
+    def draw_seed(self) -> Tensor | None:
+        """A seed for `run`, or None where no dropout is active."""
+        active = self.encoder_dp.embed_p, self.input_dp.p, self.hidden_dps[0].p, self.rnns[0].weight_p
+        return draw_seed(self.encoder.weight.device) if self.training and any(p > 0 for p in active) else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":
+        super()._apply(fn, recurse)
+        self.hidden = [(fn(h), fn(c)) for h, c in self.hidden]
+        return self
+
+
+def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
+    """The state of `batch` rows: the first ones of `hidden`, then zeros."""
+
+    def resize(h: Tensor) -> Tensor:
+        missing = batch - h.size(1)
+        if missing <= 0:
+            return h[:, :batch]
+        return torch.cat([h, h.new_zeros(h.size(0), missing, h.size(2))], 1)
+
+    return [(resize(h), resize(c)) for h, c in hidden]
+
+
+def _usable(h: Tensor, like: Tensor) -> Tensor:
+    """A carried state for this call's device and dtype (autocast changes it), also out of inference mode."""
+    h = h.to(device=like.device, dtype=like.dtype)
+    return h.clone() if h.is_inference() and not torch.is_inference_mode_enabled() else h
+
+
+def unique_groups(groups: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
+    """The parameters of each group of modules, each once."""
+    return [list(dict.fromkeys(p for module in group for p in module.parameters())) for group in groups]

@@ -1,0 +1,116 @@
+"""The models: encoder, language model and classifier, under fastai 2's names; their layers by depth."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from . import ops
+from .classifier import TextClassifier
+from .encoder import AWDLSTM, unique_groups
+from .nn import VariationalDropout
+
+__all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]
+
+
+class LinearDecoder(nn.Module):
+    """Output dropout, then the linear map to the vocabulary, whose weight may be the encoder's.
+
+    x (B, T, E) -> logits (B, T, V).
+    """
+
+    def __init__(
+        self,
+        n_out: int,
+        n_hid: int,
+        output_p: float = 0.1,
+        tie_encoder: nn.Embedding | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(n_hid, n_out, bias=bias)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if bias:
+            nn.init.zeros_(self.decoder.bias)
+        if tie_encoder is not None:
+            self.decoder.weight = tie_encoder.weight
+        self.output_dp = VariationalDropout(output_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.output_dp(x))
+
+
+class LanguageModel(nn.Sequential):
+    """An AWD-LSTM and its decoder; model[0] is the encoder, model[1] the decoder, as in fastai.
+
+    With tie_weights the decoder's weight is the encoder's, and stays so through copying, moving, casting
+    and loading.
+    """
+
+    def __init__(
+        self, encoder: AWDLSTM, output_p: float = 0.1, tie_weights: bool = True, bias: bool = True
+    ) -> None:
+        embedding = encoder.encoder
+        tied = embedding if tie_weights else None
+        super().__init__(encoder, LinearDecoder(*embedding.weight.shape, output_p, tied, bias))
+        self.tie_weights = tie_weights
+        self.register_load_state_dict_post_hook(_tie)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        ignore_index: int = -100,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> (loss, cross-entropy), no logits kept.
+
+        The cross-entropy, in nats, is the mean over the targets other than ignore_index.  In training the
+        loss adds Merity et al.'s (2017) activation regularisation, alpha * mean(h**2) of the dropped output
+        of the last layer, and the temporal one, beta * mean((h[t] - h[t-1])**2) of its output before
+        dropout, as fastai computes them; in eval the two results are the same.
+        """
+        output = self[0](ids)
+        if targets is None:
+            return self[1](output)
+        if targets.shape != ids.shape:
+            raise ValueError(f"targets must be like ids, {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        dropped = self[1].output_dp(output)
+        weight, bias = self[1].decoder.weight, self[1].decoder.bias
+        entropy = ops.linear_cross_entropy(dropped, weight, bias, targets, ignore_index=ignore_index)
+        loss = entropy
+        if self.training and alpha:
+            loss = loss + alpha * dropped.float().pow(2).mean()
+        if self.training and beta and output.size(1) > 1:
+            loss = loss + beta * (output[:, 1:] - output[:, :-1]).float().pow(2).mean()
+        return loss, entropy
+
+    def reset(self) -> None:
+        """Forget the encoder's state."""
+        self[0].reset()
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        encoder, decoder = self
+        return unique_groups([*([rnn] for rnn in encoder.rnns), [encoder.encoder, decoder]])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
+        super()._apply(fn, recurse)
+        _tie(self)
+        return self
+
+
+def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
+    if model.tie_weights:
+        model[1].decoder.weight = model[0].encoder.weight
+
+
+def layer_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters by depth, for discriminative rates and gradual unfreezing; a tied weight appears once.
+
+    LanguageModel: [rnn 0, rnn 1, ..., embedding + decoder]; TextClassifier: [embedding, rnn 0, ..., head].
+    """
+    groups = getattr(model, "layer_groups", None)
+    if groups is None:
+        raise TypeError(f"model must be a LanguageModel or a TextClassifier, got {type(model).__name__}")
+    return groups()

@@ -1,0 +1,275 @@
+"""Modules over the ops: the weight-dropped LSTM, embedding dropout and variational dropout."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+Seed = int | Tensor | None
+
+_SEED_MASK = 2**63 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed on `device`, drawn on the CPU as the ops draw one: one `torch.manual_seed` governs all."""
+    return torch.randint(_SEED_MASK, (), device="cpu").to(device, non_blocking=True)
+
+
+def derive_seed(seed: Seed, k: int) -> Seed:
+    """Seed of the k-th mask of a module called with `seed`; k = 0 gives `seed` itself, None stays None."""
+    return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
+
+
+def check_probability(name: str, p: float) -> float:
+    """`p` as a float; ValueError unless it is a number in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise ValueError(f"{name} must be a number in [0, 1) (the probability of dropping), got {p!r}")
+    return float(p)
+
+
+class VariationalDropout(nn.Module):
+    """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
+
+    Input (B, T, *), or (T, B, *) with batch_first=False; the same shape comes out.  Identity in eval.
+    """
+
+    def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
+        super().__init__()
+        self.p = check_probability("p", p)
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor, seed: Seed = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return ops.variational_dropout(x, self.p, seed=seed, batch_first=self.batch_first)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + ("" if self.batch_first else ", batch_first=False")
+
+
+class EmbeddingDropout(nn.Module):
+    """Look-up in the embedding `emb` that drops whole vocabulary rows with probability embed_p in training.
+
+    `emb` is shared, not copied; its padding_idx row gets no gradient from the look-up.  `scale` multiplies
+    the result (fastai's argument, without its side effect of scaling the weights themselves in eval).
+    """
+
+    def __init__(self, emb: nn.Embedding, embed_p: float) -> None:
+        super().__init__()
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(emb, option):
+                raise ValueError(f"EmbeddingDropout has no nn.Embedding({option}={getattr(emb, option)})")
+        self.emb = emb
+        self.embed_p = check_probability("embed_p", embed_p)
+
+    def forward(self, ids: Tensor, scale: float | None = None, seed: Seed = None) -> Tensor:
+        p = self.embed_p if self.training else 0.0
+        out = ops.embedding_dropout(self.emb.weight, ids, p, seed=seed, padding_idx=self.emb.padding_idx)
+        return out if scale is None else out * scale
+
+    def extra_repr(self) -> str:
+        return f"embed_p={self.embed_p}"
+
+
+class WeightDropLSTM(nn.Module):
+    """`torch.nn.LSTM` with DropConnect on the recurrent weights (Merity et al. 2017) and `lengths`.
+
+    Constructor, call, parameter names and initialisation are `nn.LSTM`'s, so state dicts go both ways and
+    with weight_p=0 or in eval the numbers are the same.  What differs:
+
+    - weight_p: in training each forward draws one mask per recurrent matrix, kept for all time steps and
+      scaled by 1/(1-weight_p).  Every layer and direction has its own mask (fastai leaves the reverse
+      direction's undropped).
+    - dropout between layers is variational: one mask per (sample, feature) for all time steps.
+    - lengths (B,), 0..T in any order, in place of a PackedSequence: steps past a sequence's length give
+      zeros, h_n and c_n are those of its last valid step, the reverse direction starts there.
+    - seed: layer l in direction d uses `derive_seed(seed, l * directions + d)`, the dropout after layer l
+      `derive_seed(seed, num_layers * directions + l)`.  None draws one where a mask is wanted.
+    - proj_size is refused.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_p: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+        if proj_size != 0:
+            raise ValueError(
+                f"proj_size must be 0, got {proj_size}: WeightDropLSTM has no projection; "
+                "use torch.nn.LSTM, or a linear layer after this module"
+            )
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = check_probability("dropout", dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = 0
+        self.weight_p = check_probability("weight_p", weight_p)
+        for layer in range(num_layers):
+            n_in = input_size if layer == 0 else hidden_size * self.num_directions
+            shapes = {"weight_ih": (4 * hidden_size, n_in), "weight_hh": (4 * hidden_size, hidden_size)}
+            if bias:
+                shapes |= {"bias_ih": (4 * hidden_size,), "bias_hh": (4 * hidden_size,)}
+            for suffix in self._suffixes():
+                for name, shape in shapes.items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
+        self.reset_parameters()
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """[w_ih, w_hh, b_ih, b_hh] (the first two without bias) of each layer and direction in turn."""
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return [
+            [getattr(self, f"{kind}_l{layer}{suffix}") for kind in kinds]
+            for layer in range(self.num_layers)
+            for suffix in self._suffixes()
+        ]
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(hidden_size), in `nn.LSTM`'s order: one `manual_seed`, the same weights."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing, as no kernel here wants one flat buffer; there for code written for `nn.LSTM`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """-> output, (h_n, c_n).
+
+        x (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H), without
+        B where x has none; output like x with directions * H features; h_n, c_n like hx.
+        """
+        return self.run(x, hx, self.all_weights, lengths, seed)
+
+    def run(
+        self,
+        x: Tensor,
+        hx: tuple[Tensor, Tensor] | None,
+        weights: list[list[Tensor]],
+        lengths: Tensor | None = None,
+        seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`forward` with the weights given, in the order of `all_weights`."""
+        self._check_input(x, weights[0][0], lengths)
+        if hx is not None:
+            self._check_hidden(x, hx)
+        batched = x.dim() == 3
+        if not batched:
+            x = x.unsqueeze(0 if self.batch_first else 1)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        weight_p = self.weight_p if self.training else 0.0
+        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        if seed is None and (weight_p > 0 or dropout > 0):
+            seed = draw_seed(x.device)
+        h_n, c_n = [], []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.num_directions):
+                i = layer * self.num_directions + direction
+                h0, c0 = (None, None) if hx is None else (hx[0][i], hx[1][i])
+                y, h, c = ops.lstm(
+                    x,
+                    h0,
+                    c0,
+                    *weights[i],
+                    weight_p=weight_p,
+                    seed=derive_seed(seed, i),
+                    batch_first=self.batch_first,
+                    lengths=lengths,
+                    reverse=direction == 1,
+                )
+                outputs.append(y)
+                h_n.append(h)
+                c_n.append(c)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            if dropout > 0 and layer < self.num_layers - 1:
+                mask_seed = derive_seed(seed, len(weights) + layer)
+                x = ops.variational_dropout(x, dropout, seed=mask_seed, batch_first=self.batch_first)
+        h_n, c_n = torch.stack(h_n), torch.stack(c_n)
+        if not batched:
+            return x.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        return x, (h_n, c_n)
+
+    def _check_input(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> None:
+        if isinstance(x, PackedSequence):
+            raise TypeError(
+                "WeightDropLSTM takes a padded tensor and its lengths=, not a PackedSequence: "
+                "x, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed); lstm(x, lengths=lengths)"
+            )
+        if x.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
+            )
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if lengths is not None and x.dim() == 2:
+            raise ValueError("lengths needs a batch dimension; cut the 2-D input x instead: x[:length]")
+
+    def _check_hidden(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> None:
+        if not isinstance(hx, tuple | list) or len(hx) != 2:
+            raise TypeError(f"hx must be the tuple (h_0, c_0), got {type(hx).__name__}")
+        if x.dim() == 2 and not hx[0].dim() == hx[1].dim() == 2:
+            raise RuntimeError(
+                "For unbatched 2-D input, hx and cx should also be 2-D but got "
+                f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        batch = () if x.dim() == 2 else (x.size(0 if self.batch_first else 1),)
+        expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
+        for i, state in enumerate(hx):
+            if tuple(state.shape) != expected:
+                raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+
+    def extra_repr(self) -> str:
+        defaults = dict(
+            num_layers=1, bias=True, batch_first=False, dropout=0, bidirectional=False, weight_p=0
+        )
+        changed = [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
