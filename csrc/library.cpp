@@ -1,5 +1,5 @@
-// Op schemas and the Python module's init. The kernels register themselves in csrc/<device>/<op>.cpp; fake kernels and
-// autograd formulas are in ulmfit_fast/ops/<op>.py, where each op's arguments are explained.
+// Op schemas and the Python module's init. The kernels register themselves in csrc/<device>/<op>.cpp; fake
+// kernels and autograd formulas are in ulmfit_fast/ops/<op>.py, where each op's arguments are explained.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -18,8 +18,8 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
   m.def("concat_pool_backward(Tensor dpooled, Tensor lengths, Tensor argmax, SymInt time) -> Tensor");
 
   m.def(
-      "lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? lengths, "
-      "Tensor seed, float weight_p, bool batch_first, bool reverse, bool save) "
+      "lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? lengths, Tensor seed, float weight_p, bool batch_first, bool reverse, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, "
@@ -34,10 +34,14 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor weight, Tensor? bias, Tensor target, "
       "int ignore_index, float label_smoothing) -> (Tensor dh, Tensor dweight, Tensor dbias)");
+
+  m.def("cpu_isa() -> str");   // the instruction set in use
+  m.def("cpu_isas() -> str");  // those this machine can run, best first, comma-separated
 }
 
 // `from ulmfit_fast import _C` loads this library, which registers the ops; the module itself is empty.
-extern "C" PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
