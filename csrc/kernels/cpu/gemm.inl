@@ -1,0 +1,197 @@
+// Blocked matrix products: everything in this library that multiplies matrices is built from these pieces.
+//
+// C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile` says how an
+// operand lies in memory and holds the micro-kernel; this file has the FMA tile (float, double), gemm_amx.inl the AMX one.
+// Each element of C is summed in an order that depends on the shape alone, so threads never change a bit of it.
+#pragma once
+#include "storage.h"
+
+ULMFIT_BEGIN
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+struct FmaTile {
+  using Compute = T;
+  using Packed = T;
+  static constexpr DType kPackedType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+  static constexpr int L = lanes_of<T>;
+  static constexpr int kVecs = 4;          // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
+  static constexpr int kCols = kVecs * L;
+  static constexpr int kDepth = 1;         // K is padded to a multiple of this
+  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise 16.
+  static constexpr int kRows = kLanes == 16 ? 6 : 3;
+  static constexpr int kBlockRows = 8 * kRows;
+  // A block of A (48 x 1280 floats, 240 KB) and one of a B panel (320 KB) together stay in a 1-2 MB L2.
+  static constexpr int kBlockDepth = 1280;
+
+  struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
+
+  static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
+  // A block: row-major. Writes n values at (row, k).
+  static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
+    std::memcpy(a + row * K + k, values, n * sizeof(T));
+  }
+  // B panel: [K][kCols]. Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
+  static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int ld) {
+    for (int k = 0; k < n; ++k)
+      for (int c = 0; c < kCols; ++c) b[(k0 + k) * kCols + c] = tmp[c * ld + k];
+  }
+  // Writes kDepth consecutive rows of a panel, each of kCols values.
+  static void store_b_rows(T* b, int64_t k, const T* rows) { std::memcpy(b + k * kCols, rows, kCols * sizeof(T)); }
+
+  // c[m][kCols] (+)= a(rows row0.., depth 0..kc) * b for m <= kRows rows. lda is the K that the A block was packed with.
+  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c, bool accumulate) {
+    a += row0 * lda;
+    switch (m) {
+      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate);
+      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate);
+      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate);
+      case 4: return micro_m<(kRows >= 4 ? 4 : 1)>(kc, a, lda, b, c, accumulate);
+      case 5: return micro_m<(kRows >= 5 ? 5 : 1)>(kc, a, lda, b, c, accumulate);
+      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate);
+    }
+  }
+
+ private:
+  template <int M>
+  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate) {
+    Vec<T> acc[M][kVecs];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kVecs; ++v) acc[m][v] = accumulate ? load(c + m * kCols + v * L) : Vec<T>{};
+    for (int64_t k = 0; k < kc; ++k, b += kCols) {
+      Vec<T> bv[kVecs];
+      for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> av = broadcast(a[m * lda + k]);
+        for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kVecs; ++v) store(c + m * kCols + v * L, acc[m][v]);
+  }
+};
+
+template <class Tile>
+inline int64_t padded_depth(int64_t K) {
+  return round_up(K, Tile::kDepth);
+}
+template <class Tile>
+inline int64_t panel_elements(int64_t K) {
+  return padded_depth<Tile>(K) * Tile::kCols;
+}
+
+// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n values of it from depth k0 on.
+template <class Tile, class Load>
+inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_column) {
+  using T = typename Tile::Compute;
+  constexpr int kChunk = 64;
+  alignas(64) T tmp[Tile::kCols * kChunk];
+  for (int64_t k0 = 0; k0 < padded_depth<Tile>(K); k0 += kChunk) {
+    const int there = static_cast<int>(K - k0 < kChunk ? K - k0 : kChunk);
+    const int padded = static_cast<int>(round_up(there, Tile::kDepth));
+    for (int c = 0; c < Tile::kCols; ++c) {
+      load_column(c, k0, there, tmp + c * kChunk);
+      for (int k = there; k < padded; ++k) tmp[c * kChunk + k] = T(0);
+    }
+    Tile::store_b_columns(panel, k0, padded, tmp, kChunk);
+  }
+}
+// Packs one B panel whose row k is a run of memory: load(k, out) fetches its kCols values, zeros past the matrix's edge.
+template <class Tile, class Load>
+inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, Load&& load_row_) {
+  using T = typename Tile::Compute;
+  alignas(64) T rows[Tile::kDepth * Tile::kCols];
+  for (int64_t k = 0; k < K; k += Tile::kDepth) {
+    for (int r = 0; r < Tile::kDepth; ++r) {
+      if (k + r < K) {
+        load_row_(k + r, rows + r * Tile::kCols);
+      } else {
+        std::memset(rows + r * Tile::kCols, 0, Tile::kCols * sizeof(T));
+      }
+    }
+    Tile::store_b_rows(panel, k, rows);
+  }
+}
+
+// Packs a block of A whose row is a run of memory: load(row, k0, n, out).
+template <class Tile, class Load>
+inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc, Load&& load_row_) {
+  using T = typename Tile::Compute;
+  constexpr int64_t kChunk = 256;
+  alignas(64) T tmp[kChunk];
+  const int64_t ld = padded_depth<Tile>(kc);
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < ld; k += kChunk) {
+      const int64_t n = ld - k < kChunk ? ld - k : kChunk;
+      const int64_t there = kc - k < n ? (kc - k > 0 ? kc - k : 0) : n;
+      load_row_(row0 + r, k0 + k, there, tmp);
+      for (int64_t j = there; j < n; ++j) tmp[j] = T(0);
+      Tile::store_a(a, ld, r, k, tmp, n);
+    }
+}
+// Packs a block of A whose column is a run of memory: load(k, row0, rows, out).
+template <class Tile, class Load>
+inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc, Load&& load_col) {
+  using T = typename Tile::Compute;
+  constexpr int kChunk = 32;
+  alignas(64) T in[kChunk * Tile::kBlockRows];
+  alignas(64) T out[kChunk];
+  const int64_t ld = padded_depth<Tile>(kc);
+  for (int64_t k = 0; k < ld; k += kChunk) {
+    const int n = static_cast<int>(ld - k < kChunk ? ld - k : kChunk);
+    for (int j = 0; j < n; ++j) {
+      if (k + j < kc) {
+        load_col(k0 + k + j, row0, rows, in + j * Tile::kBlockRows);
+      } else {
+        std::memset(in + j * Tile::kBlockRows, 0, rows * sizeof(T));
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int j = 0; j < n; ++j) out[j] = in[j * Tile::kBlockRows + r];
+      Tile::store_a(a, ld, r, k, out, n);
+    }
+  }
+}
+
+// C (M x panels * kCols) = A (M x K) * B (packed).
+// pack_a(a, row0, rows, k0, kc) packs a block of A; store(row0, rows, panel, c) takes a finished [rows][kCols] tile.
+template <class Tile, class PackA, class Store>
+void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel, PackA&& pack_a,
+          Store&& store_tile) {
+  using T = typename Tile::Compute;
+  using Packed = typename Tile::Packed;
+  constexpr int64_t kGroup = 16;  // panels whose C tiles a thread holds at once: 16 x 48 x 64 floats, 192 KB
+  const int64_t group = K <= Tile::kBlockDepth && panels < 64 ? ceil_div(panels, ceil_div(panels, kGroup)) : kGroup;
+  const int64_t groups = ceil_div(panels, group), blocks = ceil_div(M, Tile::kBlockRows);
+  const int64_t depth = K < Tile::kBlockDepth ? K : Tile::kBlockDepth;
+  parallel(blocks * groups, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] typename Tile::Session session;
+    Scratch<Packed> a(Tile::a_elements(Tile::kBlockRows, padded_depth<Tile>(depth)));
+    Scratch<T> c(group * Tile::kBlockRows * Tile::kCols);
+    int64_t packed_block = -1;  // with a single depth block, A stays packed while the group changes
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row0 = item / groups * Tile::kBlockRows, p0 = item % groups * group;
+      const int64_t p1 = p0 + group < panels ? p0 + group : panels;
+      const int rows = static_cast<int>(M - row0 < Tile::kBlockRows ? M - row0 : Tile::kBlockRows);
+      for (int64_t k0 = 0; k0 < K; k0 += depth) {
+        const int64_t kc = K - k0 < depth ? K - k0 : depth, ld = padded_depth<Tile>(kc);
+        if (K > depth || packed_block != row0) pack_a(a.get(), row0, rows, k0, kc);
+        packed_block = row0;
+        for (int64_t p = p0; p < p1; ++p) {
+          const Packed* panel = b + p * panel_elements<Tile>(K) + k0 * Tile::kCols;
+          T* tile = c + (p - p0) * Tile::kBlockRows * Tile::kCols;
+          for (int r = 0; r < rows; r += Tile::kRows) {
+            const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
+            Tile::micro(ld, a, ld, r, m, panel, tile + r * Tile::kCols, k0 > 0);
+          }
+        }
+      }
+      if (K == 0) std::memset(c.get(), 0, group * Tile::kBlockRows * Tile::kCols * sizeof(T));
+      for (int64_t p = p0; p < p1; ++p) store_tile(row0, rows, p, c + (p - p0) * Tile::kBlockRows * Tile::kCols);
+    }
+  });
+}
+
+ULMFIT_END

@@ -1,0 +1,164 @@
+// The AMX tile: bf16 operands, fp32 sums, 16 x 16 results per tile register.
+#pragma once
+#include "gemm.inl"
+
+ULMFIT_BEGIN
+
+// GCC's tile intrinsics declare too little of the memory they touch (tile configuration: 8 of 64 bytes; loads: none), so
+// stores before them can be dropped. These say "memory".
+template <int R>
+ULMFIT_HD void tile_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(R) : "memory");
+}
+template <int R>
+ULMFIT_HD void tile_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(R) : "memory");
+}
+template <int R>
+ULMFIT_HD void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(R));
+}
+template <int C, int A, int B>
+ULMFIT_HD void tile_dot() {  // C += A * B
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+struct AmxTile {
+  using Compute = float;
+  using Packed = uint16_t;  // bf16 bits
+  static constexpr DType kPackedType = DType::bf16;
+  static constexpr int kVecs = 4;
+  static constexpr int kCols = 64;   // four tile registers' columns
+  static constexpr int kDepth = 32;  // a tile row: 32 bf16
+  static constexpr int kRows = 32;   // two tile registers' rows
+  static constexpr int kBlockRows = 64;
+  static constexpr int kBlockDepth = 2304;  // 64 x 2304 bf16 of A and 64 x 2304 of B: 288 KB each
+  static constexpr int kTile = 16 * 32;     // elements of one operand tile, 1 KB
+
+  struct Session {
+    Session() {
+      alignas(64) uint8_t config[64] = {1};  // palette 1
+      for (int r = 0; r < 8; ++r) {
+        config[16 + 2 * r] = 64;  // bytes a row
+        config[48 + r] = 16;      // rows
+      }
+      asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    }
+    ~Session() { asm volatile("tilerelease" ::: "memory"); }
+  };
+
+  // A: tiles [row / 16][k / 32] of [16][32].
+  static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kRows) * K; }
+  static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const float* values, int64_t n) {
+    uint16_t* line = a + row / 16 * 16 * K + row % 16 * 32;
+    for (int64_t j = 0; j < n;) {
+      const int64_t in_tile = 32 - (k + j) % 32;
+      int64_t run = n - j < in_tile ? n - j : in_tile;
+      if (run > kLanes) run = kLanes;
+      store_as<float>(DType::bf16, line, (k + j) / 32 * kTile + (k + j) % 32,
+                      load_n(values + j, static_cast<int>(run)), static_cast<int>(run));
+      j += run;
+    }
+  }
+  // B panel: tiles [k / 32][column / 16] of [16 pairs of k][16 columns][2].
+  static void store_b_columns(uint16_t* b, int64_t k0, int n, const float* tmp, int ld) {
+    alignas(64) uint16_t bits[kCols * 64];
+    for (int c = 0; c < kCols; ++c)
+      for (int k = 0; k < n; k += kLanes) store_as<float>(DType::bf16, bits, c * 64 + k, load(tmp + c * ld + k), kLanes);
+    uint32_t pair;
+    for (int k = 0; k < n; k += 2) {
+      uint16_t* line = b + (k0 + k) / 32 * 4 * kTile + (k0 + k) % 32 / 2 * 32;
+      for (int c = 0; c < kCols; ++c) {
+        std::memcpy(&pair, bits + c * 64 + k, 4);
+        std::memcpy(line + c / 16 * kTile + c % 16 * 2, &pair, 4);
+      }
+    }
+  }
+  static void store_b_rows(uint16_t* b, int64_t k, const float* rows) {
+    for (int r = 0; r < kDepth; r += 2)
+      for (int c = 0; c < kCols; c += 16) {
+        const VU low = bf16_bits(load(rows + r * kCols + c)), high = bf16_bits(load(rows + (r + 1) * kCols + c));
+        const VU pairs = low | (high << 16);
+        std::memcpy(b + k / 32 * 4 * kTile + c / 16 * kTile + r / 2 * 32, &pairs, 64);
+      }
+  }
+
+  static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b, float* c,
+                    bool accumulate) {
+    const uint16_t* a0 = a + row0 * lda;
+    if (m <= 16) return micro_16(kc, a0, b, c, m, accumulate);
+    const uint16_t* a1 = a0 + 16 * lda;
+    // The caller's tile has room for m rows alone; the last, partial one goes through a buffer.
+    alignas(64) float edge[16 * kCols];
+    float* c1 = m == 32 ? c + 16 * kCols : edge;
+    if (accumulate && m < 32) std::memcpy(edge, c + 16 * kCols, (m - 16) * kCols * sizeof(float));
+    for (int half = 0; half < 2; ++half) micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate);
+    if (m < 32) std::memcpy(c + 16 * kCols, edge, (m - 16) * kCols * sizeof(float));
+  }
+
+ private:
+  static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0, float* c1,
+                        bool accumulate) {
+    constexpr int64_t ld = kCols * sizeof(float);
+    if (accumulate) {
+      tile_load<0>(c0, ld);
+      tile_load<1>(c0 + 16, ld);
+      tile_load<2>(c1, ld);
+      tile_load<3>(c1 + 16, ld);
+    } else {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    for (int64_t k = 0; k < kc; k += 32, a0 += kTile, a1 += kTile, b += 4 * kTile) {
+      tile_load<4>(a0, 64);
+      tile_load<5>(b, 64);
+      tile_load<6>(b + kTile, 64);
+      tile_dot<0, 4, 5>();
+      tile_dot<1, 4, 6>();
+      tile_load<7>(a1, 64);
+      tile_dot<2, 7, 5>();
+      tile_dot<3, 7, 6>();
+    }
+    tile_store<0>(c0, ld);
+    tile_store<1>(c0 + 16, ld);
+    tile_store<2>(c1, ld);
+    tile_store<3>(c1 + 16, ld);
+  }
+  static void micro_16(int64_t kc, const uint16_t* a, const uint16_t* b, float* out, int m, bool accumulate) {
+    constexpr int64_t ld = kCols * sizeof(float);
+    alignas(64) float edge[16 * kCols];
+    float* c = m == 16 ? out : edge;
+    if (accumulate) {
+      if (m < 16) std::memcpy(edge, out, m * ld);
+      tile_load<0>(c, ld);
+      tile_load<1>(c + 16, ld);
+      tile_load<2>(c + 32, ld);
+      tile_load<3>(c + 48, ld);
+    } else {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile) {
+      tile_load<4>(a, 64);
+      tile_load<5>(b, 64);
+      tile_dot<0, 4, 5>();
+      tile_load<6>(b + kTile, 64);
+      tile_dot<1, 4, 6>();
+      tile_load<7>(b + 2 * kTile, 64);
+      tile_dot<2, 4, 7>();
+      tile_load<5>(b + 3 * kTile, 64);
+      tile_dot<3, 4, 5>();
+    }
+    tile_store<0>(c, ld);
+    tile_store<1>(c + 16, ld);
+    tile_store<2>(c + 32, ld);
+    tile_store<3>(c + 48, ld);
+    if (m < 16) std::memcpy(out, edge, m * ld);
+  }
+};
+
+ULMFIT_END

@@ -1,0 +1,243 @@
+// Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in memory, and turn
+// into their own gradient in place.
+//
+// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and, for the FMA tile, already
+// the packed operand that dW = dlogits^T @ h multiplies by.
+#pragma once
+#include "dropout_mask.inl"
+#include "gemm.inl"
+
+ULMFIT_BEGIN
+
+template <class Tile>
+class LinearCrossEntropyPass {
+  using T = typename Tile::Compute;
+  using Packed = typename Tile::Packed;
+  using V = Vec<T>;
+  static constexpr int L = lanes_of<T>;
+  static constexpr int kCols = Tile::kCols;
+  static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a chunk of logits needs no repacking
+  // 32 MB of logits at most, but enough rows to pay for a pass over the gradient of the weight.
+  static constexpr int64_t kChunkBytes = 32 << 20, kMinRows = 4 * Tile::kBlockRows, kMaxRows = 512;
+
+ public:
+  LinearCrossEntropyPass(const LinearCrossEntropy& args, const Parallel& parallel)
+      : p(args),
+        parallel(parallel),
+        panels(ceil_div(p.V, kCols)),
+        gradient(p.dh != nullptr),
+        chunk(chunk_rows(p.N, p.V)),
+        w_forward(panels * panel_elements<Tile>(p.E)),
+        w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),
+        logits(panels * chunk * kCols),
+        packed(gradient && !kPlain ? panels * panel_elements<Tile>(chunk) : 0),
+        dw(gradient ? panels * p.E * kCols : 0),
+        bias(panels * kCols),
+        db(gradient ? panels * kCols : 0) {}
+
+  void run() {
+    pack_weights();
+    for (int64_t row0 = 0; row0 < p.N; row0 += chunk) {
+      const int64_t rows = p.N - row0 < chunk ? p.N - row0 : chunk;
+      forward(row0, rows);
+      if (!gradient) continue;
+      hidden_gradient(row0, rows);
+      weight_gradient(row0, rows);
+    }
+    if (gradient) store_weight_gradient();
+  }
+
+ private:
+  static int64_t chunk_rows(int64_t N, int64_t vocabulary) {
+    int64_t rows = kChunkBytes / (vocabulary * static_cast<int64_t>(sizeof(T)));
+    rows = rows < kMinRows ? kMinRows : rows > kMaxRows ? kMaxRows : rows;
+    rows = rows / Tile::kBlockRows * Tile::kBlockRows;
+    return N < rows ? N : rows;
+  }
+  T* run_of(int64_t panel, int64_t row, int64_t rows) const { return logits + (panel * rows + row) * kCols; }
+  int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
+
+  void pack_weights() {
+    parallel(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        pack_b_columns<Tile>(w_forward + panel * panel_elements<Tile>(p.E), p.E, [&](int c, int64_t k0, int n, T* out) {
+          if (c < width(panel)) {
+            load_row(p.weight.dtype, p.weight.row(panel * kCols + c), k0, n, out);
+          } else {
+            std::memset(out, 0, n * sizeof(T));
+          }
+        });
+        T* b = bias + panel * kCols;
+        std::memset(b, 0, kCols * sizeof(T));
+        if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, width(panel), b);
+        if (!gradient) continue;
+        std::memset(dw + panel * p.E * kCols, 0, p.E * kCols * sizeof(T));
+        std::memset(db + panel * kCols, 0, kCols * sizeof(T));
+      }
+    });
+    if (!gradient) return;
+    parallel(ceil_div(p.E, kCols), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
+        pack_b_rows<Tile>(w_backward + panel * panel_elements<Tile>(p.V), p.V, [&](int64_t k, T* out) {
+          load_row(p.weight.dtype, p.weight.row(k), col, n, out);
+          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        });
+      }
+    });
+  }
+
+  void forward(int64_t row0, int64_t rows) {
+    gemm<Tile>(
+        rows, p.E, panels, w_forward.get(), parallel,
+        [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
+          pack_a_rows<Tile>(a, row0 + r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
+            load_row(p.h.dtype, p.h.row(r), k, n, out);
+          });
+        },
+        [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
+          for (int r = 0; r < n_rows; ++r)
+            for (int j = 0; j < kCols; j += L)
+              store(run_of(panel, r0 + r, rows) + j, load(tile + r * kCols + j) + load(bias + panel * kCols + j));
+        });
+    parallel(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) softmax_row(row0 + r, r, rows);
+    });
+  }
+
+  // f(vector, lanes that are there) over the logits of one row
+  template <class F>
+  void for_row(int64_t r, int64_t rows, F&& f) const {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      T* run = run_of(panel, r, rows);
+      const int n = static_cast<int>(width(panel));
+      for (int j = 0; j < n; j += L) f(run + j, n - j);
+    }
+  }
+
+  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; its gradient replaces the logits:
+  // upstream * (softmax - (1 - e) onehot - e / V).
+  void softmax_row(int64_t n, int64_t r, int64_t rows) const {
+    const int64_t target = p.target[n];
+    const bool ignored = target == p.ignore_index;
+    T* loss = static_cast<T*>(p.loss) + n;
+    *loss = 0;
+    if (ignored) {
+      if (gradient) for_row(r, rows, [](T* z, int) { store(z, V{}); });
+      return;
+    }
+    V top = broadcast(-std::numeric_limits<T>::infinity()), sum = {}, total = {};
+    for_row(r, rows, [&](T* z, int there) {
+      V v = load(z);
+      for (int l = there; l < L; ++l) v[l] = top[l];
+      top = v > top ? v : top;
+      top = v == v ? top : v;  // keep a NaN
+    });
+    T max = top[0];
+    for (int l = 1; l < L; ++l) max = top[l] > max || top[l] != top[l] ? top[l] : max;
+    const T z_target = run_of(target / kCols, r, rows)[target % kCols];
+    for_row(r, rows, [&](T* z, int there) {
+      const V v = load(z);
+      V e = exp_(v - max), kept = v;
+      for (int l = there; l < L; ++l) e[l] = kept[l] = 0;
+      sum += e;
+      total += kept;
+      if (gradient) store(z, e);
+    });
+    const T exp_sum = sum_lanes<T>(sum), lse = max + std::log(exp_sum);
+    const T smooth = static_cast<T>(p.label_smoothing);
+    *loss = lse - (1 - smooth) * z_target;
+    if (smooth != 0) *loss -= smooth * sum_lanes<T>(total) / static_cast<T>(p.V);
+    if (!gradient) return;
+    const T upstream = static_cast<const T*>(p.row_gradient)[n];
+    const T scale = upstream / exp_sum, shift = upstream * smooth / static_cast<T>(p.V);
+    for_row(r, rows, [&](T* z, int) { store(z, load(z) * scale - shift); });
+    run_of(target / kCols, r, rows)[target % kCols] -= upstream * (1 - smooth);
+    for (int64_t j = width(panels - 1); j < kCols; ++j) run_of(panels - 1, r, rows)[j] = 0;
+  }
+
+  // dh = dlogits @ W
+  void hidden_gradient(int64_t row0, int64_t rows) {
+    gemm<Tile>(
+        rows, p.V, ceil_div(p.E, kCols), w_backward.get(), parallel,
+        [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
+          pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
+            for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
+              const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
+              std::memcpy(out + j, run_of((k + j) / kCols, r, rows) + (k + j) % kCols, run * sizeof(T));
+              j += run;
+            }
+          });
+        },
+        [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
+          const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
+          for (int r = 0; r < n_rows; ++r)
+            store_row(p.h.dtype, p.dh, (row0 + r0 + r) * p.E + col, n, tile + r * kCols);
+        });
+  }
+
+  // dW^T += h^T @ dlogits, and db += column sums of dlogits. Transposed, because then the wide operand is already packed.
+  void weight_gradient(int64_t row0, int64_t rows) {
+    const Packed* dlogits = pack_dlogits(rows);
+    gemm<Tile>(
+        p.E, rows, panels, dlogits, parallel,
+        [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
+          pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, T* out) {
+            if (p.target[row0 + r] == p.ignore_index) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
+            load_row(p.h.dtype, p.h.row(row0 + r), e, n, out);
+          });
+        },
+        [&](int64_t e0, int n_e, int64_t panel, const T* tile) {
+          T* sum = dw + (panel * p.E + e0) * kCols;
+          for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L) store(sum + j, load(sum + j) + load(tile + j));
+        });
+  }
+  const Packed* pack_dlogits(int64_t rows) {
+    parallel(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        T* sum = db + panel * kCols;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(run_of(panel, r, rows) + j));
+        if constexpr (!kPlain)
+          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, [&](int64_t r, T* out) {
+            std::memcpy(out, run_of(panel, r, rows), kCols * sizeof(T));
+          });
+      }
+    });
+    if constexpr (kPlain) {
+      return logits;
+    } else {
+      return packed;
+    }
+  }
+
+  void store_weight_gradient() {
+    parallel(panels, [&](int64_t begin, int64_t end) {
+      Scratch<T> line(p.E);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t c = 0; c < width(panel); ++c) {
+          for (int64_t e = 0; e < p.E; ++e) line[e] = dw[(panel * p.E + e) * kCols + c];
+          store_row(p.weight.dtype, p.dweight, (panel * kCols + c) * p.E, p.E, line.get());
+        }
+        if (p.dbias != nullptr) store_row(p.weight.dtype, p.dbias, panel * kCols, width(panel), db + panel * kCols);
+      }
+    });
+  }
+
+  const LinearCrossEntropy& p;
+  const Parallel& parallel;
+  const int64_t panels;
+  const bool gradient;
+  const int64_t chunk;
+  Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
+  Scratch<T> logits;
+  Scratch<Packed> packed;  // dlogits as the packed operand, where it is not the logits themselves
+  Scratch<T> dw, bias, db; // dw: [panel][E][kCols], summed over chunks
+};
+
+template <class Tile>
+void linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
+  LinearCrossEntropyPass<Tile>(args, parallel).run();
+}
+
+ULMFIT_END

@@ -1,0 +1,222 @@
+// LSTM backward: step by step from the last, dh = dgates(next) @ W_hh with the cell's backward on the hot tile; then the
+// products that need no order: dx = dgates @ W_ih, dW_ih = dgates^T @ x, dW_hh = mask * dgates^T @ h_prev.
+//
+// The mask of W_hh is regenerated from the seed, both for the packed copy and for dW_hh.
+#pragma once
+#include "lstm.inl"
+
+ULMFIT_BEGIN
+
+template <class Tile>
+class LstmBackwardPass {
+  using T = typename Tile::Compute;
+  using Packed = typename Tile::Packed;
+  using V = Vec<T>;
+  static constexpr int L = lanes_of<T>;
+  static constexpr int kCols = Tile::kCols;
+
+ public:
+  LstmBackwardPass(const LstmBackward& args, const Parallel& parallel)
+      : p(args),
+        s(args.shape),
+        parallel(parallel),
+        drop(args.shape.seed, args.shape.weight_p),
+        G(4 * s.H),
+        depth(padded_depth<Tile>(G)),
+        panels(ceil_div(s.H, kCols)),
+        w_hh(panels * panel_elements<Tile>(G)),
+        dgates(s.T * s.B * G),
+        next_even(Tile::a_elements(s.B, depth)),
+        next_odd(Tile::a_elements(s.B, depth)),
+        dh(s.B * s.H),
+        dc(s.B * s.H),
+        c_first(s.B * s.H) {}
+
+  void run() {
+    load_state(p.dh_n, s.B, s.H, dh.get());
+    load_state(p.dc_n, s.B, s.H, dc.get());
+    load_state(p.c0, s.B, s.H, c_first.get());
+    if (s.T > 0 && s.B > 0) {
+      recurrence();
+      if (p.dx.data != nullptr) input_gradient();
+      if (p.dw_ih != nullptr) weight_gradients();
+    } else if (p.dw_ih != nullptr) {
+      std::memset(p.dw_ih, 0, G * s.I * size_of(p.w_ih.dtype));
+      std::memset(p.dw_hh, 0, G * s.H * size_of(p.w_hh.dtype));
+      std::memset(p.db, 0, G * size_of(p.w_ih.dtype));
+    }
+    store_state(dh.get(), p.h0.dtype, s.B, s.H, p.dh0);
+    store_state(dc.get(), p.c0.dtype, s.B, s.H, p.dc0);
+  }
+
+ private:
+  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  const T* cell(int64_t step) const {
+    return step < 0 ? c_first.get() : static_cast<const T*>(p.cells) + time_of(step) * s.B * s.H;
+  }
+  Packed* next(int64_t step) const { return step % 2 == 0 ? next_even : next_odd; }
+
+  void recurrence() {
+    for (Packed* a : {next_even.get(), next_odd.get()})
+      std::memset(a, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
+    parallel(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t col = panel * kCols, n = s.H - col < kCols ? s.H - col : kCols;
+        pack_b_rows<Tile>(w_hh + panel * panel_elements<Tile>(G), G, [&](int64_t k, T* out) {
+          load_dropped_row(p.w_hh, s.H, drop, k, col, n, out);
+          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        });
+      }
+    });
+    for (int64_t step = s.T - 1; step >= -1; --step)  // -1: what reaches h0
+      parallel(panels, [&](int64_t begin, int64_t end) { step_back(step, begin, end); });
+  }
+
+  void step_back(int64_t step, int64_t panel_begin, int64_t panel_end) const {
+    [[maybe_unused]] typename Tile::Session session;
+    alignas(64) T tile[Tile::kRows * kCols] = {};
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kRows) {
+        const int rows = static_cast<int>(s.B - b0 < Tile::kRows ? s.B - b0 : Tile::kRows);
+        if (step < s.T - 1) {
+          const Packed* w = w_hh + panel * panel_elements<Tile>(G);
+          Tile::micro(depth, next(step + 1), depth, b0, rows, w, tile, false);
+        }
+        for (int r = 0; r < rows; ++r)
+          for (int v = 0; v < Tile::kVecs; ++v) {
+            const int64_t unit = panel * kCols + v * L;
+            if (unit < s.H) cell_back(step, b0 + r, unit, load(tile + r * kCols + v * L));
+          }
+      }
+  }
+
+  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through padded steps.
+  void cell_back(int64_t step, int64_t b, int64_t unit, V dh_recurrent) const {
+    const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
+    const int64_t at = b * s.H + unit;
+    V dh_total = dh_recurrent + load_n(dh + at, n);
+    if (step < 0) return store_n(dh + at, dh_total, n);
+    const int64_t t = time_of(step), gate_at = (t * s.B + b) * G + unit;
+    LstmCellGrad<V> d = {};
+    if (active(s, t, b)) {
+      if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, b), unit, n);
+      auto gate = [&](int g) { return load_as<T>(p.y.dtype, p.gates, gate_at + g * s.H, n); };
+      d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load_n(cell(step - 1) + at, n),
+                             load_n(cell(step) + at, n), dh_total, load_n(dc + at, n));
+      store_n(dc + at, d.c_prev, n);
+      dh_total = V{};
+    }
+    store_n(dh + at, dh_total, n);
+    alignas(64) T grad[L];
+    int64_t k = unit;
+    for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
+      store(grad, v);
+      Tile::store_a(next(step), depth, b, k, grad, n);
+      store_as<T>(Tile::kPackedType, dgates, (t * s.B + b) * G + k, v, n);
+      k += s.H;
+    }
+  }
+
+  void input_gradient() {
+    const int64_t in_panels = ceil_div(s.I, kCols);
+    Scratch<Packed> w_ih(in_panels * panel_elements<Tile>(G));
+    parallel(in_panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
+        pack_b_rows<Tile>(w_ih + panel * panel_elements<Tile>(G), G, [&](int64_t k, T* out) {
+          load_row(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
+          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        });
+      }
+    });
+    gemm<Tile>(
+        s.T * s.B, G, in_panels, w_ih.get(), parallel,
+        [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
+          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
+            load_row(Tile::kPackedType, dgates, r * G + k, n, out);
+          });
+        },
+        [&](int64_t row0, int rows, int64_t panel, const T* tile) {
+          const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
+          for (int r = 0; r < rows; ++r)
+            store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n, tile + r * kCols);
+        });
+  }
+
+  // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed by rows,
+  // which is a copy, once for both, and only the narrow ones have to be transposed.
+  void weight_gradients() {
+    const int64_t rows = s.T * s.B, out_panels = ceil_div(G, kCols);
+    Scratch<Packed> packed(out_panels * panel_elements<Tile>(rows));
+    parallel(out_panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
+        pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, [&](int64_t k, T* out) {
+          load_row(Tile::kPackedType, dgates, k * G + col, n, out);
+          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        });
+        bias_gradient(col, n);
+      }
+    });
+    weight_gradient(s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(), [&](int64_t r, int64_t col, int64_t n, T* out) {
+      const int64_t t = r / s.B, b = r % s.B;
+      if (!active(s, t, b)) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));  // whatever padding holds
+      load_row(p.x.dtype, p.x.row(t, b), col, n, out);
+    });
+    weight_gradient(s.H, packed, p.w_hh.dtype, p.dw_hh, drop, [&](int64_t r, int64_t col, int64_t n, T* out) {
+      const int64_t t = r / s.B, b = r % s.B;
+      if (!active(s, t, b)) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
+      if (t == first_step(s, b)) return load_row(p.h0.dtype, p.h0.row(b), col, n, out);
+      load_row(p.y.dtype, p.y.row(s.reverse ? t + 1 : t - 1, b), col, n, out);
+    });
+  }
+
+  template <class LoadInput>  // load_input(row, column, n, out): n values of x or h_prev, row = t * B + b
+  void weight_gradient(int64_t inputs, const Packed* packed, DType dtype, void* dw, const Dropout& mask,
+                       LoadInput&& load_input) {
+    gemm<Tile>(
+        inputs, s.T * s.B, ceil_div(G, kCols), packed, parallel,
+        [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
+          pack_a_columns<Tile>(a, row0, rows, k0, kc, load_input);
+        },
+        [&](int64_t row0, int rows, int64_t panel, const T* tile) {
+          alignas(64) T line[Tile::kBlockRows];
+          for (int c = 0; c < kCols && panel * kCols + c < G; ++c) {
+            const int64_t first = (panel * kCols + c) * inputs + row0;
+            for (int r = 0; r < rows; ++r) line[r] = tile[r * kCols + c];
+            apply_mask(mask, first, rows, line);
+            store_row(dtype, dw, first, rows, line);
+          }
+        });
+  }
+
+  // db = column sums of dgates; 64 rows at a time, so that fp32 sums of thousands of rows keep their low bits.
+  void bias_gradient(int64_t col, int64_t n) const {
+    alignas(64) T total[kCols] = {}, part[kCols], line[kCols];
+    for (int64_t r0 = 0; r0 < s.T * s.B; r0 += 64) {
+      std::memset(part, 0, sizeof part);
+      for (int64_t r = r0; r < r0 + 64 && r < s.T * s.B; ++r) {
+        load_row(Tile::kPackedType, dgates, r * G + col, n, line);
+        for (int64_t j = 0; j < n; ++j) part[j] += line[j];
+      }
+      for (int64_t j = 0; j < n; ++j) total[j] += part[j];
+    }
+    store_row(p.w_ih.dtype, p.db, col, n, total);
+  }
+
+  const LstmBackward& p;
+  const LstmShape& s;
+  const Parallel& parallel;
+  const Dropout drop;
+  const int64_t G, depth, panels;
+  Scratch<Packed> w_hh, dgates;          // dgates: (T, B, 4H)
+  Scratch<Packed> next_even, next_odd;   // dgates of the step after, in A-block form, and those being written
+  Scratch<T> dh, dc, c_first;
+};
+
+template <class Tile>
+void lstm_backward(const LstmBackward& args, const Parallel& parallel) {
+  LstmBackwardPass<Tile>(args, parallel).run();
+}
+
+ULMFIT_END

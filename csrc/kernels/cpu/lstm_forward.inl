@@ -1,0 +1,190 @@
+// LSTM forward: pack the dropped weights once, project the inputs chunk by chunk, then step by step
+// h @ W_hh^T with the cell's pointwise part on the hot tile.
+//
+// The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates' columns side by
+// side, so that one thread has everything a cell needs and only h crosses threads, once a step.
+#pragma once
+#include "lstm.inl"
+
+ULMFIT_BEGIN
+
+template <class Tile>
+class LstmForwardPass {
+  using T = typename Tile::Compute;
+  using Packed = typename Tile::Packed;
+  using V = Vec<T>;
+  static constexpr int L = lanes_of<T>;
+  static constexpr int64_t kChunkRows = 512;  // rows projected at once: 512 x 4608 floats, 9 MB, stay in L3
+
+ public:
+  LstmForwardPass(const LstmForward& args, const Parallel& parallel)
+      : p(args),
+        s(args.shape),
+        parallel(parallel),
+        drop(args.shape.seed, args.shape.weight_p),
+        blocks(ceil_div(s.H, L)),
+        depth(padded_depth<Tile>(s.H)),
+        chunk_steps(s.B < kChunkRows ? kChunkRows / (s.B > 0 ? s.B : 1) : 1),
+        w_ih(blocks * panel_elements<Tile>(s.I)),
+        w_hh(blocks * panel_elements<Tile>(s.H)),
+        projected((chunk_steps < s.T ? chunk_steps : s.T) * s.B * 4 * s.H),
+        bias(4 * s.H),
+        h_even(Tile::a_elements(s.B, depth)),
+        h_odd(Tile::a_elements(s.B, depth)),
+        c_first(s.B * s.H),
+        c_rolling(p.cells == nullptr ? 2 * s.B * s.H : 0) {}
+
+  void run() {
+    start_state();
+    if (s.T == 0 || s.B == 0) return;
+    pack_weights();
+    for (int64_t step0 = 0; step0 < s.T; step0 += chunk_steps) {
+      const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
+      project(step0, steps);
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t step = step0 + i;
+        parallel(blocks, [&](int64_t begin, int64_t end) { recur(step, projected + i * s.B * 4 * s.H, begin, end); });
+      }
+    }
+  }
+
+ private:
+  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  T* cell(int64_t step) const {
+    if (step < 0) return c_first;
+    if (p.cells == nullptr) return c_rolling + step % 2 * s.B * s.H;
+    return static_cast<T*>(p.cells) + time_of(step) * s.B * s.H;
+  }
+
+  void start_state() {
+    load_state(p.c0, s.B, s.H, c_first.get());
+    store_state(c_first.get(), p.c0.dtype, s.B, s.H, p.c_n);  // rows of length 0 keep these
+    Scratch<T> h0(s.B * s.H);
+    load_state(p.h0, s.B, s.H, h0.get());
+    store_state(h0.get(), p.h0.dtype, s.B, s.H, p.h_n);
+    // Both buffers start as h0: a reversed sequence that has not begun yet keeps it without being written.
+    for (Packed* h : {h_even.get(), h_odd.get()}) {
+      std::memset(h, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
+      for (int64_t b = 0; b < s.B; ++b) Tile::store_a(h, depth, b, 0, h0 + b * s.H, s.H);
+    }
+  }
+
+  void pack_weights() {
+    T* sum = bias;
+    std::memset(sum, 0, 4 * s.H * sizeof(T));
+    for (const void* b : {p.b_ih, p.b_hh}) {
+      if (b == nullptr) continue;
+      for (int64_t j = 0; j < 4 * s.H; j += L) {
+        const int n = static_cast<int>(4 * s.H - j < L ? 4 * s.H - j : L);
+        store_n(sum + j, load_n(sum + j, n) + load_as<T>(p.w_ih.dtype, b, j, n), n);
+      }
+    }
+    // Column c of block j's panel is gate c / L of hidden unit j * L + c % L: a row of the weight.
+    auto unit = [&](int64_t block, int c) { return block * L + c % L; };
+    parallel(2 * blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t block = i / 2;
+        auto load_column = [&](int c, int64_t k0, int n, T* out) {
+          const int64_t row = c / L * s.H + unit(block, c);
+          if (unit(block, c) >= s.H) {
+            std::memset(out, 0, n * sizeof(T));
+          } else if (i % 2 == 0) {
+            load_row(p.w_ih.dtype, p.w_ih.row(row), k0, n, out);
+          } else {
+            load_dropped_row(p.w_hh, s.H, drop, row, k0, n, out);
+          }
+        };
+        if (i % 2 == 0) {
+          pack_b_columns<Tile>(w_ih + block * panel_elements<Tile>(s.I), s.I, load_column);
+        } else {
+          pack_b_columns<Tile>(w_hh + block * panel_elements<Tile>(s.H), s.H, load_column);
+        }
+      }
+    });
+  }
+
+  // projected[i][b][gate][unit] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
+  void project(int64_t step0, int64_t steps) {
+    gemm<Tile>(
+        steps * s.B, s.I, blocks, w_ih.get(), parallel,
+        [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
+          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
+            load_row(p.x.dtype, p.x.row(time_of(step0 + r / s.B), r % s.B), k, n, out);
+          });
+        },
+        [&](int64_t row0, int rows, int64_t block, const T* tile) {
+          const int64_t unit = block * L;
+          const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
+          for (int r = 0; r < rows; ++r)
+            for (int gate = 0; gate < 4; ++gate) {
+              const int64_t at = gate * s.H + unit;
+              const V v = load(tile + r * Tile::kCols + gate * L) + load_n(bias + at, n);
+              store_n(projected + (row0 + r) * 4 * s.H + at, v, n);
+            }
+        });
+  }
+
+  void recur(int64_t step, const T* inputs, int64_t block_begin, int64_t block_end) const {
+    [[maybe_unused]] typename Tile::Session session;
+    alignas(64) T tile[Tile::kRows * Tile::kCols];
+    const Packed* h = step % 2 == 0 ? h_even : h_odd;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
+      for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kRows) {
+        const int rows = static_cast<int>(s.B - b0 < Tile::kRows ? s.B - b0 : Tile::kRows);
+        Tile::micro(depth, h, depth, b0, rows, panel, tile, false);
+        for (int r = 0; r < rows; ++r)
+          update_cell(step, b0 + r, block * L, tile + r * Tile::kCols, inputs + (b0 + r) * 4 * s.H);
+      }
+    }
+  }
+
+  // One row's L hidden units: recurrent[gate][L] + inputs[gate][H] -> new state, y, and what backward needs.
+  void update_cell(int64_t step, int64_t b, int64_t unit, const T* recurrent, const T* inputs) const {
+    const int64_t t = time_of(step);
+    const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
+    const DType dtype = p.y.dtype;
+    const V c_prev = load_n(cell(step - 1) + b * s.H + unit, n);
+    LstmCell<V> state;
+    if (active(s, t, b)) {
+      auto gate = [&](int g) { return load(recurrent + g * L) + load_n(inputs + g * s.H + unit, n); };
+      state = lstm_cell_forward(gate(0), gate(1), gate(2), gate(3), c_prev);
+      state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
+      alignas(64) T h[L];
+      store(h, state.h);
+      Tile::store_a(step % 2 == 0 ? h_odd : h_even, depth, b, unit, h, n);
+      if (t == last_step(s, b)) {
+        store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
+        store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
+      }
+    } else {
+      state = LstmCell<V>{};
+      state.c = c_prev;
+    }
+    store_as<T>(dtype, p.y.row(t, b), unit, state.h, n);
+    store_n(cell(step) + b * s.H + unit, state.c, n);
+    if (p.gates == nullptr) return;
+    const int64_t at = (t * s.B + b) * 4 * s.H + unit;
+    store_as<T>(dtype, p.gates, at, state.i, n);
+    store_as<T>(dtype, p.gates, at + s.H, state.f, n);
+    store_as<T>(dtype, p.gates, at + 2 * s.H, state.g, n);
+    store_as<T>(dtype, p.gates, at + 3 * s.H, state.o, n);
+  }
+
+  const LstmForward& p;
+  const LstmShape& s;
+  const Parallel& parallel;
+  const Dropout drop;
+  const int64_t blocks, depth, chunk_steps;
+  Scratch<Packed> w_ih, w_hh;
+  Scratch<T> projected, bias;
+  Scratch<Packed> h_even, h_odd;  // h of the step before, in A-block form, and the one being written
+  Scratch<T> c_first, c_rolling;
+};
+
+template <class Tile>
+void lstm_forward(const LstmForward& args, const Parallel& parallel) {
+  LstmForwardPass<Tile>(args, parallel).run();
+}
+
+ULMFIT_END

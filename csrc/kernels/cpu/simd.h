@@ -1,0 +1,144 @@
+// A thin SIMD wrapper: compiler vector types of ULMFIT_LANES floats, and the few operations that need an intrinsic.
+//
+// Included once per ISA file, inside its `#pragma GCC target` region; standard headers and <immintrin.h> come before.
+// +, -, *, /, comparisons and ?: are the compiler's own on these types, so only what C++ cannot say is written here.
+#pragma once
+
+#include "../isa_namespace.h"
+#include "kernels.h"
+
+ULMFIT_BEGIN
+
+constexpr int kLanes = ULMFIT_LANES;  // floats in a vector; doubles: half as many
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T>
+constexpr int lanes_of = kLanes * 4 / static_cast<int>(sizeof(T));
+template <class T>
+using Vec = typename VectorOf<T, lanes_of<T>>::type;
+
+using VF = Vec<float>;
+using VD = Vec<double>;
+using VU = Vec<uint32_t>;
+using VI = Vec<int32_t>;
+using VH = typename VectorOf<uint16_t, kLanes>::type;  // 16-bit storage of one VF
+
+template <class T>
+ULMFIT_HD Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T, lanes_of<T>>::unaligned*>(p);
+}
+template <class T>
+ULMFIT_HD void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T, lanes_of<T>>::unaligned*>(p) = v;
+}
+// The first n lanes only; the others read as zero and are not written.
+template <class T>
+ULMFIT_HD Vec<T> load_n(const T* p, int n) {
+  if (n >= lanes_of<T>) return load(p);
+  Vec<T> v = {};
+  __builtin_memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <class T>
+ULMFIT_HD void store_n(T* p, Vec<T> v, int n) {
+  if (n >= lanes_of<T>) return store(p, v);
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
+template <class T>
+ULMFIT_HD Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// a * b + c in one rounding where the ISA has it. The build turns contraction off: what is fused is decided here.
+#if ULMFIT_LANES == 16
+ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif ULMFIT_LANES == 8
+ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+ULMFIT_HD VF fma(VF a, VF b, VF c) { return a * b + c; }
+ULMFIT_HD VD fma(VD a, VD b, VD c) { return a * b + c; }
+#endif
+
+// 32 x 32 -> 64 bit products of every lane: the hardware multiplies even lanes only, so twice and merge.
+ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
+#if ULMFIT_LANES == 16
+  const __m512i va = (__m512i)a, vb = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_mul_epu32(va, vb), odd = _mm512_mul_epu32(_mm512_srli_epi64(va, 32), vb);
+  hi = (VU)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  lo = (VU)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+#elif ULMFIT_LANES == 8
+  const __m256i va = (__m256i)a, vb = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
+  hi = (VU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  lo = (VU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+#else
+  for (int l = 0; l < kLanes; ++l) {
+    const uint64_t product = static_cast<uint64_t>(a[l]) * b;
+    hi[l] = static_cast<uint32_t>(product >> 32);
+    lo[l] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+ULMFIT_END
+// Vector types have no namespace for a template to find their functions in: what philox.h calls must stand before it.
+#include "../philox.h"
+ULMFIT_BEGIN
+
+// exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5 polynomial (Cephes expf), below 2 ulp; saturates, keeps NaN.
+ULMFIT_HD VF exp_(VF x) {
+  x = x > 88.3762626647950f ? broadcast(88.3762626647950f) : x;
+  x = x < -87.3365447505531f ? broadcast(-87.3365447505531f) : x;
+  const VF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const VF shifted = fma(x, broadcast(1.44269504088896341f), magic);
+  const VF n = shifted - magic;
+  VF r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  VF p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  const VI exponent = ((VI)shifted - 0x4B400000) << 23;  // bits of magic removed, n moved into the exponent field
+  return (VF)((VI)p + exponent);
+}
+ULMFIT_HD VF sigmoid_(VF x) { return 1.0f / (1.0f + exp_(-x)); }
+// tanh: a polynomial near zero, where 1 - 2/(e^2x + 1) would cancel (Cephes tanhf), the formula elsewhere.
+ULMFIT_HD VF tanh_(VF x) {
+  const VF z = x * x;
+  VF p = broadcast(-5.70498872745e-3f);
+  p = fma(p, z, broadcast(2.06390887954e-2f));
+  p = fma(p, z, broadcast(-5.37397155531e-2f));
+  p = fma(p, z, broadcast(1.33314422036e-1f));
+  p = fma(p, z, broadcast(-3.33332819422e-1f));
+  const VF near_zero = fma(p * z, x, x);
+  const VF far = 1.0f - 2.0f / (exp_(x + x) + 1.0f);
+  return z < 0.390625f ? near_zero : far;
+}
+// Doubles serve gradcheck and references, so the C library's accuracy matters and its speed does not.
+ULMFIT_HD VD exp_(VD x) {
+  for (int l = 0; l < lanes_of<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+ULMFIT_HD VD sigmoid_(VD x) { return 1.0 / (1.0 + exp_(-x)); }
+ULMFIT_HD VD tanh_(VD x) {
+  for (int l = 0; l < lanes_of<double>; ++l) x[l] = std::tanh(x[l]);
+  return x;
+}
+
+template <class T>
+ULMFIT_HD T sum_lanes(Vec<T> v) {
+  T total = 0;
+  for (int l = 0; l < lanes_of<T>; ++l) total += v[l];
+  return total;
+}
+
+ULMFIT_END

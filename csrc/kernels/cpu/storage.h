@@ -1,0 +1,119 @@
+// Storage types: fp32, fp64, bf16 and fp16 rows to and from the type that kernels compute in.
+//
+// Kernels are compiled for a compute type (float or double) and look at the storage type at run time, once per row or
+// vector: a branch that always goes the same way costs nothing, and four storage types do not multiply the templates.
+#pragma once
+#include "simd.h"
+
+ULMFIT_BEGIN
+
+ULMFIT_HD VF from_bf16(VH h) { return (VF)(__builtin_convertvector(h, VU) << 16); }
+// Round to nearest even; NaN stays NaN (a quiet bit is set, so that truncation cannot make an infinity of it).
+ULMFIT_HD VU bf16_bits(VF v) {
+  const VU bits = (VU)v;
+  const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : (bits >> 16) | 0x40u;
+}
+ULMFIT_HD VH to_bf16(VF v) { return __builtin_convertvector(bf16_bits(v), VH); }
+
+#if ULMFIT_LANES == 16
+ULMFIT_HD VF from_f16(VH h) { return (VF)_mm512_cvtph_ps((__m256i)h); }
+ULMFIT_HD VH to_f16(VF v) { return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif ULMFIT_LANES == 8
+ULMFIT_HD VF from_f16(VH h) { return (VF)_mm256_cvtph_ps((__m128i)h); }
+ULMFIT_HD VH to_f16(VF v) { return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+// Without F16C: move the bits and let one multiplication do the subnormals (both ways exact or rounded to even).
+ULMFIT_HD VF from_f16(VH h) {
+  const VU u = __builtin_convertvector(h, VU);
+  const VU sign = (u & 0x8000u) << 16, magnitude = (u & 0x7FFFu) << 13;
+  const VU scaled = (VU)((VF)magnitude * (VF)(VU{} + 0x77800000u));  // * 2^112
+  return (VF)(sign | ((u & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : scaled));
+}
+ULMFIT_HD VH to_f16(VF v) {
+  const VU sign = (VU)v & 0x80000000u, magnitude = (VU)v & 0x7FFFFFFFu;
+  const VU normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const VU subnormal = (VU)((VF)magnitude + 0.5f) - 0x3F000000u;  // 0.5's ulp is fp16's smallest step
+  VU bits = magnitude < 0x38800000u ? subnormal : normal;
+  bits = magnitude >= 0x477FF000u ? VU{} + 0x7C00u : bits;
+  bits = magnitude > 0x7F800000u ? VU{} + 0x7E00u : bits;
+  return __builtin_convertvector(bits | (sign >> 16), VH);
+}
+#endif
+
+// One vector of compute type T at element `at` of storage p; `n` lanes are there.
+template <class T>
+ULMFIT_HD Vec<T> load_as(DType dtype, const void* p, int64_t at, int n) {
+  if constexpr (std::is_same_v<T, double>) {
+    return load_n(static_cast<const double*>(p) + at, n);
+  } else {
+    if (dtype == DType::f32) return load_n(static_cast<const float*>(p) + at, n);
+    VH h = {};
+    __builtin_memcpy(&h, static_cast<const uint16_t*>(p) + at, (n < kLanes ? n : kLanes) * 2);
+    return dtype == DType::bf16 ? from_bf16(h) : from_f16(h);
+  }
+}
+template <class T>
+ULMFIT_HD void store_as(DType dtype, void* p, int64_t at, Vec<T> v, int n) {
+  if constexpr (std::is_same_v<T, double>) {
+    store_n(static_cast<double*>(p) + at, v, n);
+  } else {
+    if (dtype == DType::f32) return store_n(static_cast<float*>(p) + at, v, n);
+    const VH h = dtype == DType::bf16 ? to_bf16(v) : to_f16(v);
+    __builtin_memcpy(static_cast<uint16_t*>(p) + at, &h, (n < kLanes ? n : kLanes) * 2);
+  }
+}
+// What a value becomes when it is stored and read again.
+template <class T>
+ULMFIT_HD Vec<T> round_as(DType dtype, Vec<T> v) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == DType::bf16) return from_bf16(to_bf16(v));
+    if (dtype == DType::f16) return from_f16(to_f16(v));
+  }
+  return v;
+}
+
+// Whole rows: n elements from `at` on. f(vector, offset, lanes) style loops stay in the callers' hands.
+template <class T>
+inline void load_row(DType dtype, const void* p, int64_t at, int64_t n, T* out) {
+  constexpr int L = lanes_of<T>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) store(out + j, load_as<T>(dtype, p, at + j, L));
+  if (j < n) store_n(out + j, load_as<T>(dtype, p, at + j, static_cast<int>(n - j)), static_cast<int>(n - j));
+}
+template <class T>
+inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) {
+  constexpr int L = lanes_of<T>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) store_as<T>(dtype, p, at + j, load(in + j), L);
+  if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
+}
+
+// Uninitialised scratch memory, 64-byte aligned. Large blocks ask for huge pages: a first touch of 4 KB pages costs
+// more than the arithmetic done on them.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(allocate(n * static_cast<int64_t>(sizeof(T))))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+  T* get() const { return data_; }
+
+ private:
+  static void* allocate(int64_t bytes) {
+    constexpr int64_t huge = 2 << 20;
+    const int64_t unit = bytes >= 4 * huge ? huge : 64;
+    const int64_t size = (bytes + unit) / unit * unit;
+    void* p = std::aligned_alloc(unit, size);
+    if (p == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == huge) madvise(p, size, MADV_HUGEPAGE);
+#endif
+    return p;
+  }
+  T* data_;
+};
+
+ULMFIT_END

@@ -1,0 +1,22 @@
+// The namespace that everything below csrc/kernels lives in, one inline copy for each instruction set.
+//
+// An ISA file (cpu/isa_*.cpp) defines ULMFIT_ISA before it includes the sources. Because the name differs, the linker
+// cannot merge an AVX-512 copy of an inline function with a baseline one, which would crash an older CPU.
+#pragma once
+
+#ifndef ULMFIT_ISA
+#define ULMFIT_ISA plain  // CUDA, the C++ tests, torch glue: no SIMD
+#endif
+
+#define ULMFIT_BEGIN     \
+  namespace ulmfit_fast { \
+  inline namespace ULMFIT_ISA {
+#define ULMFIT_END \
+  }                \
+  }
+
+#ifdef __CUDACC__
+#define ULMFIT_HD __host__ __device__ __forceinline__
+#else
+#define ULMFIT_HD inline __attribute__((always_inline))
+#endif
