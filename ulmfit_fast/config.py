@@ -1,0 +1,214 @@
+"""Every hyper-parameter of the three stages: one frozen dataclass per stage, JSON in and out, typos refused.
+
+Defaults are the recipe of Howard and Ruder 2018 (arXiv 1801.06146) with its sizes, 400 / 1152 / 3; `preset` gives
+the smaller ones. Nothing here imports torch.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+
+
+
+def _f(default, help, *, low=None, high=None, choices=None, probability=False):
+    """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in [0, 1)."""
+    meta = dict(help=help, low=low, high=high, choices=choices, probability=probability)
+    return field(default=default, metadata=meta)
+
+
+def unknown_key_message(kind, key, valid):
+    """'unknown option lrr; did you mean lr?' with all valid names after it."""
+    near = difflib.get_close_matches(str(key), list(valid), n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
+
+
+def _check_field(owner, f):
+    value, meta = getattr(owner, f.name), f.metadata
+    where = f"{type(owner).__name__}.{f.name}"
+    if f.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+        object.__setattr__(owner, f.name, value)
+    if type(value) is not f.type:
+        raise TypeError(f"{where} must be {f.type.__name__}, got {value!r} ({type(value).__name__})")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, meta['choices']))}, got {value!r}")
+    if f.type is float and not math.isfinite(value):
+        raise ValueError(f"{where} must be finite, got {value!r}")
+    if meta["probability"] and not 0 <= value < 1:
+        raise ValueError(f"{where} is a dropout probability and must be in [0, 1), got {value!r}")
+    if meta["low"] is not None and value < meta["low"]:
+        raise ValueError(f"{where} must be at least {meta['low']}, got {value!r}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ValueError(f"{where} must be at most {meta['high']}, got {value!r}")
+
+
+class _Checked:
+    """Checks on construction, and the way to and from plain dicts."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            _check_field(self, f)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    def to_json(self):
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values):
+        """Raises ValueError for an unknown key, naming the nearest valid one."""
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in valid:
+                raise ValueError(unknown_key_message(f"{cls.__name__} option", key, valid))
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text):
+        return cls.from_dict(json.loads(text))
+
+    def replace(self, **changes):
+        """A copy with `changes`; an unknown name is an error."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """What fixes the shape of the encoder, and with it which checkpoints fit."""
+
+    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
+    n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
+    n_layers: int = _f(3, "LSTM layers", low=1)
+
+
+@dataclass(frozen=True)
+class _Stage(_Checked):
+    """What all stages share."""
+
+    epochs: int = _f(12, "epochs, unfreezing epochs included", low=1)
+    batch_size: int = _f(64, "columns of the token stream, or documents a batch", low=1)
+    lr: float = _f(4e-3, "peak learning rate of the last layer group", low=0)
+    schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))
+    cut_frac: float = _f(0.1, "share of the steps in which the rate rises", low=0, high=1)
+    ratio: float = _f(32.0, "peak rate over the lowest (stlr)", low=1)
+    beta1: float = _f(0.8, "Adam's beta 1", probability=True)
+    beta2: float = _f(0.99, "Adam's beta 2", probability=True)
+    eps: float = _f(1e-5, "Adam's epsilon", low=0)
+    weight_decay: float = _f(0.01, "decoupled weight decay", low=0)
+    clip: float = _f(0.4, "largest norm of the gradient; 0 does not clip", low=0)
+    output_p: float = _f(0.4, "dropout on the encoder's output", probability=True)
+    hidden_p: float = _f(0.3, "variational dropout between the layers", probability=True)
+    input_p: float = _f(0.4, "variational dropout on the embedded input", probability=True)
+    embed_p: float = _f(0.05, "dropout of whole embedding rows", probability=True)
+    weight_p: float = _f(0.5, "DropConnect on the hidden-to-hidden weights", probability=True)
+    drop_mult: float = _f(1.0, "multiplies the five dropouts above", low=0)
+    precision: str = _f("fp32", "bf16: autocast over fp32 master weights", choices=("fp32", "bf16"))
+    seed: int = _f(0, "seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
+    log_every: int = _f(10, "steps between two lines of metrics.jsonl", low=1)
+    save_every: int = _f(500, "steps between two saves of the training state; 0: at epoch ends alone", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, p in self.dropouts().items():
+            if p >= 1:
+                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)} times drop_mult="
+                                 f"{self.drop_mult} is {p:g}; a dropout probability must stay below 1")
+
+    def dropouts(self):
+        """The five probabilities with drop_mult applied."""
+        names = ("output_p", "hidden_p", "input_p", "embed_p", "weight_p")
+        return {name: getattr(self, name) * self.drop_mult for name in names}
+
+
+@dataclass(frozen=True)
+class PretrainConfig(_Stage):
+    """Stage 1: language model on general text."""
+
+    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
+    n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
+    n_layers: int = _f(3, "LSTM layers", low=1)
+    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
+    alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
+    beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
+    max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
+    min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
+
+    def model_config(self):
+        return ModelConfig(self.emb_sz, self.n_hid, self.n_layers)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(_Stage):
+    """Stage 2: the language model on the target's text. `epochs` counts those after the head's own."""
+
+    head_epochs: int = _f(1, "epochs of embedding and decoder alone before all layers train", low=0)
+    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
+    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
+    alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
+    beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
+    max_vocab: int = _f(60000, "most words taken from the target's text, markers included", low=10)
+    min_freq: int = _f(3, "a word new to the base model and seen less often becomes xxunk", low=1)
+    keep_base_vocab: bool = _f(True, "keep words of the base model that the target's text lacks")
+    shuffle_texts: bool = _f(True, "a new order of the texts in each epoch")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(_Stage):
+    """Stage 3: the classifier."""
+
+    gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
+    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
+    bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C)", low=1)
+    max_len: int = _f(1440, "trailing tokens of a document through which gradients flow", low=1)
+    head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
+    head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
+    label_smoothing: float = _f(0.0, "share of the target spread over all classes", probability=True)
+    max_vocab: int = _f(60000, "largest vocabulary (from scratch alone)", low=10)
+    min_freq: int = _f(2, "a word seen less often becomes xxunk (from scratch alone)", low=1)
+
+
+STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifierConfig}
+
+# Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The small
+# presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher rates.
+_PRETRAIN_DROPS = dict(output_p=0.1, hidden_p=0.15, input_p=0.25, embed_p=0.02, weight_p=0.2)
+_SMALL = dict(emb_sz=200, n_hid=576, n_layers=3, max_vocab=16000)
+_TINY = dict(emb_sz=64, n_hid=128, n_layers=3, max_vocab=6000)
+PRESETS = {
+    "ulmfit": {
+        "pretrain": dict(_PRETRAIN_DROPS, epochs=12),
+        "finetune": dict(epochs=15, beta1=0.7),
+        "classify": dict(epochs=15, batch_size=64, lr=1e-2, beta1=0.7, clip=0.0),
+    },
+    "small": {
+        "pretrain": dict(_PRETRAIN_DROPS, **_SMALL, epochs=8, batch_size=32, lr=5e-3),
+        "finetune": dict(epochs=8, batch_size=32, drop_mult=0.5, min_freq=2),
+        "classify": dict(epochs=12, batch_size=32, lr=1e-2, drop_mult=0.5, clip=0.0),
+    },
+    "tiny": {
+        "pretrain": dict(_PRETRAIN_DROPS, **_TINY, epochs=2, batch_size=16, bptt=48, lr=1e-2, min_freq=2),
+        "finetune": dict(epochs=3, batch_size=16, bptt=48, lr=8e-3, drop_mult=0.2, min_freq=2),
+        "classify": dict(epochs=6, batch_size=16, lr=1e-2, drop_mult=0.3, clip=0.0),
+    },
+}
+
+
+def make_config(stage, preset="ulmfit", config=None, overrides=None):
+    """The configuration of `stage` ("pretrain", "finetune", "classify").
+
+    Starts from `config` (a dataclass of that stage, or a dict over the preset), else from `preset`; `overrides` win.
+    """
+    cls = STAGES[stage]
+    if preset not in PRESETS:
+        raise ValueError(unknown_key_message("preset", preset, PRESETS))
+    if isinstance(config, cls):
+        base = config
+    elif config is None or isinstance(config, dict):
+        base = cls.from_dict({**PRESETS[preset][stage], **(config or {})})
+    else:
+        raise TypeError(f"config must be a {cls.__name__} or a dict, got {type(config).__name__}")
+    return base.replace(**(overrides or {}))

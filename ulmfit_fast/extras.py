@@ -1,0 +1,27 @@
+"""The optional packages of the training part, imported when a stage needs them and not before."""
+
+import importlib
+import importlib.util
+
+TRAIN = ("tokenizers", "safetensors", "tqdm", "matplotlib")
+
+
+def _missing(names):
+    return ImportError(f"{', '.join(names)} not installed: training needs it. Type: pip install 'ulmfit_fast[train]'")
+
+
+def need(name):
+    """Imports and returns the module `name` ("matplotlib.figure"), or raises ImportError saying what to install."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise
+        raise _missing([error.name]) from None
+
+
+def check_train_extras():
+    """Raises ImportError now, not an hour into a run, when a package of the extra [train] is missing."""
+    missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _missing(missing)

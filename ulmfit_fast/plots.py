@@ -1,0 +1,55 @@
+"""curves.png: loss, perplexity or accuracy, and the learning rate over the steps of a run."""
+
+import io
+
+from .extras import need
+
+BLUE, ORANGE, GREY = "#2f6db3", "#d9722c", "#8a8a8a"
+TITLES = {"pretrain": "Stage 1: language model", "finetune": "Stage 2: fine-tuned language model",
+          "classify": "Stage 3: classifier"}
+
+
+def curves(history, stage):
+    """The picture as PNG bytes. history: the dicts of metrics.jsonl."""
+    figure = need("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")  # no pyplot: no global state
+    measure = "accuracy" if stage == "classify" else "perplexity"
+    axes = figure.subplots(1, 3)
+    train = [line for line in history if line["kind"] == "train"]
+    valid = [line for line in history if line["kind"] == "valid"]
+    for axis, key in zip(axes, ("loss", measure, "lr"), strict=True):
+        smooth = len(train) > 40 and key != "lr"
+        _line(axis, train, key, BLUE, "training", alpha=0.3 if smooth else 1.0)
+        if smooth:
+            _line(axis, _smoothed(train, key), key, BLUE, "training, averaged")
+        if key != "lr" and valid:
+            _line(axis, valid, key, ORANGE, "validation", marker="o", markersize=4)
+        axis.set_title({"lr": "learning rate (last layer group)"}.get(key, key), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if measure == "perplexity":
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_formatter("{x:g}")
+        axes[1].yaxis.set_minor_formatter("{x:g}")
+        axes[1].tick_params(axis="y", which="minor", labelsize=7)
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    if train:
+        axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(TITLES[stage], fontsize=12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _line(axis, lines, key, colour, label, **style):
+    axis.plot([x["step"] for x in lines], [x[key] for x in lines], color=colour, label=label, **style)
+
+
+def _smoothed(lines, key):
+    """An exponential average over about a twentieth of the points."""
+    keep = max(0.5, 1 - 20 / len(lines))
+    average, out = lines[0][key], []
+    for line in lines:
+        average = keep * average + (1 - keep) * line[key]
+        out.append({"step": line["step"], key: average})
+    return out

@@ -1,0 +1,59 @@
+"""The progress bar of a run: loss, perplexity or accuracy, tokens a second, time left."""
+
+import sys
+
+from .extras import need
+
+
+class Progress:
+    """A tqdm bar on standard error, one line per epoch, or nothing.
+
+    show: None draws a bar when standard error is a terminal; True always does; "lines" prints one line at the end of
+    each epoch; False is silent.
+    """
+
+    def __init__(self, total, done, title, show=None):
+        if show not in (None, True, False, "lines"):
+            raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
+        bar = sys.stderr.isatty() if show is None else show is True
+        self._bar = None
+        if bar:
+            self._bar = need("tqdm").tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True,
+                                          mininterval=0.2)
+        self._lines, self._title = show == "lines", title
+
+    def step(self, epoch, shown=None):
+        """One step done. shown: the newest metrics line, when there is one."""
+        if self._bar is None:
+            return
+        if shown:
+            self._bar.set_postfix_str(f"epoch {epoch}, {describe(shown)}", refresh=False)
+        self._bar.update()
+
+    def epoch(self, epoch, epochs, train, valid):
+        """The end of an epoch. train, valid: metrics lines or None."""
+        if self._bar is None and not self._lines:
+            return
+        text = f"{self._title} epoch {epoch}/{epochs}: {describe(train)}"
+        if valid:
+            text += f"; validation {describe(valid)}"
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe(line):
+    """ "loss 4.321, perplexity 75.3, 5,120 tokens/s" of a metrics line."""
+    parts = [f"loss {line['loss']:.3f}"] if "loss" in line else []
+    if "perplexity" in line:
+        parts.append(f"perplexity {line['perplexity']:.1f}")
+    if "accuracy" in line:
+        parts.append(f"accuracy {line['accuracy']:.1%}")
+    if "tokens_per_s" in line:
+        parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
+    return ", ".join(parts)

@@ -1,0 +1,186 @@
+"""Tokens: ULMFiT's markers by a few rules, words by the `tokenizers` library, and the vocabulary.
+
+"The BEST film!!!!" becomes  xxbos xxmaj the xxup best film xxrep 4 !
+"""
+
+import re
+
+import numpy as np
+
+from .extras import need
+
+UNK, PAD, BOS, EOS, FLD, REP, WREP, UP, MAJ = SPECIALS = (
+    "xxunk", "xxpad", "xxbos", "xxeos", "xxfld", "xxrep", "xxwrep", "xxup", "xxmaj",
+)  # fastai 2's markers in its order; a vocabulary starts with them
+UNK_ID, PAD_ID, BOS_ID = 0, 1, 2
+
+# English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
+_TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
+
+_CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiText's and Brown's escapes
+    (re.compile(r"<br\s*/?>"), " "),
+    (re.compile(r" @([-.,])@ "), r"\1"),
+    (re.compile(r"``|''"), '"'),
+    (re.compile(r"<unk>"), f" {UNK} "),
+]
+_REPEATED_CHARACTER = re.compile(r"([^\s\d])\1{2,}")
+_REPEATED_WORD = re.compile(r"(?<!\S)(\S+)((?:\s+\1){2,})(?!\S)")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+def _mark_case(match):
+    word = match[0]
+    if not word[0].isupper():
+        return word
+    return f" {UP} {word} " if word.isupper() else f" {MAJ} {word}"
+
+
+def mark(text):
+    """`text` with xxbos before it and repetitions and capitals spelt out as markers, in lower case."""
+    for pattern, instead in _CLEAN:
+        text = pattern.sub(instead, text)
+    text = _REPEATED_CHARACTER.sub(lambda m: f" {REP} {len(m[0])} {m[1]} ", text)
+    text = _REPEATED_WORD.sub(lambda m: f" {WREP} {len(m[0].split())} {m[1]} ", text)
+    return f"{BOS} {_WORD.sub(_mark_case, text).lower()}"
+
+
+def check_texts(texts, argument="texts", allow_empty=False):
+    """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not text."""
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"{argument} must be a list of texts, got one {type(texts).__name__}: {texts[:40]!r}")
+    try:
+        texts = list(texts)
+    except TypeError:
+        raise TypeError(f"{argument} must be a list of texts, got {type(texts).__name__}") from None
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}[{i}] must be str, got {type(text).__name__}: {text!r:.60}")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{argument}[{i}] is not valid Unicode: {error.reason} at character {error.start}; "
+                                 "read the file with its true encoding") from None
+    if not texts and not allow_empty:
+        raise ValueError(f"{argument} is empty: at least one text is needed")
+    return texts
+
+
+class Tokenizer:
+    """Words of a text as indices into `itos`; index 0 is xxunk, 1 xxpad, 2 xxbos.
+
+    Made by `Tokenizer.train(texts)`, `Tokenizer.from_vocab(itos)` or `Tokenizer.load(path)`.
+    """
+
+    def __init__(self, inner):
+        self._inner = inner
+        vocab = inner.get_vocab()
+        self.itos = sorted(vocab, key=vocab.get)
+        self.stoi = vocab
+        if tuple(self.itos[: len(SPECIALS)]) != SPECIALS or sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"not a vocabulary of ulmfit_fast: it must start with {' '.join(SPECIALS)}")
+
+    def __len__(self):
+        return len(self.itos)
+
+    @classmethod
+    def from_vocab(cls, itos):
+        """`itos`: the words in order, the markers (`SPECIALS`) first, no word twice."""
+        tk = need("tokenizers")
+        inner = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(itos)}, unk_token=UNK))
+        inner.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(_TOKEN), behavior="removed", invert=True)
+        return cls(inner)
+
+    @classmethod
+    def train(cls, texts, max_vocab=60000, min_freq=2):
+        """The most frequent words of `texts` seen at least `min_freq` times, `max_vocab` with the markers."""
+        return cls.from_vocab(list(SPECIALS) + frequent_words(texts, max_vocab - len(SPECIALS), min_freq))
+
+    @classmethod
+    def load(cls, path):
+        """Reads tokenizer.json; ValueError when it is none of ours."""
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        try:
+            return cls(need("tokenizers").Tokenizer.from_str(text))
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer of ulmfit_fast: {error}") from None
+
+    def to_json(self):
+        """The text of tokenizer.json, readable by the `tokenizers` library alone (it splits and looks up)."""
+        return self._inner.to_str()
+
+    def encode(self, texts, argument="texts"):
+        """One int32 array of indices per text, each beginning with xxbos."""
+        texts = check_texts(texts, argument, allow_empty=True)
+        marked = [mark(text) for text in texts]
+        encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int32) for e in encodings]
+
+    def tokens(self, text):
+        """The words of one text after all rules, unknown ones as they are."""
+        return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(mark(text))]
+
+    def decode(self, ids):
+        """Readable text of indices: markers undone, punctuation joined to its word."""
+        return join_tokens([self.itos[int(i)] for i in ids])
+
+
+def frequent_words(texts, max_words, min_freq):
+    """Words of `texts` with at least `min_freq` occurrences, most frequent first (ties by spelling), no markers."""
+    tk = need("tokenizers")
+    inner = Tokenizer.from_vocab(SPECIALS)._inner
+    trainer = tk.trainers.WordLevelTrainer(
+        vocab_size=max_words + len(SPECIALS), min_frequency=min_freq, special_tokens=list(SPECIALS), show_progress=False
+    )
+    inner.train_from_iterator((mark(text) for text in texts), trainer)
+    vocab = inner.get_vocab()
+    return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)
+
+
+def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
+    """Vocabulary of stage 2: words of `texts` that are frequent or known to `base`, most frequent first.
+
+    base: the base model's itos. keep_base: all of `base` stays, in its order, and new words follow; otherwise
+    only words of `texts` are in it, behind the markers. At most `max_vocab` words are taken from `texts`.
+    """
+    room = max_vocab - len(SPECIALS)
+    known = set(base)
+    if keep_base:
+        return list(base) + [w for w in frequent_words(texts, room, min_freq) if w not in known]
+    frequent = set(frequent_words(texts, room, min_freq))
+    words = [w for w in frequent_words(texts, 2**31, 1) if w in frequent or w in known]
+    return list(SPECIALS) + words[:room]
+
+
+def transfer_rows(old, new):
+    """For each word of `new` its row in `old`, -1 for a word that `old` lacks (fastai's match_embeds): int64 array."""
+    row = {word: i for i, word in enumerate(old)}
+    return np.array([row.get(word, -1) for word in new], dtype=np.int64)
+
+
+_NO_SPACE_BEFORE = re.compile(r"\s+([.,;:!?%)\]}]|'(?:s|t|re|ve|ll|d|m)\b)")
+_NO_SPACE_AFTER = re.compile(r"([(\[{$#])\s+")
+
+
+def join_tokens(tokens):
+    """Undoes the markers: ["xxmaj", "the", "xxrep", "3", "!"] -> "The!!!"."""
+    words, case, queue = [], None, list(reversed(tokens))
+    while queue:
+        token = queue.pop()
+        if token in (REP, WREP):
+            if len(queue) < 2 or not queue[-1].isdigit():
+                continue
+            times, what = min(int(queue.pop()), 100), queue.pop()
+            words.append(what * times if token == REP else " ".join([what] * times))
+        elif token in (UP, MAJ):
+            case = token
+        elif token == BOS:
+            words.append("\n")
+        elif token not in (PAD, EOS, FLD):
+            words.append(token.upper() if case == UP else token.capitalize() if case == MAJ else token)
+            case = None
+    text = _NO_SPACE_AFTER.sub(r"\1", _NO_SPACE_BEFORE.sub(r"\1", " ".join(words)))
+    return re.sub(r" *\n *", "\n", text).strip()
