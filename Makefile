@@ -1,0 +1,81 @@
+# make demo, make test: everything from nothing, in ./.venv. What each variable does:
+#   TORCH=torch==2.13.0   what pip installs as torch
+#   USE_ACTIVE=1          use the active environment, which has torch, instead of ./.venv
+#   PYTHON=python3        the interpreter that makes ./.venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ifdef USE_ACTIVE
+PY := $(PYTHON)
+STAMPS := build/active
+else
+PY := .venv/bin/python
+STAMPS := .venv
+endif
+
+# what a build reads: when one of these changes, the next target rebuilds what depends on it
+SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
+CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
+
+.PHONY: demo test lint cpp-test asan bench cuda-check wheel clean
+
+demo: $(STAMPS)/built
+	$(PY) -m ulmfit_fast.cli demo
+
+test: $(STAMPS)/built
+	$(PY) -m pytest
+
+bench: $(STAMPS)/built
+	$(PY) -m benchmarks
+
+lint: $(STAMPS)/lint-tools
+	$(PY) -m ruff check .
+	find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
+	  | xargs $(PY) -m clang_format --dry-run -Werror
+
+# the torch-free kernels alone, under ctest; asan: the same with the address and undefined-behaviour sanitizers
+cpp-test: build/cmake-tool
+	$(CMAKE_BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	$(CMAKE_BIN)/cmake --build build/cmake -j "$$(nproc)"
+	cd build/cmake && $(CMAKE_BIN)/ctest --output-on-failure
+
+asan: build/cmake-tool
+	$(CMAKE_BIN)/cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=Debug -DULMFIT_FAST_SANITIZE=ON
+	$(CMAKE_BIN)/cmake --build build/asan -j "$$(nproc)"
+	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure
+
+# builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
+cuda-check: $(STAMPS)/built
+	tools/cuda_check.sh $(PY)
+
+wheel: $(STAMPS)/torch
+	rm -rf build/lib.* build/bdist.*
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist .venv .venv-cuda *.egg-info ulmfit_fast/*.so ulmfit_fast/_build_info.py
+
+ifdef USE_ACTIVE
+$(STAMPS)/torch:
+	@$(PY) -c "import torch" || { echo "USE_ACTIVE=1, but $(PY) has no torch: type pip install torch"; exit 1; }
+	mkdir -p $(STAMPS) && touch $@
+else
+$(STAMPS)/torch:
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade setuptools ninja "$(TORCH)"
+	touch $@
+endif
+
+$(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
+	@mkdir -p build
+	$(PY) -m pip install -v --no-build-isolation -e '.[train,test]' >build/build.log 2>&1 \
+	  || { tail -n 60 build/build.log; exit 1; }
+	@grep 'ulmfit_fast: building' build/build.log
+	@touch $@
+
+$(STAMPS)/lint-tools: $(STAMPS)/torch
+	$(PY) -m pip install --quiet ruff clang-format
+	touch $@
+
+build/cmake-tool:
+	@command -v cmake >/dev/null || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet cmake; }
+	@mkdir -p build && touch $@
