@@ -219,7 +219,9 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
 def _usable(h: Tensor, like: Tensor) -> Tensor:
     """A carried state for this call's device and dtype (autocast changes it), also out of inference mode."""
     h = h.to(device=like.device, dtype=like.dtype)
-    return h.clone() if h.is_inference() and not torch.is_inference_mode_enabled() else h
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return h
+    return h.clone() if h.is_inference() else h
 
 
 def unique_groups(groups: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
