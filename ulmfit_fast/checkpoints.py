@@ -1,6 +1,7 @@
 """Saving and loading without surprises: atomic files, restricted unpickling, messages that name the key."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -137,11 +138,10 @@ def load_foreign(path: PathLike) -> StateDict:
     read, ValueError if it is truncated or holds something else.  Give the result to `load_state`, through
     `encoder_state` where only the encoder is wanted.
     """
+    file = io.BytesIO(Path(path).read_bytes())
     try:
-        with open(path, "rb") as file, torch.serialization.safe_globals(_optimizer_globals()):
+        with torch.serialization.safe_globals(_optimizer_globals()):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # foreign bytes can raise anything in the unpickler
         raise ValueError(
             f"{path} is not a complete torch file that can be read without running code from it "

@@ -1,0 +1,230 @@
+"""Saving and loading: atomic, restricted, and with messages that name the key."""
+
+import errno
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ulmfit_fast as uf
+from ulmfit_fast import checkpoints
+from ulmfit_fast.checkpoints import (
+    atomic_path,
+    atomic_write,
+    encoder_state,
+    load_foreign,
+    load_model,
+    load_state,
+    read_model,
+    save_model,
+)
+
+pytest.importorskip("safetensors")
+
+
+def language_model(n_hid=10, vocab=30):
+    return uf.LanguageModel(uf.AWDLSTM(vocab, 6, n_hid, 2))
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(map(torch.equal, a.values(), b.values()))
+
+
+def disk_full(monkeypatch):
+    """Every write ends half-way with ENOSPC."""
+
+    def write_bytes(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_round_trip_with_metadata(tmp_path):
+    lm, other = language_model(), language_model()
+    metadata = {"stage": "pretrain", "sizes": [6, 10], "nothing": None}
+    save_model(tmp_path / "lm.safetensors", lm, metadata)
+    assert load_model(tmp_path / "lm.safetensors", other) == metadata
+    assert equal(lm, other) and other[1].decoder.weight is other[0].encoder.weight
+    state, _ = read_model(tmp_path / "lm.safetensors")
+    assert set(state) == set(lm.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["lm.safetensors"]
+
+
+def test_tied_weights_are_stored_once_and_plain_safetensors_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    lm, other = language_model(vocab=5000), language_model(vocab=5000)
+    save_model(tmp_path / "lm", lm.state_dict())
+    bytes_each = lm[0].encoder.weight.numel() * 4
+    assert bytes_each < (tmp_path / "lm").stat().st_size < 2 * bytes_each
+    plain = {
+        key: value
+        for key, value in lm.state_dict().items()
+        if not key.startswith(("0.encoder_dp", "1.decoder.w"))
+    }
+    safetensors.save_file(plain, tmp_path / "plain")
+    assert load_model(tmp_path / "plain", other) == {} and equal(lm, other)
+
+
+def test_classifier_with_its_buffers(tmp_path):
+    clf = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
+    clf(torch.randint(0, 30, (4, 5)))
+    other = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
+    save_model(tmp_path / "clf", clf)
+    load_model(tmp_path / "clf", other)
+    assert equal(clf, other) and other[1].layers[0][0].num_batches_tracked == 1
+
+
+def test_misfits_are_listed_and_change_nothing():
+    lm = language_model()
+    before = {key: value.clone() for key, value in lm.state_dict().items()}
+    state = dict(language_model(n_hid=12).state_dict())
+    del state["1.decoder.bias"]
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(ValueError) as error:
+        load_state(lm, state, source="old.pth")
+    message = str(error.value)
+    assert message.startswith("old.pth does not fit this LanguageModel")
+    assert "missing keys: 1.decoder.bias" in message and "unexpected keys: extra" in message
+    assert "0.rnns.0.weight_hh_l0_raw is (48, 12) in the file, (40, 10) in the model" in message
+    assert all(torch.equal(before[key], value) for key, value in lm.state_dict().items())
+
+
+def test_tied_weights_that_differ_in_the_file_are_refused():
+    state = dict(language_model().state_dict())
+    state["1.decoder.weight"] = state["1.decoder.weight"] + 1
+    with pytest.raises(ValueError, match="1.decoder.weight and 0.encoder.weight are one tensor"):
+        load_state(language_model(), state)
+    with pytest.raises(ValueError, match=r"names to tensors only, but holds epoch \(int\)"):
+        load_state(language_model(), {"epoch": 3})
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_and_foreign_files(tmp_path, kept):
+    lm = language_model()
+    save_model(tmp_path / "whole", lm)
+    torch.save(lm.state_dict(), tmp_path / "whole.pth")
+    for name, load in (("whole", lambda path: load_model(path, lm)), ("whole.pth", load_foreign)):
+        (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[:kept])
+        with pytest.raises(ValueError, match="cut"):
+            load(tmp_path / "cut")
+    for text in ("{}", "once upon a time", "x" * 1000, json.dumps({"model": 1})):
+        (tmp_path / "text").write_text(text)
+        for load in (read_model, load_foreign):
+            with pytest.raises(ValueError, match="text"):
+                load(tmp_path / "text")
+    for load in (read_model, load_foreign):
+        with pytest.raises(OSError, match="nowhere"):
+            load(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    lm = language_model()
+    save_model(tmp_path / "lm", lm)
+    atomic_write(tmp_path / "note.txt", "grün")
+    disk_full(monkeypatch)
+    for save in (
+        lambda: save_model(tmp_path / "lm", language_model()),
+        lambda: atomic_write(tmp_path / "note.txt", b""),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            save()
+    monkeypatch.undo()
+    other = language_model()
+    load_model(tmp_path / "lm", other)
+    assert equal(lm, other) and (tmp_path / "note.txt").read_text(encoding="utf-8") == "grün"
+    assert {path.name for path in tmp_path.iterdir()} == {"lm", "note.txt"}
+
+
+def test_atomic_path_keeps_the_old_file_when_the_block_fails(tmp_path):
+    atomic_write(tmp_path / "state", b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "state") as temporary:
+        temporary.write_bytes(b"new")
+        assert (tmp_path / "state").read_bytes() == b"old"
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    with atomic_path(tmp_path / "state") as temporary:
+        torch.save({"step": 3}, temporary)
+    assert torch.load(tmp_path / "state") == {"step": 3}
+    with pytest.raises(OSError):
+        atomic_write(tmp_path / "missing" / "state", b"")
+
+
+def test_fastai2_language_model_and_encoder_files(tmp_path):
+    lm = language_model()
+    torch.save(lm.state_dict(), tmp_path / "lm.pth")
+    torch.save(lm[0].state_dict(), tmp_path / "encoder.pth")
+    other = language_model()
+    load_state(other, load_foreign(tmp_path / "lm.pth"))
+    assert equal(lm, other)
+    for name in ("lm.pth", "encoder.pth"):
+        clf = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
+        load_state(clf[0].module, encoder_state(load_foreign(tmp_path / name)))
+        assert equal(lm[0], clf[0].module)
+        assert list(encoder_state(clf.state_dict())) == list(lm[0].state_dict())
+
+
+def test_learn_save_file_with_its_optimizer(tmp_path, monkeypatch):
+    """`learn.save` keeps the optimizer's hyper-parameters in fastcore's list, some of them numpy scalars."""
+    fastcore = types.ModuleType("fastcore.foundation")
+    exec("class L:\n    def __init__(self, items): self.items = items", fastcore.__dict__)
+    fastcore.L.__module__ = fastcore.__name__
+    monkeypatch.setitem(sys.modules, "fastcore", types.ModuleType("fastcore"))
+    monkeypatch.setitem(sys.modules, "fastcore.foundation", fastcore)
+    lm, other = language_model(), language_model()
+    optimizer = {"state": [{"step": 1}], "hypers": fastcore.L([{"lr": np.float64(0.1), "mom": 0.9}])}
+    torch.save({"model": lm.state_dict(), "opt": optimizer}, tmp_path / "learner.pth", pickle_protocol=2)
+    monkeypatch.undo()
+    load_state(other, load_foreign(tmp_path / "learner.pth"))
+    assert equal(lm, other)
+
+
+def test_fastai_1_and_07_files(tmp_path):
+    lm = language_model()
+    state = lm.state_dict()
+    one = {}
+    for key, value in state.items():
+        one[key] = value
+        if key.endswith("weight_ih_l0"):
+            one[key.replace("weight_ih", "weight_hh")] = torch.zeros(1)
+    old = {
+        key.replace(".weight_hh_l0_raw", ".module.weight_hh_l0_raw"): value for key, value in state.items()
+    }
+    old["0.encoder_with_dropout.embed.weight"] = old.pop("0.encoder_dp.emb.weight")
+    for content in (one, old):
+        torch.save(content, tmp_path / "old.pth")
+        other = language_model()
+        load_state(other, load_foreign(tmp_path / "old.pth"))
+        assert equal(lm, other)
+    torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "lstm.pth")
+    uf.WeightDropLSTM(3, 4).load_state_dict(load_foreign(tmp_path / "lstm.pth"))
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def test_pickled_code_is_not_run(tmp_path, capsys):
+    torch.save({"model": Attack()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="without running code"):
+        load_foreign(tmp_path / "bad.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="state dict, got list"):
+        load_foreign(tmp_path / "list.pth")
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_without_safetensors_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (lambda: checkpoints.save_model(tmp_path / "a", {}), lambda: read_model(tmp_path / "a")):
+        with pytest.raises(ImportError, match=r"pip install 'ulmfit_fast\[train\]'"):
+            call()
