@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import ulmfit_fast as uf
-from ulmfit_fast import checkpoints
 from ulmfit_fast.checkpoints import (
     atomic_path,
     atomic_write,
@@ -222,9 +221,19 @@ def test_pickled_code_is_not_run(tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
+class NotInstalled:
+    """An import hook to which safetensors is unknown."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "safetensors":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def test_without_safetensors_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    for call in (lambda: checkpoints.save_model(tmp_path / "a", {}), lambda: read_model(tmp_path / "a")):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled, *sys.meta_path])
+    for call in (lambda: save_model(tmp_path / "a", {}), lambda: read_model(tmp_path / "a")):
         with pytest.raises(ImportError, match=r"pip install 'ulmfit_fast\[train\]'"):
             call()
