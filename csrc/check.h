@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -102,12 +103,12 @@ inline void check_probability(const char* op, const char* name, double p) {
   ULMFIT_CHECK(p >= 0 && p < 1, op, name, " must be in [0, 1), got ", p);
 }
 
-// low <= value < high, or value == also, for the n values of an int64 array.
+// low <= value < high, or value == also, for each of n values.
 inline void check_range(const char* op, const char* name, const int64_t* values, int64_t n, int64_t low,
-                        int64_t high, int64_t also) {
+                        int64_t high, std::optional<int64_t> also = std::nullopt) {
   for (int64_t i = 0; i < n; ++i) {
-    ULMFIT_CHECK((values[i] >= low && values[i] < high) || values[i] == also, op, name, " must be in ", low,
-                 "..", high - 1, also < low ? " or " + std::to_string(also) : "", ", got ", values[i],
+    ULMFIT_CHECK((values[i] >= low && values[i] < high) || also == values[i], op, name, " must be in ", low,
+                 "..", high - 1, also.has_value() ? " or " + std::to_string(*also) : "", ", got ", values[i],
                  " at position ", i);
   }
 }

@@ -11,8 +11,7 @@ EmbeddingDropout arguments(const char* op, const Tensor& ids, const Tensor& seed
   check_probability(op, "p", p);
   check_cpu(op, "ids", ids);
   check_dtype(op, "ids", ids, ScalarType::Long);
-  check_range(op, "ids", ids_of(ids), ids.numel(), 0, words, 0);
-  ULMFIT_CHECK(words > 0 || ids.numel() == 0, op, "ids must be empty where the vocabulary is");
+  check_range(op, "ids", ids_of(ids), ids.numel(), 0, words);
   ULMFIT_CHECK(padding_idx >= -1 && padding_idx < words, op, "padding_idx must be -1 (none) or in 0..",
                words - 1, ", got ", padding_idx);
   return {ids.numel(), words, width, ids_of(ids), padding_idx, seed_of(op, seed), p, dtype};

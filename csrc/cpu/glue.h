@@ -45,7 +45,7 @@ inline const int64_t* lengths_of(const char* op, const Tensor& lengths, int64_t 
   check_cpu(op, "lengths", lengths);
   check_dtype(op, "lengths", lengths, ScalarType::Long);
   check_shape(op, "lengths", lengths, {batch});
-  check_range(op, "lengths", ids_of(lengths), batch, 0, time + 1, 0);
+  check_range(op, "lengths", ids_of(lengths), batch, 0, time + 1);
   return ids_of(lengths);
 }
 

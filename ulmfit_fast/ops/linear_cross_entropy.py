@@ -60,8 +60,8 @@ def linear_cross_entropy(
     h = h.to(autocast_dtype(h))
     weight_dtypes = (h.dtype, torch.float32) if h.dtype.itemsize == 2 else (h.dtype,)
     check_tensor(op, "weight", weight, weight_dtypes, h.device)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"{op}: weight must have shape (V, E) with V > 0, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{op}: weight must have shape (V, E) with V, E > 0, got {tuple(weight.shape)}")
     check_shape(op, "weight", weight, "(V, E)", (weight.shape[0], h.shape[-1]))
     words, features = weight.shape
     if bias is not None:
@@ -88,7 +88,7 @@ def linear_cross_entropy(
     # say.
     code = _NONE if reduction == "none" else _SUM
     loss = torch.ops.ulmfit_fast.linear_cross_entropy(
-        h.reshape(-1, features) if features else h.new_zeros((target.numel(), 0)),
+        h.reshape(-1, features),
         weight,
         bias,
         target.reshape(-1),

@@ -67,9 +67,9 @@ def lstm(
     check_input(op, "x", x)
     check_flag(op, batch_first=batch_first, reverse=reverse)
     weight_p = check_probability(op, "weight_p", weight_p)
-    if x.dim() != 3:
+    if x.dim() != 3 or x.shape[2] == 0:
         layout = "(B, T, I)" if batch_first else "(T, B, I)"
-        raise ValueError(f"{op}: x must have shape {layout}, got {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have shape {layout} with I > 0, got {tuple(x.shape)}")
     batch, time = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
 
     dtype = autocast_dtype(x)

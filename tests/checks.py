@@ -1,0 +1,225 @@
+"""How an op is compared with its fp64 reference, and the cases that more than one test file uses.
+
+A case is (inputs, op, reference): float tensors; the op as a function of them; and the reference as a function
+of the same numbers in fp64.  Tolerances are `factor` machine epsilons of the dtype, relative to the largest value
+expected, and `factor` is a small number that a test states with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ulmfit_fast import ops, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Case = tuple[list[Tensor], Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def mask64(seed: int, shape: tuple[int, ...], p: float) -> Tensor:
+    return reference.dropout_mask(seed, shape, p, dtype=torch.float64)
+
+
+def with_gradients(
+    function: Callable, inputs: list[Tensor], like: list[Tensor] | None = None
+) -> list[Tensor]:
+    """Outputs, then the gradient of each input for fixed random upstream gradients.
+
+    The upstream gradients are rounded to the dtypes of `like` (default: the outputs), so that an op and its
+    fp64 reference are given the same numbers.
+    """
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    outputs = function(*leaves)
+    upstream = [
+        randn(*y.shape, dtype=(y if like is None else like[i]).dtype, seed=17 + i).to(y.dtype)
+        for i, y in enumerate(outputs)
+    ]
+    # a reference of no steps returns constants, whose gradient is zero
+    pairs = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad]
+    if not pairs:
+        return [t.detach() for t in (*outputs, *map(torch.zeros_like, leaves))]
+    grads = torch.autograd.grad(
+        [y for y, _ in pairs], leaves, [dy for _, dy in pairs], materialize_grads=True
+    )
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+def assert_near(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float, what: str = "", floor: float = 0.0
+) -> None:
+    """|actual - expected| <= factor * epsilon(dtype) * max(floor, max |expected|).
+
+    `floor` is for results of few elements, of which each may be a small difference of terms that large.
+    """
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    if expected.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    scale = max(floor, expected.double().abs().max().item())
+    bound = factor * torch.finfo(dtype).eps * scale
+    assert error <= bound, (
+        f"{what}: error {error:.3g} = {error / max(bound, 1e-300) * factor:.3g} epsilons of {scale:.3g}"
+    )
+
+
+def check_case(
+    case: Case, dtype: torch.dtype, factor: float, results: list[Tensor] | None = None, floor: float = 0.0
+) -> None:
+    """The op's outputs and gradients (or `results`, computed elsewhere) against the reference in fp64."""
+    inputs, op, ref = case
+    if results is None:
+        results = with_gradients(op, inputs)
+    expected = with_gradients(ref, [t.double() for t in inputs], like=results)
+    assert len(results) == len(expected)
+    outputs = len(results) - len(inputs)
+    for i, (a, e) in enumerate(zip(results, expected, strict=True)):
+        if i >= outputs:
+            assert a.dtype == inputs[i - outputs].dtype, "a gradient has its input's dtype"
+        assert_near(
+            a, e, dtype, factor, f"output {i}" if i < outputs else f"gradient of input {i - outputs}", floor
+        )
+
+
+def assert_same_for_all_thread_counts(function: Callable[[], list[Tensor]]) -> None:
+    """The same bits with 1, 2 and 3 threads."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(function())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def variational_dropout_case(
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (3, 5, 77),
+    p: float = 0.4,
+    seed: int = 5,
+    batch_first: bool = True,
+) -> Case:
+    batch = shape[0 if batch_first else 1]
+    features = int(torch.tensor(shape[2:]).prod())
+    mask = mask64(seed, (batch, features), p)
+    return (
+        [randn(*shape, dtype=dtype)],
+        lambda x: (ops.variational_dropout(x, p, seed=seed, batch_first=batch_first),),
+        lambda x: (reference.variational_dropout(x, mask, batch_first=batch_first),),
+    )
+
+
+def embedding_dropout_case(
+    dtype: torch.dtype,
+    words: int = 50,
+    width: int = 37,
+    ids_shape: tuple[int, ...] = (4, 60),
+    p: float = 0.3,
+    seed: int = 3,
+    padding_idx: int | None = 1,
+) -> Case:
+    ids = torch.randint(words, ids_shape, generator=torch.Generator().manual_seed(seed))
+    mask = mask64(seed, (words,), p)
+    return (
+        [randn(words, width, dtype=dtype)],
+        lambda w: (ops.embedding_dropout(w, ids, p, seed=seed, padding_idx=padding_idx),),
+        lambda w: (reference.embedding_dropout(w, ids, mask, padding_idx=padding_idx),),
+    )
+
+
+def concat_pool_case(
+    dtype: torch.dtype,
+    batch: int = 4,
+    time: int = 9,
+    hidden: int = 300,
+    lengths: tuple[int, ...] = (9, 0, 1, 5),
+) -> Case:
+    n = torch.tensor(lengths, dtype=torch.int64)
+    return (
+        [randn(batch, time, hidden, dtype=dtype)],
+        lambda out: (ops.concat_pool(out, n),),
+        lambda out: (reference.concat_pool(out, n),),
+    )
+
+
+def lstm_case(
+    dtype: torch.dtype,
+    time: int = 5,
+    batch: int = 3,
+    inputs: int = 7,
+    hidden: int = 33,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    weight_p: float = 0.5,
+    seed: int = 11,
+    batch_first: bool = False,
+    lengths: tuple[int, ...] | None = None,
+    reverse: bool = False,
+) -> Case:
+    weight_dtype = weight_dtype or dtype
+    shape = (batch, time, inputs) if batch_first else (time, batch, inputs)
+    tensors = [
+        randn(*shape, dtype=dtype),
+        randn(batch, hidden, dtype=dtype),
+        randn(batch, hidden, dtype=dtype, seed=1),
+    ]
+    for i, weight_shape in enumerate(
+        [(4 * hidden, inputs), (4 * hidden, hidden)] + [(4 * hidden,)] * 2 * bias
+    ):
+        tensors.append(randn(*weight_shape, dtype=weight_dtype, seed=2 + i, scale=hidden**-0.5))
+    n = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
+    mask = mask64(seed, (4 * hidden, hidden), weight_p)
+    options = {"batch_first": batch_first, "lengths": n, "reverse": reverse}
+    return (
+        tensors,
+        lambda *t: ops.lstm(*t, weight_p=weight_p, seed=seed, **options),
+        lambda *t: reference.lstm(*t, mask=mask, **options),
+    )
+
+
+def linear_cross_entropy_case(
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (4, 9),
+    features: int = 21,
+    words: int = 50,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    label_smoothing: float = 0.1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Case:
+    weight_dtype = weight_dtype or dtype
+    target = torch.randint(words, shape, generator=torch.Generator().manual_seed(9))
+    target.view(-1)[::5] = ignore_index
+    tensors = [
+        randn(*shape, features, dtype=dtype),
+        randn(words, features, dtype=weight_dtype, scale=features**-0.5),
+    ]
+    tensors += [randn(words, dtype=weight_dtype)] * bias
+    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+
+    def loss(function: Callable) -> Callable:
+        return lambda h, w, b=None: (function(h, w, b, target, **options),)
+
+    return tensors, loss(ops.linear_cross_entropy), loss(reference.linear_cross_entropy)
+
+
+# What isa_probe.py runs under every instruction set: edges of 4, 8 and 16 lanes, and of AMX's 16 x 32 tiles.
+ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
+    "variational_dropout": lambda dtype: variational_dropout_case(dtype, (2, 3, 149)),
+    "embedding_dropout": embedding_dropout_case,
+    "concat_pool": concat_pool_case,
+    "lstm": lambda dtype: lstm_case(dtype, 4, 19, 21, 45, lengths=tuple(i % 5 for i in range(19))),
+    "lstm_wide": lambda dtype: lstm_case(dtype, 2, 33, 70, 130, batch_first=True, reverse=True, bias=False),
+    "linear_cross_entropy": lambda dtype: linear_cross_entropy_case(dtype, (67,), 45, 301),
+}

@@ -1,0 +1,222 @@
+"""linear_cross_entropy against its fp64 reference: every dtype, reduction, ISA, thread count; memory; empty means."""
+
+import pytest
+import torch
+from checks import (
+    DTYPES,
+    ISA_CASES,
+    assert_near,
+    assert_same_for_all_thread_counts,
+    check_case,
+    linear_cross_entropy_case,
+    randn,
+    with_gradients,
+)
+from torch.nn import functional as F
+
+import ulmfit_fast as uf
+
+# 16-bit: weights, probabilities and gradients are rounded once or twice each. fp32, fp64: long sums.
+FACTOR = 8
+
+
+def factor(dtype):
+    return {torch.float64: 32, torch.float32: 32}.get(dtype, FACTOR)
+
+
+def check(case, dtype):
+    """The loss is fp32 even for 16-bit types; it is held to the dtype's own epsilon, as the logits are."""
+    check_case(case, dtype, factor(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_against_reference(dtype, reduction, bias):
+    check(linear_cross_entropy_case(dtype, reduction=reduction, bias=bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, features, words", [((1,), 1, 1), ((130,), 40, 1000), ((2, 3, 5), 17, 129), ((700,), 8, 70)]
+)
+def test_sizes(dtype, shape, features, words):
+    check(linear_cross_entropy_case(dtype, shape, features, words), dtype)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.0}, {"label_smoothing": 1.0}, {"ignore_index": 3}])
+def test_options(options):
+    for dtype in DTYPES:
+        check(linear_cross_entropy_case(dtype, **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_master_weights(dtype, reduction):
+    check(linear_cross_entropy_case(dtype, weight_dtype=torch.float32, reduction=reduction), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_isa(isa_results, dtype):
+    case = ISA_CASES["linear_cross_entropy"](dtype)
+    check_case(case, dtype, factor(dtype), isa_results[f"linear_cross_entropy-{dtype}"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(reduction):
+    inputs, op, _ = linear_cross_entropy_case(torch.float64, (5,), 3, 7, reduction=reduction)
+    assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_thread_count(dtype):
+    inputs, op, _ = linear_cross_entropy_case(dtype, (300,), 50, 700)
+    assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs))
+
+
+def test_any_shape():
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+
+    @hypothesis.given(
+        some.lists(some.integers(0, 5), max_size=3),
+        some.integers(1, 20),
+        some.integers(1, 70),
+        some.sampled_from(["mean", "sum", "none"]),
+        some.sampled_from(DTYPES),
+    )
+    def any_shape(shape, features, words, reduction, dtype):
+        check(linear_cross_entropy_case(dtype, tuple(shape), features, words, reduction=reduction), dtype)
+
+    any_shape()
+
+
+def test_equals_torch_cross_entropy():
+    h, weight, bias = (randn(*s, dtype=torch.float32) for s in ((6, 8), (11, 8), (11,)))
+    target = torch.tensor([0, 10, -100, 3, 3, -100])
+    ours = uf.linear_cross_entropy(h, weight, bias, target, label_smoothing=0.1)
+    assert_near(
+        ours, F.cross_entropy(F.linear(h, weight, bias), target, label_smoothing=0.1), torch.float32, 8
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits_stay_finite(dtype):
+    h, weight = torch.full((4, 8), 60.0, dtype=dtype), torch.full((5, 8), 60.0, dtype=dtype)
+    weight[2:] = -60.0
+    inputs = [h, weight]
+    results = with_gradients(
+        lambda h, w: (uf.linear_cross_entropy(h, w, None, torch.tensor([0, 1, 2, 4])),), inputs
+    )
+    assert all(t.isfinite().all() for t in results)
+    assert results[0].item() == pytest.approx(
+        (2 * 0.6931471805599453 + 2 * (57600 + 0.6931471805599453)) / 4, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("shape, target", [((0, 3), []), ((2, 3), [-100, -100])])
+def test_a_mean_over_nothing_is_zero_with_zero_gradients(shape, target):
+    target = torch.tensor(target, dtype=torch.int64)
+    results = with_gradients(
+        lambda h, w: (uf.linear_cross_entropy(h, w, None, target),), [randn(*shape), randn(5, 3)]
+    )
+    assert all(t.eq(0).all() for t in results) and results[0].dtype == torch.float64
+
+
+def test_float16_gradients_of_a_mean_survive_the_gradient_scaler():
+    """1 / 4096 of a small gradient is below float16's range unless the scale comes first."""
+    inputs, op, ref = linear_cross_entropy_case(torch.float16, (4096,), 4, 9)
+    for t in inputs:
+        t.requires_grad_()
+    scale = 2.0**14
+    grads = torch.autograd.grad(op(*inputs)[0] * scale, inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    for a, b in zip(grads, torch.autograd.grad(ref(*wide)[0] * scale, wide), strict=True):
+        assert_near(a, b, torch.float16, FACTOR)
+
+
+def test_a_retained_graph_gives_the_same_gradient_twice():
+    inputs, op, _ = linear_cross_entropy_case(torch.float32)
+    leaves = [t.requires_grad_() for t in inputs]
+    (loss,) = op(*leaves)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_more_than_a_chunk_of_logits_exists():
+    """4,096 x 20,000 fp32 logits would be 328 MB; the op's peak is measured in a process of its own."""
+    import resource
+    import subprocess
+    import sys
+
+    script = """
+import resource, sys, torch, ulmfit_fast as uf
+h = torch.randn(4096, 16, requires_grad=True)
+weight, target = torch.randn(20000, 16, requires_grad=True), torch.randint(20000, (4096,))
+uf.linear_cross_entropy(h[:8], weight, None, target[:8]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+uf.linear_cross_entropy(h, weight, None, target).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    import os
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert resource is not None and int(done.stdout) * unit < 100e6
+
+
+def test_autocast():
+    inputs, op, ref = linear_cross_entropy_case(torch.float32, (40,), 30, 90)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = with_gradients(op, inputs)
+    assert results[0].dtype == torch.float32
+    check_case((inputs, op, ref), torch.bfloat16, FACTOR, results)
+
+
+def test_strides():
+    inputs, op, _ = linear_cross_entropy_case(torch.float32)
+    spread = [t.repeat_interleave(2, -1)[..., ::2] for t in inputs]
+    spread[1] = inputs[1].t().contiguous().t()
+    for a, b in zip(with_gradients(op, inputs), with_gradients(op, spread), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    op = torch.ops.ulmfit_fast.linear_cross_entropy.default
+    inputs, _, _ = linear_cross_entropy_case(torch.float32, (9,))
+    target = torch.arange(9)
+    for reduction, grad in ((2, True), (0, False)):
+        torch.library.opcheck(op, (*[t.requires_grad_() for t in inputs], target, -100, 0.1, reduction, grad))
+    torch.library.opcheck(op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile(reduction):
+    def function(h, w, b, target):
+        return uf.linear_cross_entropy(h, w, b, target, label_smoothing=0.1, reduction=reduction)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (4, 7):
+        inputs, _, _ = linear_cross_entropy_case(torch.float32, (n,))
+        target = torch.arange(n)
+        ours, theirs = (
+            with_gradients(lambda *t, f=f, target=target: (f(*t, target),), inputs)
+            for f in (compiled, function)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert_near(a, b, torch.float32, 4)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: target must be in 0..49 or -100, got 50"):
+        compiled(*inputs, target + 44)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_is_refused(reduction):
+    inputs, op, _ = linear_cross_entropy_case(torch.float64, reduction=reduction)
+    h = inputs[0].requires_grad_()
+    (dh,) = torch.autograd.grad(op(*inputs)[0].sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: second derivatives are not implemented"):
+        dh.square().sum().backward()
