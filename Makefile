@@ -16,16 +16,13 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test lint cpp-test asan bench cuda-check wheel clean
+.PHONY: demo test lint cpp-test asan cuda-check wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
 
 test: $(STAMPS)/built
 	$(PY) -m pytest
-
-bench: $(STAMPS)/built
-	$(PY) -m benchmarks
 
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .

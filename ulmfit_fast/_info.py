@@ -95,7 +95,9 @@ def _missing(build: dict, capabilities: list[tuple[int, int]]) -> list[str]:
         for capability in capabilities:
             if not runs_on(build["architectures"], capability):
                 name = "{}.{}".format(*capability)
-                sentences.append(f"kernels for compute capability {name}: rebuild with TORCH_CUDA_ARCH_LIST={name}")
+                sentences.append(
+                    f"kernels for compute capability {name}: rebuild with TORCH_CUDA_ARCH_LIST={name}"
+                )
     return sentences
 
 

@@ -1,0 +1,157 @@
+"""The build's choices and sentences, and the library's promises: stable ABI alone, nothing heavy imported."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import ulmfit_fast
+
+ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+@pytest.fixture
+def build_plan(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    for name in ("ULMFIT_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.setenv(name, "")  # so that what a plan sets is undone after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    import build_plan
+
+    return build_plan
+
+
+def torch_like(version="2.11.0", cuda=None, cards=()):
+    namespace = types.SimpleNamespace
+    visible = namespace(device_count=lambda: len(cards), get_device_capability=lambda i: cards[i])
+    return namespace(__version__=version, version=namespace(cuda=cuda), cuda=visible)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A source tree with one file of each kind."""
+    names = (
+        "library.cpp",
+        "kernels_module.cpp",
+        "cpu/a.cpp",
+        "cuda/a.cpp",
+        "kernels/cpu/a.cpp",
+        "kernels/cuda/a.cu",
+    )
+    for name in names:
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+    return str(tmp_path)
+
+
+def with_nvcc(monkeypatch, build_plan, release):
+    monkeypatch.setattr(build_plan, "find_nvcc", lambda: "nvcc")
+    says = f"Cuda compilation tools, release {release}, V{release}.88"
+    monkeypatch.setattr(build_plan, "output", lambda *command, cwd=None: says)
+
+
+def test_every_source_is_compiled_and_cuda_ones_only_for_cuda(build_plan, tree):
+    cpu = ["csrc/cpu/a.cpp", "csrc/kernels/cpu/a.cpp", "csrc/library.cpp"]
+    assert build_plan.find_sources(tree, cuda=False) == cpu
+    assert build_plan.find_sources(tree, cuda=True) == sorted(
+        [*cpu, "csrc/cuda/a.cpp", "csrc/kernels/cuda/a.cu"]
+    )
+
+
+@pytest.mark.parametrize(
+    "torch, wish, nvcc, expected",
+    [
+        (torch_like(cuda="13.0"), "", "13.0", ("13.0", "13.0 for 8.0;9.0+PTX")),
+        (torch_like(cuda="13.0", cards=[(9, 0)]), "1", "13.0", ("13.0", "13.0 for 9.0+PTX")),
+        (torch_like(cuda="13.0"), "", "13.1", ("13.1", "13.1 for 8.0;9.0+PTX, warning: torch has CUDA 13.0")),
+        (torch_like(cuda="13.0"), "0", "13.0", ("", "no (ULMFIT_FAST_CUDA=0)")),
+        (torch_like(cuda=None), "", "13.0", ("", "no (torch 2.11.0 is a CPU build)")),
+        (torch_like(cuda="13.0"), "", None, ("", "no (no nvcc: set CUDA_HOME to the CUDA toolkit)")),
+    ],
+)
+def test_cuda_is_built_where_it_can_be(build_plan, monkeypatch, tree, torch, wish, nvcc, expected):
+    if nvcc:
+        with_nvcc(monkeypatch, build_plan, nvcc)
+    else:
+        monkeypatch.setattr(build_plan, "find_nvcc", lambda: None)
+    monkeypatch.setenv("ULMFIT_FAST_CUDA", wish)
+    assert build_plan.plan_cuda(tree, torch) == expected
+
+
+@pytest.mark.parametrize(
+    "torch, wish, message",
+    [
+        (torch_like(cuda="13.0"), "", "nvcc is CUDA 12.8 but torch 2.11.0 was built with CUDA 13.0: set"),
+        (torch_like(cuda=None), "1", "CUDA code cannot be built: torch 2.11.0 is a CPU build"),
+        (torch_like(cuda="13.0"), "yes", "ULMFIT_FAST_CUDA=yes is neither"),
+    ],
+)
+def test_what_cannot_be_built_stops_with_a_sentence(build_plan, monkeypatch, tree, torch, wish, message):
+    with_nvcc(monkeypatch, build_plan, "12.8")
+    monkeypatch.setenv("ULMFIT_FAST_CUDA", wish)
+    with pytest.raises(SystemExit, match=message):
+        build_plan.plan_cuda(tree, torch)
+
+
+def test_no_cuda_sources_is_said(build_plan, tree):
+    shutil.rmtree(f"{tree}/csrc/kernels/cuda")
+    plan = build_plan.plan_cuda(tree, torch_like(cuda="13.0"))
+    assert plan == ("", "no (this version has no CUDA kernels)")
+
+
+def test_architectures_and_jobs_can_be_set(build_plan, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    monkeypatch.setenv("MAX_JOBS", "5")
+    assert build_plan.architectures(torch_like(cards=[(9, 0)])) == "7.5"
+    assert build_plan.plan_jobs() == "5"
+
+
+def test_jobs_follow_memory(build_plan, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": (3 << 30) // 4096}  # 3 GB: one job of 2 GB
+    monkeypatch.setattr(build_plan.os, "sysconf", pages.__getitem__)
+    assert build_plan.plan_jobs() == "1"
+
+
+def test_without_torch_one_sentence_and_no_traceback():
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build_ext']; "
+    code += "runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("ulmfit_fast: the build needs torch: type `pip install torch`")
+    assert done.stderr.count("\n") == 1
+
+
+def test_import_brings_in_no_extra():
+    code = "import sys, torch; old = set(sys.modules); import ulmfit_fast; print(*set(sys.modules) - old)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "ulmfit_fast.ops" in done.stdout.split()
+    assert not {"tokenizers", "safetensors", "tqdm", "matplotlib", "pytest"} & set(done.stdout.split())
+
+
+def library(*command):
+    path = pathlib.Path(ulmfit_fast.__file__).parent / "_C.abi3.so"
+    if not shutil.which(command[0]):
+        pytest.skip(f"needs {command[0]}")
+    return subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
+
+
+def test_library_takes_nothing_from_torch_but_its_stable_abi():
+    undefined = re.findall(r" U (\S+)", library("nm", "-D", "--undefined-only"))
+    assert undefined
+    # C++ symbols of torch's namespaces change from release to release: at::, c10::, torch::
+    assert not [name for name in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+    # of Python's, what every version since 3.2 has
+    assert [name for name in undefined if name.startswith("Py")] == ["PyModule_Create2"]
+
+
+def test_library_needs_no_more_than_torch_and_the_c_library():
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", library("readelf", "-d"))
+    assert needed
+    allowed = r"lib(torch_cpu|c10|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so|ld-linux"
+    assert not [name for name in needed if not re.match(allowed, name)]

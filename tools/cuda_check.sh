@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The CUDA part compiles, links and imports, and one wheel runs under both torches; no GPU is needed.
+#   tools/cuda_check.sh PYTHON     PYTHON: the CPU torch's, with the package built in place (make cuda-check)
+#   TORCH_CUDA                     what pip installs as CUDA torch; its CUDA major must be nvcc's
+# Makes .venv-cuda (about 5 GB) and removes it; KEEP=1 keeps it.
+set -euo pipefail
+cpu_python=$(command -v "$1")
+cpu_python=$(cd "$(dirname "$cpu_python")" && pwd)/$(basename "$cpu_python")
+torch=${TORCH_CUDA:-torch==2.11.0}
+if [ -z "${CUDA_HOME:-}" ] && [ -x /usr/local/cuda/bin/nvcc ]; then export CUDA_HOME=/usr/local/cuda; fi
+if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then
+  echo "SKIP cuda-check: no nvcc on PATH nor in CUDA_HOME, so there is nothing to compile CUDA code with"
+  exit 0
+fi
+
+work=$(mktemp -d)
+cleanup() {
+  rm -rf "$work"
+  if [ "${KEEP:-0}" != 1 ]; then rm -rf .venv-cuda; fi
+}
+trap cleanup EXIT
+
+python3 -m venv .venv-cuda
+cuda_python=$PWD/.venv-cuda/bin/python
+"$cuda_python" -m pip install --quiet --upgrade setuptools ninja numpy pytest hypothesis "$torch"
+
+# a copy of the sources, so that the package built in place here is left alone
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$work"
+export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
+for python in "$cuda_python" "$cpu_python"; do
+  name=$("$python" -c "import torch; print(torch.__version__)")
+  (cd "$work" && rm -rf build && "$python" -m pip wheel -v --no-build-isolation --no-deps -w "dist/$name" . \
+    >build.log 2>&1) || { tail -n 60 "$work/build.log"; exit 1; }
+  grep 'ulmfit_fast: building' "$work/build.log"
+  mkdir "$work/$name"
+  (cd "$work/$name" && "$python" -m zipfile -e ../dist/"$name"/*.whl . && cp -r ../tests .)
+done
+
+# each wheel under each torch, from a directory without sources. The op tests (gradients, opcheck on CPU and meta,
+# torch.compile) run for every pair but the one that `make test` has run
+tests=$(for op in ulmfit_fast/ops/[a-z]*.py; do echo "tests/test_$(basename "$op")"; done)
+for built in "$work"/2.*; do
+  for python in "$cuda_python" "$cpu_python"; do
+    running=$("$python" -c "import torch; print(torch.__version__)")
+    echo "built with torch $(basename "$built"), runs with $running:"
+    cd "$built"
+    PYTHONPATH=. "$python" -c "import ulmfit_fast; print(ulmfit_fast.info())"
+    if [ "$python" = "$cuda_python" ] || [ "$(basename "$built")" != "$running" ]; then
+      # shellcheck disable=SC2086
+      PYTHONPATH=. "$python" -m pytest -p no:cacheprovider -k "not every_isa" $tests
+    fi
+    cd - >/dev/null
+  done
+done
