@@ -1,8 +1,8 @@
 """How an op is compared with its fp64 reference, and the cases that more than one test file uses.
 
-A case is (inputs, op, reference): float tensors; the op as a function of them; and the reference as a function
-of the same numbers in fp64.  Tolerances are `factor` machine epsilons of the dtype, relative to the largest value
-expected, and `factor` is a small number that a test states with its reason.
+A case is (inputs, op, reference): float tensors; the op as a function of them; and the reference as a
+function of the same numbers in fp64.  Tolerances are `factor` machine epsilons of the dtype, relative to the
+largest value expected, and `factor` is a small number that a test states with its reason.
 """
 
 from __future__ import annotations

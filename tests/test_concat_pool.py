@@ -1,4 +1,4 @@
-"""concat_pool against its fp64 reference: every dtype, ISA, thread count; lengths in any order, ties, padding."""
+"""concat_pool against its fp64 reference: every dtype, ISA, thread count; lengths, ties, padding."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from checks import (
 import ulmfit_fast as uf
 
 # the mean sums up to 9 (the long case: 200) steps in fp32 or fp64; last and maximum are exact
-FACTOR = 4
+FACTOR = 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""embedding_dropout against its fp64 reference: every dtype, ISA, thread count; repeated ids; the padding row."""
+"""embedding_dropout against its fp64 reference: every dtype, ISA, thread count; repeated ids, padding."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import ulmfit_fast as uf
 from ulmfit_fast import reference
 
 # a product and a rounding; the gradient sums some 5 to 16 positions of a word, in fp32 for the 16-bit types
-FACTOR = 4
+FACTOR = 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,8 @@
-"""linear_cross_entropy against its fp64 reference: every dtype, reduction, ISA, thread count; memory; empty means."""
+"""linear_cross_entropy against its fp64 reference: every dtype, reduction, ISA, thread count; memory."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from torch.nn import functional as F
 import ulmfit_fast as uf
 
 # 16-bit: weights, probabilities and gradients are rounded once or twice each. fp32, fp64: long sums.
-FACTOR = 8
+FACTOR = 2
 
 
 def factor(dtype):
@@ -146,10 +150,6 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
 
 def test_no_more_than_a_chunk_of_logits_exists():
     """4,096 x 20,000 fp32 logits would be 328 MB; the op's peak is measured in a process of its own."""
-    import resource
-    import subprocess
-    import sys
-
     script = """
 import resource, sys, torch, ulmfit_fast as uf
 h = torch.randn(4096, 16, requires_grad=True)
@@ -159,14 +159,12 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 uf.linear_cross_entropy(h, weight, None, target).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    import os
-
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     unit = 1 if sys.platform == "darwin" else 1024
-    assert resource is not None and int(done.stdout) * unit < 100e6
+    assert int(done.stdout) * unit < 100e6
 
 
 def test_autocast():
