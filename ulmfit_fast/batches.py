@@ -1,4 +1,6 @@
-"""From arrays of token indices to batches: the language model's contiguous stream and length-sorted documents."""
+"""From arrays of token indices to batches: the language model's contiguous stream and length-sorted
+documents.
+"""
 
 import numpy as np
 import torch
@@ -9,19 +11,24 @@ IGNORE = -100
 
 
 class TokenStream:
-    """All texts as one stream, cut into `batch_size` columns that are read side by side in windows of `bptt` tokens.
+    """All texts as one stream, cut into `batch_size` columns that are read side by side in windows of `bptt`
+    tokens.
 
-    Window k of an epoch continues window k - 1 in every column, so the hidden state can be carried. A stream shorter
-    than batch_size windows gets fewer columns. `len` is the number of windows; window k is (ids, targets), both
-    (columns, T) int64 with T = bptt but for the last.
+    Window k of an epoch continues window k - 1 in every column, so the hidden state can be carried. A stream
+    shorter than batch_size windows gets fewer columns. `len` is the number of windows; window k is (ids,
+    targets), both (columns, T) int64 with T = bptt but for the last.
     """
 
     def __init__(self, docs, batch_size, bptt):
         stream = np.concatenate(docs) if len(docs) else np.zeros(0, np.int32)
         if len(stream) < 3:
-            raise ValueError(f"the text is too short: {len(stream)} tokens, a language model needs at least 3")
+            raise ValueError(
+                f"the text is too short: {len(stream)} tokens, a language model needs at least 3"
+            )
         columns = max(1, min(batch_size, (len(stream) - 1) // bptt))
-        length = (len(stream) - 1) // columns  # targets a column; the few tokens behind the last column are left out
+        length = (
+            len(stream) - 1
+        ) // columns  # targets a column; the few tokens behind the last column are left out
         self.ids = torch.from_numpy(stream[: columns * length].reshape(columns, length).copy())
         self.targets = torch.from_numpy(stream[1 : columns * length + 1].reshape(columns, length).copy())
         self.bptt, self.length = bptt, length
@@ -39,8 +46,8 @@ class TokenStream:
 def epoch_stream(docs, batch_size, bptt, seed, epoch, shuffle):
     """The stream of one epoch, a function of (seed, epoch) alone.
 
-    shuffle: a new order of the texts. Otherwise the order stays and the stream begins at another text each epoch, so
-    that the edges of windows and columns fall elsewhere.
+    shuffle: a new order of the texts. Otherwise the order stays and the stream begins at another text each
+    epoch, so that the edges of windows and columns fall elsewhere.
     """
     rng = np.random.default_rng([seed, epoch])
     if shuffle:
@@ -82,8 +89,8 @@ def shuffled_buckets(lengths, batch_size, seed, epoch):
     """Index lists of batches of like length in random order, a function of (seed, epoch) alone.
 
     The documents are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches
-    shuffled: little padding, and yet another make-up of each batch in each epoch. A last batch of a single document
-    joins the one before it, since batch norm needs two.
+    shuffled: little padding, and yet another make-up of each batch in each epoch. A last batch of a single
+    document joins the one before it, since batch norm needs two.
     """
     rng = np.random.default_rng([seed, epoch, 1])
     order = rng.permutation(len(lengths))
@@ -93,7 +100,8 @@ def shuffled_buckets(lengths, batch_size, seed, epoch):
         part = sorted(order[start : start + pool].tolist(), key=lambda i: -lengths[i])
         batches += [part[k : k + batch_size] for k in range(0, len(part), batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2] += batches.pop()
+        single = batches.pop()
+        batches[-1] += single
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

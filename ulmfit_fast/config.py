@@ -1,7 +1,7 @@
 """Every hyper-parameter of the three stages: one frozen dataclass per stage, JSON in and out, typos refused.
 
-Defaults are the recipe of Howard and Ruder 2018 (arXiv 1801.06146) with its sizes, 400 / 1152 / 3; `preset` gives
-the smaller ones. Nothing here imports torch.
+Defaults are the recipe of Howard and Ruder 2018 (arXiv 1801.06146) with its sizes, 400 / 1152 / 3; `preset`
+gives the smaller ones. Nothing here imports torch.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass, field
 
 
-
 def _f(default, help, *, low=None, high=None, choices=None, probability=False):
-    """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in [0, 1)."""
+    """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in
+    [0, 1).
+    """
     meta = dict(help=help, low=low, high=high, choices=choices, probability=probability)
     return field(default=default, metadata=meta)
 
@@ -90,7 +91,7 @@ class _Stage(_Checked):
     """What all stages share."""
 
     epochs: int = _f(12, "epochs, unfreezing epochs included", low=1)
-    batch_size: int = _f(64, "columns of the token stream, or documents a batch", low=1)
+    batch_size: int = _f(64, "columns of the token stream that are read side by side", low=1)
     lr: float = _f(4e-3, "peak learning rate of the last layer group", low=0)
     schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))
     cut_frac: float = _f(0.1, "share of the steps in which the rate rises", low=0, high=1)
@@ -115,8 +116,10 @@ class _Stage(_Checked):
         super().__post_init__()
         for name, p in self.dropouts().items():
             if p >= 1:
-                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)} times drop_mult="
-                                 f"{self.drop_mult} is {p:g}; a dropout probability must stay below 1")
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)} times drop_mult="
+                    f"{self.drop_mult} is {p:g}; a dropout probability must stay below 1"
+                )
 
     def dropouts(self):
         """The five probabilities with drop_mult applied."""
@@ -160,6 +163,7 @@ class FinetuneConfig(_Stage):
 class ClassifierConfig(_Stage):
     """Stage 3: the classifier."""
 
+    batch_size: int = _f(64, "documents a batch", low=2)  # batch norm needs two
     gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
     discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
     bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C)", low=1)
@@ -173,8 +177,9 @@ class ClassifierConfig(_Stage):
 
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifierConfig}
 
-# Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The small
-# presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher rates.
+# Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The
+# small presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher
+# rates.
 _PRETRAIN_DROPS = dict(output_p=0.1, hidden_p=0.15, input_p=0.25, embed_p=0.02, weight_p=0.2)
 _SMALL = dict(emb_sz=200, n_hid=576, n_layers=3, max_vocab=16000)
 _TINY = dict(emb_sz=64, n_hid=128, n_layers=3, max_vocab=6000)
@@ -200,7 +205,8 @@ PRESETS = {
 def make_config(stage, preset="ulmfit", config=None, overrides=None):
     """The configuration of `stage` ("pretrain", "finetune", "classify").
 
-    Starts from `config` (a dataclass of that stage, or a dict over the preset), else from `preset`; `overrides` win.
+    Starts from `config` (a dataclass of that stage, or a dict over the preset), else from `preset`;
+    `overrides` win.
     """
     cls = STAGES[stage]
     if preset not in PRESETS:

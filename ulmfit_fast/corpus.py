@@ -12,7 +12,9 @@ SUFFIXES = (".txt", ".csv", ".tsv")
 
 
 def is_path(source):
-    """A pathlib.Path is a file. So is a str that ends in .txt, .csv or .tsv and either exists or has no white space."""
+    """A pathlib.Path is a file. So is a str that ends in .txt, .csv or .tsv and either exists or has no
+    white space.
+    """
     if isinstance(source, pathlib.Path):
         return True
     if not isinstance(source, str) or not source.lower().endswith(SUFFIXES) or len(source) > 4096:
@@ -23,18 +25,22 @@ def is_path(source):
 def read_texts(sources, argument="texts"):
     """Texts of `sources`: one path, or a list of texts and paths in any mixture.
 
-    A text file gives one text a line (lines that are empty are left out), so a line that ends a paragraph or a
-    sentence is a text of its own, beginning with xxbos; the stream keeps their order. A CSV (or TSV) gives one text
-    a row, of its column `text`.
+    A text file gives one text a line (lines that are empty are left out), so a line that ends a paragraph or
+    a sentence is a text of its own, beginning with xxbos; the stream keeps their order. A CSV (or TSV) gives
+    one text a row, of its column `text`.
     """
     if is_path(sources):
         sources = [sources]
     elif isinstance(sources, str):
-        raise TypeError(f"{argument} must be a list of texts or the path of a .txt or .csv file, got {sources[:60]!r}")
+        raise TypeError(
+            f"{argument} must be a list of texts or the path of a .txt or .csv file, got {sources[:60]!r}"
+        )
     try:
         sources = list(sources)
     except TypeError:
-        raise TypeError(f"{argument} must be a list of texts or paths, got {type(sources).__name__}") from None
+        raise TypeError(
+            f"{argument} must be a list of texts or paths, got {type(sources).__name__}"
+        ) from None
     texts = []
     for source in sources:
         if not is_path(source):
@@ -53,17 +59,23 @@ def read_labelled(texts, labels=None, argument="texts"):
     """(texts, labels): two lists, or a CSV with the columns `text` and `label` and no `labels`."""
     if labels is None:
         if not is_path(texts):
-            raise TypeError(f"labels is missing: give one label per text, or let {argument} be the path of a CSV "
-                            "with the columns text and label")
+            raise TypeError(
+                f"labels is missing: give one label per text, or let {argument} be the path of a CSV "
+                "with the columns text and label"
+            )
         if not str(texts).lower().endswith((".csv", ".tsv")):
-            raise ValueError(f"{argument}={str(texts)!r} has no labels: give a CSV with the columns text and label")
+            raise ValueError(
+                f"{argument}={str(texts)!r} has no labels: give a CSV with the columns text and label"
+            )
         rows = _read_csv(texts, ["text", "label"])
         texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     else:
         texts = read_texts(texts, argument)
     texts, labels = check_texts(texts, argument), check_labels(labels)
     if len(texts) != len(labels):
-        raise ValueError(f"{argument} and labels must have one length, got {len(texts)} texts and {len(labels)} labels")
+        raise ValueError(
+            f"{argument} and labels must have one length, got {len(texts)} texts and {len(labels)} labels"
+        )
     return texts, labels
 
 
@@ -74,11 +86,15 @@ def check_labels(labels, argument="labels"):
     try:
         labels = [x.item() if hasattr(x, "item") else x for x in labels]
     except TypeError:
-        raise TypeError(f"{argument} must be a list with one label per text, got {type(labels).__name__}") from None
+        raise TypeError(
+            f"{argument} must be a list with one label per text, got {type(labels).__name__}"
+        ) from None
     kinds = {type(x) for x in labels}
     if kinds and (len(kinds) > 1 or not kinds <= {str, int, bool}):
         odd = next(x for x in labels if type(x) is not type(labels[0]) or type(x) not in (str, int, bool))
-        raise TypeError(f"{argument} must be all str or all int, got {odd!r} ({type(odd).__name__}) among them")
+        raise TypeError(
+            f"{argument} must be all str or all int, got {odd!r} ({type(odd).__name__}) among them"
+        )
     return labels
 
 
@@ -100,20 +116,27 @@ def _read(path):
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-                         "convert it first, for example with iconv -t UTF-8") from None
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it first, for example with iconv -t UTF-8"
+        ) from None
 
 
 def _read_csv(path, columns):
     text = _read(path)
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document may be longer than the module's 128 KB
+    limit = csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # a document may be longer than the module's 128 KB
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""),
-                                delimiter="\t" if str(path).lower().endswith(".tsv") else ",")
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if str(path).lower().endswith(".tsv") else ","
+        )
         names = reader.fieldnames or []
         for column in columns:
             if column not in names:
-                raise ValueError(f"{str(path)!r} has no column {column!r}; its first line gives the columns {names}")
+                raise ValueError(
+                    f"{str(path)!r} has no column {column!r}; its first line gives the columns {names}"
+                )
         rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{str(path)!r} is not a readable CSV: {error}") from None

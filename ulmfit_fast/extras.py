@@ -7,11 +7,15 @@ TRAIN = ("tokenizers", "safetensors", "tqdm", "matplotlib")
 
 
 def _missing(names):
-    return ImportError(f"{', '.join(names)} not installed: training needs it. Type: pip install 'ulmfit_fast[train]'")
+    return ImportError(
+        f"{', '.join(names)} not installed: training needs it. Type: pip install 'ulmfit_fast[train]'"
+    )
 
 
 def need(name):
-    """Imports and returns the module `name` ("matplotlib.figure"), or raises ImportError saying what to install."""
+    """Imports and returns the module `name` ("matplotlib.figure"), or raises ImportError saying what to
+    install.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

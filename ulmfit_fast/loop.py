@@ -18,14 +18,33 @@ class Loop:
     groups: lists of parameters, first layer group to last.      plan: list of schedules.Phase.
     batches(epoch): a sequence of the epoch's batches, a function of the epoch alone.
     loss_of(batch): (loss to minimise, {name: detached mean over the batch}, tokens in the batch).
-    validate(): figures of the validation set, or None without one.
-    before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between steps.
+    validate(): figures of the validation set; validate_first measures them before the first step too.
+    before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
+    steps.
     """
 
-    def __init__(self, model, groups, plan, config, run, *, batches, loss_of, validate=None, before_epoch=None,
-                 get_hidden=list, set_hidden=lambda hidden: None, title="", progress=None, callback=None):
+    def __init__(
+        self,
+        model,
+        groups,
+        plan,
+        config,
+        run,
+        *,
+        batches,
+        loss_of,
+        validate=None,
+        validate_first=False,
+        before_epoch=None,
+        get_hidden=list,
+        set_hidden=lambda hidden: None,
+        title="",
+        progress=None,
+        callback=None,
+    ):
         self.model, self.groups, self.plan, self.config, self.run = model, groups, plan, config, run
         self.batches, self.loss_of, self.validate = batches, loss_of, validate
+        self.validate_first = validate_first
         self.before_epoch = before_epoch or (lambda: None)
         self.get_hidden, self.set_hidden = get_hidden, set_hidden
         self.title, self.progress, self.callback = title, progress, callback
@@ -34,7 +53,10 @@ class Loop:
         self.factors = schedules.discriminative_lrs(1.0, len(groups), factor)
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "lr": config.lr * f} for group, f in zip(groups, self.factors, strict=True)],
-            betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.epochs = sum(phase.epochs for phase in plan)
         self.epoch = self.batch = self.step = 0
@@ -44,12 +66,15 @@ class Loop:
     def train(self, state=None):
         """Runs to the end from `state` (what `run.begin` gave back) or from the beginning.
 
-        Ctrl-C ends the step under way, saves the state and raises KeyboardInterrupt; so does a KeyboardInterrupt
-        raised by `callback(line)`, which is called with a metrics line after each logged step.
+        Ctrl-C ends the step under way, saves the state and raises KeyboardInterrupt; so does a
+        KeyboardInterrupt raised by `callback(line)`, which is called with a metrics line after each logged
+        step.
         """
         self.model.train()
         if state is not None:
             self._restore(state)
+        elif self.validate_first:
+            self._validate(epoch=0)
         with _DelayedInterrupt() as self.interrupt:
             self.bar = None
             try:
@@ -61,8 +86,10 @@ class Loop:
                     raise
                 self.save()
                 self.run.plot()
-                raise KeyboardInterrupt(f"stopped after step {self.step}; the state is saved in {self.run.path}, "
-                                        "resume=True (--resume) goes on from there") from None
+                raise KeyboardInterrupt(
+                    f"stopped after step {self.step}; the state is saved in {self.run.path}, "
+                    "resume=True (--resume) goes on from there"
+                ) from None
             finally:
                 if self.bar:
                     self.bar.close()
@@ -92,7 +119,7 @@ class Loop:
             if line and self.callback:
                 self.callback(line)
             self.interrupt.check()
-        valid = self._validate()
+        valid = self._validate(self.epoch + 1)
         self.bar.epoch(self.epoch + 1, self.epochs, self.last_line, valid)
         self.epoch, self.batch = self.epoch + 1, 0
         if self.epoch < self.epochs:
@@ -146,13 +173,21 @@ class Loop:
         means = {name: float(total) / self.count for name, total in self.sums.items()}  # waits for the device
         self.seconds += time.perf_counter() - start
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss became {means['loss']} before step {self.step} at lr={self.config.lr}; "
-                                     f"a lower lr or clip helps. {self.run.path} keeps the last saved state")
+            raise FloatingPointError(
+                f"the loss became {means['loss']} before step {self.step} at lr={self.config.lr}; "
+                f"a lower lr or clip helps. {self.run.path} keeps the last saved state"
+            )
         if "accuracy" not in means:
             means["perplexity"] = math.exp(min(means["loss"], 700))
         speed = self.tokens / max(self.seconds, 1e-9)
-        self.last_line = {"kind": "train", "step": self.step, "epoch": self.epoch + 1, **means, "lr": self.rate,
-                          "tokens_per_s": round(speed, 1)}
+        self.last_line = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.epoch + 1,
+            **means,
+            "lr": self.rate,
+            "tokens_per_s": round(speed, 1),
+        }
         self.run.log(self.last_line)
         self._forget_sums()
         return self.last_line
@@ -161,29 +196,38 @@ class Loop:
         """Sums since the last logged line; a logged figure is the mean over the steps since then."""
         self.sums, self.count, self.tokens, self.seconds = {}, 0, 0, 0.0
 
-    def _validate(self):
-        figures = self.validate() if self.validate else None
-        if figures is None:
+    def _validate(self, epoch):
+        if self.validate is None:
             return None
-        line = {"kind": "valid", "step": self.step, "epoch": self.epoch + 1, **figures}
+        line = {"kind": "valid", "step": self.step, "epoch": epoch, **self.validate()}
         self.run.log(line)
         return line
 
     def save(self):
         """All that decides the numbers of later steps."""
-        self.run.save_state({
-            "epoch": self.epoch, "batch": self.batch, "step": self.step, "fingerprint": self.run.fingerprint,
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "hidden": [tuple(pair) for pair in self.get_hidden()], "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "sums": {name: float(total) for name, total in self.sums.items()},
-            "counts": (self.count, self.tokens, self.seconds), "last_line": getattr(self, "last_line", None),
-        })
+        self.run.save_state(
+            {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "step": self.step,
+                "fingerprint": self.run.fingerprint,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "hidden": [tuple(pair) for pair in self.get_hidden()],
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "sums": {name: float(total) for name, total in self.sums.items()},
+                "counts": (self.count, self.tokens, self.seconds),
+                "last_line": getattr(self, "last_line", None),
+            }
+        )
 
     def _restore(self, state):
         if state["fingerprint"] != self.run.fingerprint:
-            raise ValueError(f"resume needs the texts and labels the run in {self.run.path} was started with; "
-                             "these are others")
+            raise ValueError(
+                f"resume needs the texts and labels the run in {self.run.path} was started with; "
+                "these are others"
+            )
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -191,8 +235,10 @@ class Loop:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        self.sums = {name: torch.tensor(v, dtype=torch.float64, device=self.device)
-                     for name, v in state["sums"].items()}
+        self.sums = {
+            name: torch.tensor(v, dtype=torch.float64, device=self.device)
+            for name, v in state["sums"].items()
+        }
         self.count, self.tokens, self.seconds = state["counts"]
         self.last_line = state["last_line"]
         self.run.keep_lines(state["metric_lines"])

@@ -5,13 +5,18 @@ import io
 from .extras import need
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9722c", "#8a8a8a"
-TITLES = {"pretrain": "Stage 1: language model", "finetune": "Stage 2: fine-tuned language model",
-          "classify": "Stage 3: classifier"}
+TITLES = {
+    "pretrain": "Stage 1: language model",
+    "finetune": "Stage 2: fine-tuned language model",
+    "classify": "Stage 3: classifier",
+}
 
 
 def curves(history, stage):
     """The picture as PNG bytes. history: the dicts of metrics.jsonl."""
-    figure = need("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")  # no pyplot: no global state
+    figure = need("matplotlib.figure").Figure(
+        figsize=(11, 3.4), layout="constrained"
+    )  # no pyplot: no global state
     measure = "accuracy" if stage == "classify" else "perplexity"
     axes = figure.subplots(1, 3)
     train = [line for line in history if line["kind"] == "train"]

@@ -5,21 +5,26 @@ import sys
 from .extras import need
 
 
+def check_show(show):
+    """ValueError unless `show` is one of those that Progress takes."""
+    if show not in (None, True, False, "lines"):
+        raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
+
+
 class Progress:
     """A tqdm bar on standard error, one line per epoch, or nothing.
 
-    show: None draws a bar when standard error is a terminal; True always does; "lines" prints one line at the end of
-    each epoch; False is silent.
+    show: None draws a bar when standard error is a terminal; True always does; "lines" prints one line at the
+    end of each epoch; False is silent.
     """
 
     def __init__(self, total, done, title, show=None):
-        if show not in (None, True, False, "lines"):
-            raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
         bar = sys.stderr.isatty() if show is None else show is True
         self._bar = None
         if bar:
-            self._bar = need("tqdm").tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True,
-                                          mininterval=0.2)
+            self._bar = need("tqdm").tqdm(
+                total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.2
+            )
         self._lines, self._title = show == "lines", title
 
     def step(self, epoch, shown=None):

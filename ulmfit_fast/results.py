@@ -1,4 +1,6 @@
-"""What a run gives back and `load` opens: a language model or a classifier with its tokenizer and configuration."""
+"""What a run gives back and `load` opens: a language model or a classifier with its tokenizer and
+configuration.
+"""
 
 import math
 
@@ -14,15 +16,20 @@ from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
 
 
 def pick_device(device=None):
-    """torch.device of `device`; None means CUDA where there is a GPU and the build has its kernels, else the CPU."""
+    """torch.device of `device`; None means CUDA where there is a GPU and the build has its kernels, else the
+    CPU.
+    """
     if device is None:
         usable = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
-            "ulmfit_fast::lstm", "CUDA")
+            "ulmfit_fast::lstm", "CUDA"
+        )
         return torch.device("cuda" if usable else "cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be one of torch's, for example 'cpu' or 'cuda', got {device!r}") from error
+        raise ValueError(
+            f"device must be one of torch's, for example 'cpu' or 'cuda', got {device!r}"
+        ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch sees no CUDA device here; use 'cpu'")
     return chosen
@@ -42,12 +49,20 @@ def build_classifier(sizes, vocab_size, n_classes, config):
     """A TextClassifier with fresh weights, as a ClassifierConfig describes it."""
     dropouts = config.dropouts()
     hidden = [config.head_hidden] if config.head_hidden else []
-    return TextClassifier(build_encoder(sizes, vocab_size, dropouts), n_classes, config.bptt, config.max_len,
-                          lin_ftrs=hidden, ps=[dropouts["output_p"]] + [config.head_p] * len(hidden))
+    return TextClassifier(
+        build_encoder(sizes, vocab_size, dropouts),
+        n_classes,
+        config.bptt,
+        config.max_len,
+        lin_ftrs=hidden,
+        ps=[dropouts["output_p"]] + [config.head_p] * len(hidden),
+    )
 
 
 class _Result:
-    """model (in eval mode), tokenizer, config (the stage's dataclass), path, history (all lines of metrics.jsonl)."""
+    """model (in eval mode), tokenizer, config (the stage's dataclass), path, history (all lines of
+    metrics.jsonl).
+    """
 
     def __init__(self, model, tokenizer, config, path=None, history=()):
         self.model, self.tokenizer, self.config, self.path = model.eval(), tokenizer, config, path
@@ -62,8 +77,13 @@ class _Result:
         """The last figures of training, and of validation with "valid_" before their names."""
         last = {line["kind"]: line for line in self.history}
         figures = {k: v for k, v in last.get("train", {}).items() if k != "kind"}
-        figures.update({f"valid_{k}": v for k, v in last.get("valid", {}).items()
-                        if k in ("loss", "perplexity", "accuracy")})
+        figures.update(
+            {
+                f"valid_{k}": v
+                for k, v in last.get("valid", {}).items()
+                if k in ("loss", "perplexity", "accuracy")
+            }
+        )
         return figures
 
     def __repr__(self):
@@ -76,10 +96,11 @@ class TrainedLM(_Result):
     def perplexity(self, texts, batch_size=16):
         """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text.
 
-        No dropout; state is carried from window to window, beginning with zeros; every token but the very first is
-        scored once. The stream is read in `batch_size` columns, each beginning with zero state: batch_size=1 gives
-        the figure of an unbroken reading, more columns nearly the same one sooner. Words outside the vocabulary
-        count as xxunk, so perplexities of models with different vocabularies do not compare.
+        No dropout; state is carried from window to window, beginning with zeros; every token but the very
+        first is scored once. The stream is read in `batch_size` columns, each beginning with zero state:
+        batch_size=1 gives the figure of an unbroken reading, more columns nearly the same one sooner. Words
+        outside the vocabulary count as xxunk, so perplexities of models with different vocabularies do not
+        compare.
         """
         docs = self.tokenizer.encode(check_texts(texts))
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -90,8 +111,8 @@ class TrainedLM(_Result):
     def generate(self, prompt="", n=40, temperature=1.0, seed=None):
         """`prompt` continued by `n` tokens, as text.
 
-        temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None draws
-        from torch's default generator. xxunk and xxpad are never drawn.
+        temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
+        draws from torch's default generator. xxunk and xxpad are never drawn.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be str, got {type(prompt).__name__}")
@@ -118,7 +139,9 @@ class TrainedLM(_Result):
 
 @torch.no_grad()
 def stream_loss(model, docs, batch_size, bptt):
-    """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves the mode as it was."""
+    """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves the mode as it
+    was.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     model.reset()
@@ -161,7 +184,9 @@ class TrainedClassifier(_Result):
 
 @torch.no_grad()
 def document_logits(model, docs, n_classes, batch_size):
-    """float32 (len(docs), n_classes) on the CPU, in the order of `docs`; leaves the model's mode as it was."""
+    """float32 (len(docs), n_classes) on the CPU, in the order of `docs`; leaves the model's mode as it
+    was.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # like lengths together: little padding

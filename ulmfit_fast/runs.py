@@ -1,11 +1,12 @@
-"""A run directory: what is in it, how it is written so that nothing saved is lost, and how it is opened again.
+"""A run directory: what is in it, how it is written so that nothing saved is lost, and how it is opened
+again.
 
-    config.json        stage, sizes, hyper-parameters, classes, whether the run has finished
-    tokenizer.json     words and their indices
-    model.safetensors  the weights, as of the last epoch end
-    metrics.jsonl      one line per logged step and per validation
-    curves.png         the same as a picture
-    state.pt           while the run is unfinished: all that is needed to go on with the same numbers
+config.json        stage, sizes, hyper-parameters, classes, whether the run has finished
+tokenizer.json     words and their indices
+model.safetensors  the weights, as of the last epoch end
+metrics.jsonl      one line per logged step and per validation
+curves.png         the same as a picture
+state.pt           while the run is unfinished: all that is needed to go on with the same numbers
 """
 
 import io
@@ -27,11 +28,15 @@ def as_directory(path, argument):
     try:
         return pathlib.Path(path)
     except TypeError:
-        raise TypeError(f"{argument} must be the path of a run directory, got {type(path).__name__}") from None
+        raise TypeError(
+            f"{argument} must be the path of a run directory, got {type(path).__name__}"
+        ) from None
 
 
 def read_config(path, argument="run_dir"):
-    """The contents of config.json in `path`, checked; "config" becomes the stage's dataclass, "model" a ModelConfig."""
+    """The contents of config.json in `path`, checked; "config" becomes the stage's dataclass, "model" a
+    ModelConfig.
+    """
     file = as_directory(path, argument) / CONFIG
     if not file.exists():
         raise FileNotFoundError(f"{argument}={str(path)!r} is no run directory: it has no {CONFIG}")
@@ -53,8 +58,8 @@ def read_config(path, argument="run_dir"):
 class RunDirectory:
     """The directory of one training run, for writing.
 
-    A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; a finished run is
-    then left as it is, `finished` says so, and an empty directory starts from the beginning).
+    A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; a finished run
+    is then left as it is, `finished` says so, and an empty directory starts from the beginning).
     """
 
     def __init__(self, path, resume=False, overwrite=False):
@@ -70,12 +75,15 @@ class RunDirectory:
             if not (resume or overwrite):
                 state = "a finished" if record["finished"] else "an interrupted"
                 more = "" if record["finished"] else "resume=True goes on with it, "
-                raise FileExistsError(f"out={str(path)!r} holds {state} {record['stage']} run: {more}overwrite=True "
-                                      "replaces it, or choose another directory")
+                raise FileExistsError(
+                    f"out={str(path)!r} holds {state} {record['stage']} run: {more}overwrite=True "
+                    "replaces it, or choose another directory"
+                )
             self.finished = resume and record["finished"]
 
     def begin(self, record, tokenizer, resume):
-        """Writes config.json and tokenizer.json, or with `resume` compares them; returns the state to go on from.
+        """Writes config.json and tokenizer.json, or with `resume` compares them; returns the state to go on
+        from.
 
         record: stage, preset, model (ModelConfig), config (the stage's dataclass), classes.
         """
@@ -92,20 +100,28 @@ class RunDirectory:
 
     def _compare(self, old):
         if old["stage"] != self.record["stage"]:
-            raise ValueError(f"out={str(self.path)!r} holds a run of stage {old['stage']!r}, not "
-                             f"{self.record['stage']!r}: it cannot be resumed here")
+            raise ValueError(
+                f"out={str(self.path)!r} holds a run of stage {old['stage']!r}, not "
+                f"{self.record['stage']!r}: it cannot be resumed here"
+            )
         for part in ("config", "model"):
             before, now = old[part].to_dict(), self.record[part].to_dict()
             changed = [f"{k}={now[k]!r} (was {before[k]!r})" for k in now if now[k] != before[k]]
             if changed:
-                raise ValueError(f"resume needs the options the run was started with; changed: {', '.join(changed)}")
+                raise ValueError(
+                    f"resume needs the options the run was started with; changed: {', '.join(changed)}"
+                )
 
     def _read_state(self):
         try:
             return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, EOFError or UnpicklingError for a damaged file
-            raise ValueError(f"{str(self.path / STATE)!r} cannot be read ({str(error).splitlines()[0]}); "
-                             "overwrite=True starts anew") from None
+        except (
+            Exception
+        ) as error:  # torch raises RuntimeError, EOFError or UnpicklingError for a damaged file
+            raise ValueError(
+                f"{str(self.path / STATE)!r} cannot be read ({str(error).splitlines()[0]}); "
+                "overwrite=True starts anew"
+            ) from None
 
     def _write(self, name, data):
         atomic_write(self.path / name, data)
@@ -165,5 +181,7 @@ def load_weights(model, path):
     """Loads model.safetensors of the run at `path` into `model`."""
     file = pathlib.Path(path) / MODEL
     if not file.exists():
-        raise FileNotFoundError(f"{str(path)!r} has no {MODEL} yet: the run stopped before its first epoch ended")
+        raise FileNotFoundError(
+            f"{str(path)!r} has no {MODEL} yet: the run stopped before its first epoch ended"
+        )
     load_model(file, model)

@@ -16,7 +16,9 @@ def stlr(t, T, lr_max, cut_frac=0.1, ratio=32.0):
 
 
 def one_cycle(t, T, lr_max, pct_start=0.25, div=25.0, div_final=1e5):
-    """Cosine from lr_max / div up to `lr_max` and down to lr_max / div_final (Smith 2018, with fastai 2's numbers)."""
+    """Cosine from lr_max / div up to `lr_max` and down to lr_max / div_final (Smith 2018, with fastai 2's
+    numbers).
+    """
     _check_step(t, T)
     rise = pct_start * T
     if t < rise:

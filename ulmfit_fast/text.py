@@ -10,7 +10,15 @@ import numpy as np
 from .extras import need
 
 UNK, PAD, BOS, EOS, FLD, REP, WREP, UP, MAJ = SPECIALS = (
-    "xxunk", "xxpad", "xxbos", "xxeos", "xxfld", "xxrep", "xxwrep", "xxup", "xxmaj",
+    "xxunk",
+    "xxpad",
+    "xxbos",
+    "xxeos",
+    "xxfld",
+    "xxrep",
+    "xxwrep",
+    "xxup",
+    "xxmaj",
 )  # fastai 2's markers in its order; a vocabulary starts with them
 UNK_ID, PAD_ID, BOS_ID = 0, 1, 2
 
@@ -45,7 +53,9 @@ def mark(text):
 
 
 def check_texts(texts, argument="texts", allow_empty=False):
-    """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not text."""
+    """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
+    text.
+    """
     if isinstance(texts, (str, bytes)):
         raise TypeError(f"{argument} must be a list of texts, got one {type(texts).__name__}: {texts[:40]!r}")
     try:
@@ -59,8 +69,10 @@ def check_texts(texts, argument="texts", allow_empty=False):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{argument}[{i}] is not valid Unicode: {error.reason} at character {error.start}; "
-                                 "read the file with its true encoding") from None
+                raise ValueError(
+                    f"{argument}[{i}] is not valid Unicode: {error.reason} at character {error.start}; "
+                    "read the file with its true encoding"
+                ) from None
     if not texts and not allow_empty:
         raise ValueError(f"{argument} is empty: at least one text is needed")
     return texts
@@ -129,15 +141,20 @@ class Tokenizer:
 
 
 def frequent_words(texts, max_words, min_freq):
-    """Words of `texts` with at least `min_freq` occurrences, most frequent first (ties by spelling), no markers."""
+    """Words of `texts` with at least `min_freq` occurrences, most frequent first (ties by spelling), no
+    markers.
+    """
     tk = need("tokenizers")
     inner = Tokenizer.from_vocab(SPECIALS)._inner
     trainer = tk.trainers.WordLevelTrainer(
-        vocab_size=max_words + len(SPECIALS), min_frequency=min_freq, special_tokens=list(SPECIALS), show_progress=False
+        vocab_size=max_words + 2 * len(SPECIALS),  # the markers are also counted as words of the text
+        min_frequency=min_freq,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
     )
     inner.train_from_iterator((mark(text) for text in texts), trainer)
     vocab = inner.get_vocab()
-    return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)
+    return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)[:max_words]
 
 
 def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
@@ -156,7 +173,9 @@ def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
 
 
 def transfer_rows(old, new):
-    """For each word of `new` its row in `old`, -1 for a word that `old` lacks (fastai's match_embeds): int64 array."""
+    """For each word of `new` its row in `old`, -1 for a word that `old` lacks (fastai's match_embeds): int64
+    array.
+    """
     row = {word: i for i, word in enumerate(old)}
     return np.array([row.get(word, -1) for word in new], dtype=np.int64)
 

@@ -14,6 +14,7 @@ from .corpus import label_classes, read_labelled, read_texts
 from .extras import check_train_extras
 from .loop import Loop
 from .model import layer_groups
+from .progress import check_show
 from .results import (
     TrainedClassifier,
     TrainedLM,
@@ -24,23 +25,37 @@ from .results import (
     pick_device,
     stream_loss,
 )
-from .runs import RunDirectory
+from .runs import RunDirectory, as_directory, read_config
 from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
 from .text import Tokenizer, target_vocab, transfer_rows
 
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
 
 
-def pretrain_lm(sources, out, preset="ulmfit", config=None, valid=None, *, resume=False, overwrite=False, device=None,
-                progress=None, callback=None, **overrides):
+def pretrain_lm(
+    sources,
+    out,
+    preset="ulmfit",
+    config=None,
+    valid=None,
+    *,
+    resume=False,
+    overwrite=False,
+    device=None,
+    progress=None,
+    callback=None,
+    **overrides,
+):
     """Stage 1: trains a language model on general text and returns it as a TrainedLM.
 
-    sources: a list of texts, of paths of text files (one text a line) and of CSV files (column `text`), or one path.
+    sources: a list of texts, of paths of text files (one text a line) and of CSV files (column `text`), or
+    one path.
     out: the run directory.         preset: "ulmfit", "small" or "tiny".
     config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both.
     valid: sources of a validation set, whose perplexity is measured after each epoch.
-    resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it needs the
-    same sources and options. A finished run is returned as it is, an empty directory starts from the beginning.
+    resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it
+    needs the same sources and options. A finished run is returned as it is, an empty directory starts from
+    the beginning.
     overwrite: start anew although `out` holds a run.
     device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
     callback: called with each metrics line; a KeyboardInterrupt it raises stops the run with its state saved.
@@ -48,7 +63,7 @@ def pretrain_lm(sources, out, preset="ulmfit", config=None, valid=None, *, resum
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
     config = make_config("pretrain", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device)
+    run, device = _prepare(out, resume, overwrite, device, progress)
     texts = read_texts(sources, "sources")
     valid_texts = None if valid is None else read_texts(valid, "valid")
     if run.finished:
@@ -57,22 +72,40 @@ def pretrain_lm(sources, out, preset="ulmfit", config=None, valid=None, *, resum
     with _own_randomness(config.seed, device):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
         plan = [Phase(config.epochs, len(layer_groups(model)))]
-        record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
-        return _train_lm(model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback)
+        record = dict(
+            stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None
+        )
+        return _train_lm(
+            model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback
+        )
 
 
-def finetune_lm(base_run, texts, out, preset=None, config=None, valid=None, *, resume=False, overwrite=False,
-                device=None, progress=None, callback=None, **overrides):
+def finetune_lm(
+    base_run,
+    texts,
+    out,
+    preset=None,
+    config=None,
+    valid=None,
+    *,
+    resume=False,
+    overwrite=False,
+    device=None,
+    progress=None,
+    callback=None,
+    **overrides,
+):
     """Stage 2: tunes the language model of `base_run` on the target's texts and returns it as a TrainedLM.
 
-    base_run: a run directory of stage 1 (or 2), or the TrainedLM. Words known to it keep their embedding, new ones
-    begin with the mean. The embedding and decoder train alone first, then all layers at discriminative rates.
+    base_run: a run directory of stage 1 (or 2), or the TrainedLM. Words known to it keep their embedding, new
+    ones begin with the mean. The embedding and decoder train alone first, then all layers at discriminative
+    rates.
     preset: None is the base run's. The other arguments are those of `pretrain_lm`, `texts` as its `sources`.
     """
     base, record = _open_lm(base_run, "base_run")
     preset = preset or record["preset"]
     config = make_config("finetune", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device)
+    run, device = _prepare(out, resume, overwrite, device, progress)
     texts = read_texts(texts, "texts")
     valid_texts = None if valid is None else read_texts(valid, "valid")
     if run.finished:
@@ -81,16 +114,22 @@ def finetune_lm(base_run, texts, out, preset=None, config=None, valid=None, *, r
     tokenizer = Tokenizer.from_vocab(itos)
     with _own_randomness(config.seed, device):
         model = build_lm(record["model"], len(tokenizer), config.dropouts())
-        load_state(model, transfer(base.model.state_dict(), base.tokenizer.itos, itos), f"the model of {base.path}")
+        load_state(
+            model, transfer(base.model.state_dict(), base.tokenizer.itos, itos), f"the model of {base.path}"
+        )
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record = dict(stage="finetune", preset=preset, model=record["model"], config=config, classes=None)
-        return _train_lm(model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback)
+        return _train_lm(
+            model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback
+        )
 
 
 def transfer(state, old, new):
-    """A language model's state dict for another vocabulary: known rows copied, new rows the mean of the old ones.
+    """A language model's state dict for another vocabulary: known rows copied, new rows the mean of the old
+    ones.
 
-    state: keys as LanguageModel's; old, new: words in order. The decoder's bias is treated like the embedding.
+    state: keys as LanguageModel's; old, new: words in order. The decoder's bias is treated like the
+    embedding.
     """
     rows = torch.from_numpy(transfer_rows(old, new))
     known = rows >= 0
@@ -103,14 +142,30 @@ def transfer(state, old, new):
     return moved
 
 
-def train_classifier(lm_run, texts, labels=None, out=None, preset=None, config=None, valid=None, *,
-                     from_scratch=False, resume=False, overwrite=False, device=None, progress=None, callback=None,
-                     **overrides):
+def train_classifier(
+    lm_run,
+    texts,
+    labels=None,
+    out=None,
+    preset=None,
+    config=None,
+    valid=None,
+    *,
+    from_scratch=False,
+    resume=False,
+    overwrite=False,
+    device=None,
+    progress=None,
+    callback=None,
+    **overrides,
+):
     """Stage 3: trains a classifier on the encoder of `lm_run` and returns it as a TrainedClassifier.
 
-    lm_run: a run directory of stage 2 (or 1), or the TrainedLM. None trains from scratch, with a vocabulary of its
-    own, and so does from_scratch=True with the vocabulary of `lm_run`: fresh weights, all layers from the first step.
-    texts, labels: two lists (labels all str or all int), or the path of a CSV with the columns text and label.
+    lm_run: a run directory of stage 2 (or 1), or the TrainedLM. None trains from scratch, with a vocabulary
+    of its own, and so does from_scratch=True with the vocabulary of `lm_run`: fresh weights, all layers from
+    the first step.
+    texts, labels: two lists (labels all str or all int), or the path of a CSV with the columns text and
+    label.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
     preset: None is that of lm_run, or "ulmfit" without one. The other arguments are those of `pretrain_lm`.
     """
@@ -120,7 +175,7 @@ def train_classifier(lm_run, texts, labels=None, out=None, preset=None, config=N
     preset = preset or (record["preset"] if record else "ulmfit")
     config = make_config("classify", preset, config, overrides)
     sizes = record["model"] if record else make_config("pretrain", preset).model_config()
-    run, device = _prepare(out, resume, overwrite, device)
+    run, device = _prepare(out, resume, overwrite, device, progress)
     texts, labels = read_labelled(texts, labels)
     classes = label_classes(labels)
     held_out = _read_valid(valid, classes)
@@ -145,22 +200,37 @@ def train_classifier(lm_run, texts, labels=None, out=None, preset=None, config=N
 
             def validate():
                 logits = document_logits(model, documents, len(classes), 2 * config.batch_size)
-                return {"loss": float(F.cross_entropy(logits, wanted)),
-                        "accuracy": float((logits.argmax(1) == wanted).double().mean())}
+                return {
+                    "loss": float(F.cross_entropy(logits, wanted)),
+                    "accuracy": float((logits.argmax(1) == wanted).double().mean()),
+                }
 
         def loss_of(batch):
             ids, lengths, wanted = (x.to(device) for x in batch)
             logits = model(ids, lengths).float()
             loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
-            return loss, {"loss": loss, "accuracy": (logits.argmax(1) == wanted).double().mean()}, int(batch[1].sum())
+            return (
+                loss,
+                {"loss": loss, "accuracy": (logits.argmax(1) == wanted).double().mean()},
+                int(batch[1].sum()),
+            )
 
         run.fingerprint = _fingerprint(docs, labels)
         record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
         state = run.begin(record, tokenizer, resume)
-        Loop(model, groups, gradual_unfreezing_plan(config.epochs, len(groups), gradual), config, run,
-             batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
-             loss_of=loss_of, validate=validate, title="classifier", progress=progress, callback=callback,
-             ).train(state)
+        Loop(
+            model,
+            groups,
+            gradual_unfreezing_plan(config.epochs, len(groups), gradual),
+            config,
+            run,
+            batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
+            loss_of=loss_of,
+            validate=validate,
+            title="classifier",
+            progress=progress,
+            callback=callback,
+        ).train(state)
     return TrainedClassifier(model, tokenizer, config, classes, run.path, run.history())
 
 
@@ -169,7 +239,9 @@ def _train_lm(model, tokenizer, texts, valid_texts, plan, record, run, device, r
     config, finetune = record["config"], record["stage"] == "finetune"
     docs = tokenizer.encode(texts)
     shuffle = finetune and config.shuffle_texts
-    epoch_stream(docs, config.batch_size, config.bptt, config.seed, 0, shuffle)  # raises here when there is too little
+    epoch_stream(
+        docs, config.batch_size, config.bptt, config.seed, 0, shuffle
+    )  # raises here when there is too little
     valid_docs = valid_texts and tokenizer.encode(valid_texts)
     model.to(device)
 
@@ -188,25 +260,36 @@ def _train_lm(model, tokenizer, texts, valid_texts, plan, record, run, device, r
 
     run.fingerprint = _fingerprint(docs, tokenizer.itos)
     state = run.begin(record, tokenizer, resume)
-    Loop(model, layer_groups(model), plan, config, run,
-         batches=lambda epoch: epoch_stream(docs, config.batch_size, config.bptt, config.seed, epoch, shuffle),
-         loss_of=loss_of, validate=validate if valid_docs else None, before_epoch=model.reset,
-         get_hidden=lambda: model[0].hidden, set_hidden=set_hidden,
-         title="fine-tuning" if finetune else "pre-training", progress=progress, callback=callback).train(state)
+    Loop(
+        model,
+        layer_groups(model),
+        plan,
+        config,
+        run,
+        batches=lambda epoch: epoch_stream(docs, config.batch_size, config.bptt, config.seed, epoch, shuffle),
+        loss_of=loss_of,
+        validate=validate if valid_docs else None,
+        validate_first=finetune and bool(valid_docs),
+        before_epoch=model.reset,
+        get_hidden=lambda: model[0].hidden,
+        set_hidden=set_hidden,
+        title="fine-tuning" if finetune else "pre-training",
+        progress=progress,
+        callback=callback,
+    ).train(state)
     model.reset()
     return TrainedLM(model, tokenizer, config, run.path, run.history())
 
 
-def _prepare(out, resume, overwrite, device):
+def _prepare(out, resume, overwrite, device, progress):
     """(RunDirectory, torch.device), with all that can be refused before a text is read."""
     check_train_extras()
+    check_show(progress)
     return RunDirectory(out, resume, overwrite), pick_device(device)
 
 
 def _open_lm(run, argument):
     """(TrainedLM, its config.json) of a run directory or a TrainedLM."""
-    from .runs import as_directory, read_config
-
     path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
     record = read_config(path, argument)
     if record["stage"] == "classify":

@@ -1,0 +1,336 @@
+"""Bad input to the training part: a fitting exception that says what is wrong, and nothing saved is lost."""
+
+import errno
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from stages import SIZES, TINY, sentences
+
+import ulmfit_fast as uf
+
+for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
+    pytest.importorskip(_extra)
+
+TEXTS, LABELS = sentences(24)
+ONE = TINY | dict(epochs=1)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return uf.pretrain_lm(TEXTS, tmp_path_factory.mktemp("bad") / "lm", **ONE | SIZES)
+
+
+@pytest.fixture(scope="module")
+def clf(lm):
+    return uf.train_classifier(lm, TEXTS, LABELS, lm.path.parent / "clf", **ONE)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder of files that are wrong in one way each."""
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "plain.txt").write_text("a text without labels\n")
+    (tmp_path / "other.csv").write_text("review,stars\nfine,5\n")
+    (tmp_path / "heading.csv").write_text("text,label\n")
+    (tmp_path / "short.csv").write_text("label,text\nx,a\ny\n")
+    (tmp_path / "void.csv").write_text("")
+    (tmp_path / "file").write_text("")
+    return tmp_path
+
+
+def pretrain(sources, lm, files, **options):
+    uf.pretrain_lm(sources, files / "out", **ONE | SIZES | options)
+
+
+def classify(texts, labels, lm, files, **options):
+    uf.train_classifier(lm, texts, labels, files / "out", **ONE | options)
+
+
+CASES = {
+    "no texts": (lambda m, f: pretrain([], m, f), ValueError, "sources is empty"),
+    "empty file": (
+        lambda m, f: pretrain(f / "empty.txt", m, f),
+        ValueError,
+        "sources is empty: 1 files without a line",
+    ),
+    "one text, no list": (
+        lambda m, f: pretrain("a text", m, f),
+        TypeError,
+        "sources must be a list .* got 'a text'",
+    ),
+    "bytes": (lambda m, f: pretrain([b"a"], m, f), TypeError, r"sources\[0\] must be str, got bytes"),
+    "a number": (lambda m, f: pretrain(["a", 3], m, f), TypeError, r"sources\[1\] must be str, got int: 3"),
+    "None": (
+        lambda m, f: pretrain(None, m, f),
+        TypeError,
+        "sources must be a list of texts or paths, got NoneType",
+    ),
+    "too short": (lambda m, f: pretrain(["a"], m, f), ValueError, "too short: 2 tokens"),
+    "missing file": (lambda m, f: pretrain([f / "no.txt"], m, f), FileNotFoundError, "no such file.*no.txt"),
+    "a folder": (lambda m, f: pretrain([f], m, f), IsADirectoryError, "is a folder; name the files in it"),
+    "not UTF-8": (
+        lambda m, f: pretrain([f / "latin.txt"], m, f),
+        ValueError,
+        "not UTF-8: byte 0xef at offset 2.*iconv",
+    ),
+    "a surrogate": (
+        lambda m, f: pretrain(["a b c \ud800"], m, f),
+        ValueError,
+        r"sources\[0\] is not valid Unicode",
+    ),
+    "CSV without text": (
+        lambda m, f: pretrain([f / "other.csv"], m, f),
+        ValueError,
+        r"no column 'text'.*\['review', 'stars'\]",
+    ),
+    "empty CSV": (lambda m, f: pretrain([f / "void.csv"], m, f), ValueError, "no column 'text'"),
+    "CSV of a heading": (
+        lambda m, f: pretrain([f / "heading.csv"], m, f),
+        ValueError,
+        "no rows under its heading",
+    ),
+    "CSV with a short row": (
+        lambda m, f: classify(f / "short.csv", None, m, f),
+        ValueError,
+        "row 3: the column 'text'",
+    ),
+    "empty valid": (lambda m, f: pretrain(TEXTS, m, f, valid=[]), ValueError, "valid is empty"),
+    "unknown option": (lambda m, f: pretrain(TEXTS, m, f, lrr=1), ValueError, "'lrr'; did you mean 'lr'"),
+    "unknown preset": (lambda m, f: pretrain(TEXTS, m, f, preset="tny"), ValueError, "did you mean 'tiny'"),
+    "wrong config": (
+        lambda m, f: pretrain(TEXTS, m, f, config=3),
+        TypeError,
+        "PretrainConfig or a dict, got int",
+    ),
+    "device": (
+        lambda m, f: pretrain(TEXTS, m, f, device="gpu"),
+        ValueError,
+        "device must be one of torch's.*'gpu'",
+    ),
+    "progress": (lambda m, f: pretrain(TEXTS, m, f, progress=3), ValueError, "progress must be None, True"),
+    "resume and overwrite": (
+        lambda m, f: pretrain(TEXTS, m, f, resume=True, overwrite=True),
+        ValueError,
+        "contradict",
+    ),
+    "out is a file": (
+        lambda m, f: uf.pretrain_lm(TEXTS, f / "file", **ONE),
+        NotADirectoryError,
+        "out=.*is a file",
+    ),
+    "out is a number": (
+        lambda m, f: uf.pretrain_lm(TEXTS, 3, **ONE),
+        TypeError,
+        "out must be the path .* got int",
+    ),
+    "no base": (
+        lambda m, f: uf.finetune_lm(f, TEXTS, f / "out"),
+        FileNotFoundError,
+        "base_run=.* is no run directory",
+    ),
+    "one class": (
+        lambda m, f: classify(TEXTS, ["x"] * 24, m, f),
+        ValueError,
+        r"at least two classes, got 1: \['x'\]",
+    ),
+    "labels too few": (lambda m, f: classify(TEXTS, LABELS[:3], m, f), ValueError, "24 texts and 3 labels"),
+    "no labels": (lambda m, f: classify(TEXTS, None, m, f), TypeError, "labels is missing"),
+    "labels of a text file": (
+        lambda m, f: classify(f / "plain.txt", None, m, f),
+        ValueError,
+        "plain.txt' has no labels",
+    ),
+    "labels as str": (
+        lambda m, f: classify(TEXTS, "x" * 24, m, f),
+        TypeError,
+        "labels must be a list .* got one str",
+    ),
+    "mixed labels": (
+        lambda m, f: classify(TEXTS, [1, "a"] * 12, m, f),
+        TypeError,
+        "all str or all int, got 'a'",
+    ),
+    "float labels": (
+        lambda m, f: classify(TEXTS, np.zeros(24), m, f),
+        TypeError,
+        r"all str or all int, got 0.0 \(float\)",
+    ),
+    "unknown valid label": (
+        lambda m, f: classify(TEXTS, LABELS, m, f, valid=(TEXTS[:1], ["ugly"])),
+        ValueError,
+        "valid has the label 'ugly'",
+    ),
+    "no run": (lambda m, f: uf.load(f), FileNotFoundError, "is no run directory: it has no config.json"),
+    "perplexity of nothing": (lambda m, f: m.perplexity([]), ValueError, "texts is empty"),
+    "perplexity of one token": (lambda m, f: m.perplexity([""]), ValueError, "needs at least 2"),
+    "perplexity, a str": (lambda m, f: m.perplexity("abc"), TypeError, "texts must be a list of texts"),
+    "perplexity, batch": (
+        lambda m, f: m.perplexity(TEXTS, 0),
+        ValueError,
+        "batch_size must be an integer .* got 0",
+    ),
+    "generate n": (
+        lambda m, f: m.generate("a", -1),
+        ValueError,
+        "n must be an integer of at least 0, got -1",
+    ),
+    "generate prompt": (lambda m, f: m.generate(3), TypeError, "prompt must be str, got int"),
+    "generate temperature": (
+        lambda m, f: m.generate("a", 1, -1),
+        ValueError,
+        "temperature must be .* got -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name, lm, files):
+    call, error, message = CASES[name]
+    with pytest.raises(error, match=message):
+        call(lm, files)
+    assert not (files / "out").exists()
+
+
+def test_classifier_calls(clf):
+    for call, error, message in (
+        (lambda: clf.predict("a text"), TypeError, "texts must be a list of texts, got one str"),
+        (lambda: clf.predict([1]), TypeError, r"texts\[0\] must be str, got int: 1"),
+        (lambda: clf.accuracy(TEXTS, LABELS[:2]), ValueError, "one length, got 24 and 2"),
+        (lambda: uf.finetune_lm(clf.path, TEXTS, clf.path.parent / "y"), ValueError, "holds a classifier"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+DAMAGES = {
+    "truncated model": (
+        "model.safetensors",
+        lambda p: p.write_bytes(p.read_bytes()[:-9]),
+        "model.safetensors",
+    ),
+    "foreign model": (
+        "model.safetensors",
+        lambda p: p.write_bytes(b"PK\3\4 something else"),
+        "model.safetensors",
+    ),
+    "no config": ("config.json", lambda p: p.write_text("{"), "config.json' does not describe a run"),
+    "unknown stage": (
+        "config.json",
+        lambda p: p.write_text(p.read_text().replace('"pretrain"', '"pretain"')),
+        "unknown stage 'pretain'; did you mean 'pretrain'",
+    ),
+    "unknown key": (
+        "config.json",
+        lambda p: p.write_text(p.read_text().replace('"lr"', '"lrs"')),
+        "did you mean 'lr'",
+    ),
+    "other sizes": (
+        "config.json",
+        lambda p: p.write_text(p.read_text().replace('"n_hid": 16', '"n_hid": 20')),
+        r"\(64, 16\) in the file, \(80, 20\) in the model",
+    ),
+    "foreign tokenizer": (
+        "tokenizer.json",
+        lambda p: p.write_text("{}"),
+        "tokenizer.json is not a tokenizer of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_runs(name, lm, tmp_path):
+    file, damage, message = DAMAGES[name]
+    shutil.copytree(lm.path, tmp_path / "run")
+    damage(tmp_path / "run" / file)
+    with pytest.raises(ValueError, match=message):
+        uf.load(tmp_path / "run")
+
+
+def test_damaged_state(lm, tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        uf.pretrain_lm(TEXTS, tmp_path / "x", callback=stop, **ONE | SIZES)
+    with pytest.raises(ValueError, match="has not finished; go on with it"):
+        uf.finetune_lm(tmp_path / "x", TEXTS, tmp_path / "y")
+    with pytest.raises(FileNotFoundError, match="no model.safetensors yet"):
+        uf.load(tmp_path / "x")
+    state = tmp_path / "x" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="state.pt' cannot be read.*overwrite=True starts anew"):
+        uf.pretrain_lm(TEXTS, tmp_path / "x", resume=True, **ONE | SIZES)
+
+
+def check_the_earlier_state_survives(out):
+    """After a full disk: no half-written file, and the run goes on from what was saved before."""
+    assert not [p.name for p in out.iterdir() if p.name.endswith(".tmp")]
+    result = uf.pretrain_lm(TEXTS, out, resume=True, save_every=2, **ONE | SIZES)
+    assert result.metrics["epoch"] == 1
+
+
+def test_full_disk_while_saving(tmp_path, monkeypatch):
+    write, saves = pathlib.Path.write_bytes, []
+
+    def full(self, data):
+        if "state.pt" in self.name:
+            saves.append(self)
+            if len(saves) == 2:
+                write(self, bytes(data)[:100])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            uf.pretrain_lm(TEXTS, tmp_path / "x", save_every=2, **ONE | SIZES)
+    check_the_earlier_state_survives(tmp_path / "x")
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here: it takes root")
+    try:
+
+        def fill(line):
+            if line["step"] == 3:
+                free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+                (disk / "filler").write_bytes(bytes(max(0, free - 8192)))
+
+        with pytest.raises(OSError, match="No space left on device"):
+            uf.pretrain_lm(TEXTS, disk / "x", save_every=2, callback=fill, **ONE | SIZES)
+        (disk / "filler").unlink()
+        check_the_earlier_state_survives(disk / "x")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "tokenizers" else find(name, *a)
+    )
+    with pytest.raises(ImportError, match=r"tokenizers not installed.*pip install 'ulmfit_fast\[train\]'"):
+        uf.pretrain_lm(TEXTS, tmp_path / "x", **ONE)
+
+
+def test_the_core_does_not_import_the_extras():
+    code = (  # torch itself imports tqdm where it is installed
+        "import sys, torch; before = set(sys.modules); import ulmfit_fast.train, ulmfit_fast.cli; "
+        "print({'tokenizers', 'safetensors', 'tqdm', 'matplotlib'} & (set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, cwd=pathlib.Path(__file__).parents[1]
+    )
+    assert done.stdout == "set()\n", done.stderr

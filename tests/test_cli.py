@@ -1,0 +1,144 @@
+"""The command line: every command, its help, and errors in one line."""
+
+import io
+import json
+
+import pytest
+from stages import sentences
+
+from ulmfit_fast import cli, config
+
+for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
+    pytest.importorskip(_extra)
+
+TINY = ["--preset", "tiny", "--quiet", "--epochs", "1", "--batch-size", "4", "--min-freq", "1"]
+SMALL = ["--emb-sz", "12", "--n-hid", "16", "--n-layers", "2", "--bptt", "8"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with data and the runs of all three stages, made by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    texts, labels = sentences(30)
+    (folder / "general.txt").write_text("\n".join(texts))
+    (folder / "train.csv").write_text(
+        "text,label\n" + "".join(f"{t},{x}\n" for t, x in zip(texts, labels, strict=True))
+    )
+    csv = str(folder / "train.csv")
+    for line in (
+        ["pretrain", str(folder / "general.txt"), csv, "--out", str(folder / "general"), *TINY, *SMALL],
+        ["finetune", str(folder / "general"), csv, "--out", str(folder / "target"), "--valid", csv, *TINY],
+        ["classify", str(folder / "target"), csv, "--out", str(folder / "clf"), "--valid", csv, *TINY],
+    ):
+        assert cli.main(line) == 0
+    return folder
+
+
+def test_options_reach_the_configuration(runs):
+    record = json.loads((runs / "general" / "config.json").read_text())
+    assert record["preset"] == "tiny" and record["config"]["n_hid"] == 16 and record["config"]["bptt"] == 8
+
+
+def test_predict(runs, capsys, monkeypatch):
+    assert cli.main(["predict", str(runs / "clf"), "The film was superb", "dull " * 40]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 and all(
+        label in ("good", "bad") and share.endswith("%") for label, share, _ in rows
+    )
+    assert len(rows[1][2]) == 60
+    assert cli.main(["predict", str(runs / "clf"), "--file", str(runs / "train.csv"), "--proba"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 30 and all(abs(sum(row.values()) - 1) < 1e-4 for row in rows)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert cli.main(["predict", str(runs / "clf")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_predict_with_a_language_model_continues(runs, capsys):
+    assert cli.main(["predict", str(runs / "target"), "The film", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.lower().startswith("the film")
+
+
+def test_training_says_where_the_run_is(runs, capsys, tmp_path):
+    line = ["classify", "-", str(runs / "train.csv"), "--out", str(tmp_path / "x"), *TINY]
+    assert cli.main([option for option in line if option != "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "epoch 1/1: loss" in said.err and "tokens/s" in said.err
+    assert str(tmp_path / "x") in said.out and "accuracy" in said.out and "curves.png" in said.out
+
+
+def test_resume_after_ctrl_c(runs, capsys, tmp_path, monkeypatch):
+    from ulmfit_fast import train
+
+    line = ["pretrain", str(runs / "general.txt"), "--out", str(tmp_path / "x"), *TINY, *SMALL]
+    with monkeypatch.context() as patch:
+
+        def stop(self):
+            raise KeyboardInterrupt
+
+        patch.setattr(train.Loop, "_log", stop)
+        assert cli.main(line) == 130
+    assert cli.main([*line, "--resume"]) == 0
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"]
+
+
+@pytest.mark.parametrize("command", ["", *cli.EXAMPLES])
+def test_help_explains(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"] if command else ["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and max(map(len, text.splitlines())) <= 88
+    if command in ("pretrain", "finetune", "classify"):
+        stage = config.STAGES[command]
+        assert all("--" + name.replace("_", "-") in text for name in stage.__dataclass_fields__)
+    assert "Example" in text or not command
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["predict", "no-such-run", "x"], "run_dir='no-such-run' is no run directory"),
+        (["pretrain", "no-such.txt", "--out", "x"], "no such file: 'no-such.txt'"),
+        (["pretrain", __file__, "--out", "x", "--drop-mult", "9"], "a dropout probability must stay below 1"),
+        (["finetune", "no-such-run", "a.txt", "--out", "x"], "base_run='no-such-run'"),
+    ],
+)
+def test_errors_are_one_line(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line) == 2
+    said = capsys.readouterr()
+    assert (
+        message in said.err
+        and len(said.err.splitlines()) == 1
+        and said.err.startswith(f"ulmfit-fast {line[0]}: error")
+    )
+    with pytest.raises((ValueError, OSError), match=message[:20]):
+        cli.main([*line, "--traceback"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["pretrain", "a.txt"], "required: --out"),
+        (["pretrain", "a.txt", "--out", "x", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["pretrain", "a.txt", "--out", "x", "--epoks", "3"], "unrecognized arguments: --epoks"),
+        (
+            ["classify", "a", "b", "--out", "x", "--gradual-unfreezing", "maybe"],
+            "must be true or false, got 'maybe'",
+        ),
+        (["train"], "invalid choice: 'train'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_wrong_command_lines(line, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line)
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and message in said and len(said.splitlines()) == 1

@@ -1,0 +1,277 @@
+"""ulmfit-fast pretrain | finetune | classify | predict | info | demo."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+from . import __version__, info
+from .config import PRESETS, STAGES
+
+EXAMPLES = {
+    "pretrain": "ulmfit-fast pretrain wiki.txt --out runs/general --preset small",
+    "finetune": "ulmfit-fast finetune runs/general train.csv --out runs/target",
+    "classify": "ulmfit-fast classify runs/target train.csv --valid test.csv --out runs/clf",
+    "predict": 'ulmfit-fast predict runs/clf "What a film!"',
+    "info": "ulmfit-fast info",
+    "demo": "ulmfit-fast demo --out runs/demo",
+}
+SUMMARIES = {
+    "pretrain": "stage 1: train a language model on general text",
+    "finetune": "stage 2: tune a language model on the target's text",
+    "classify": "stage 3: train a classifier on a language model",
+    "predict": "classify text, or continue it with a language model",
+    "info": "what is installed, what runs, what is missing",
+    "demo": "the three stages on text that every installation has, in minutes",
+}
+USAGES = {
+    "pretrain": "SOURCE [SOURCE ...] --out DIR [options]",
+    "finetune": "RUN SOURCE [SOURCE ...] --out DIR [options]",
+    "classify": "RUN CSV --out DIR [options]",
+    "predict": "RUN [TEXT ...] [options]",
+    "info": "[--json]",
+    "demo": "[--out DIR] [options]",
+}
+SOURCES = "text files (one text a line) or CSV files with a column text"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on standard error for a wrong command line, exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv=None):
+    """Runs a command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt as stop:
+        print(f"ulmfit-fast: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        if arguments.traceback:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"ulmfit-fast {arguments.command}: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = _Parser(
+        prog="ulmfit-fast",
+        description="ULMFiT's three stages on fused kernels.",
+        epilog="Each command explains itself: ulmfit-fast pretrain --help",
+    )
+    parser.add_argument("--version", action="version", version=f"ulmfit_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, build in (
+        ("pretrain", _pretrain),
+        ("finetune", _finetune),
+        ("classify", _classify),
+        ("predict", _predict),
+        ("info", _info),
+        ("demo", _demo),
+    ):
+        sub = commands.add_parser(
+            name,
+            help=SUMMARIES[name],
+            description=SUMMARIES[name].capitalize() + ".",
+            epilog=f"Example: {EXAMPLES[name]}",
+            usage=f"ulmfit-fast {name} {USAGES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        build(sub)
+        sub.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def _pretrain(sub):
+    sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
+    _stage_options(sub, "pretrain", default_preset="ulmfit")
+    sub.set_defaults(
+        run=lambda a: _train(a, lambda train, options: train.pretrain_lm(a.sources, a.out, **options))
+    )
+
+
+def _finetune(sub):
+    sub.add_argument("base_run", metavar="RUN", help="run directory of stage 1")
+    sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
+    _stage_options(sub, "finetune")
+    sub.set_defaults(
+        run=lambda a: _train(
+            a, lambda train, options: train.finetune_lm(a.base_run, a.sources, a.out, **options)
+        )
+    )
+
+
+def _classify(sub):
+    sub.add_argument(
+        "lm_run", metavar="RUN", help="run directory of stage 2 or 1; - trains from scratch without one"
+    )
+    sub.add_argument("csv", type=pathlib.Path, metavar="CSV", help="CSV file with the columns text and label")
+    sub.add_argument(
+        "--from-scratch", action="store_true", help="fresh weights, with the vocabulary and sizes of RUN"
+    )
+    _stage_options(sub, "classify")
+    sub.set_defaults(
+        run=lambda a: _train(
+            a,
+            lambda train, options: train.train_classifier(
+                None if a.lm_run == "-" else a.lm_run,
+                a.csv,
+                None,
+                a.out,
+                from_scratch=a.from_scratch,
+                **options,
+            ),
+        )
+    )
+
+
+def _stage_options(sub, stage, default_preset=None):
+    """The options that all stages share, and one for each hyper-parameter of the stage's dataclass."""
+    sub.add_argument("--out", required=True, metavar="DIR", help="run directory to write")
+    sub.add_argument(
+        "--preset",
+        default=default_preset,
+        choices=sorted(PRESETS),
+        help=f"sizes and recipe (default: {default_preset or 'that of RUN'})",
+    )
+    one = stage == "classify"
+    sub.add_argument(
+        "--valid",
+        nargs=None if one else "+",
+        type=pathlib.Path,
+        metavar="CSV" if one else "SOURCE",
+        help="held-out data to measure after each epoch (default: none)",
+    )
+    sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in DIR")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    sub.add_argument("--device", help="cpu or cuda (default: cuda where it can be used)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, no lines")
+    group = sub.add_argument_group("hyper-parameters", "Defaults in brackets: ulmfit / small / tiny.")
+    for f in dataclasses.fields(STAGES[stage]):
+        defaults = [PRESETS[p][stage].get(f.name, f.default) for p in ("ulmfit", "small", "tiny")]
+        shown = " / ".join(f"{d:g}" if isinstance(d, float) else str(d).lower() for d in defaults)
+        shown = shown if len(set(defaults)) > 1 else shown.split(" / ")[0]
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            dest=f"option_{f.name}",
+            default=argparse.SUPPRESS,
+            type=_boolean if f.type is bool else f.type,
+            choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] else f.type.__name__.upper(),
+            help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"),
+        )
+
+
+def _boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _train(a, stage):
+    from . import train
+
+    options = {k.removeprefix("option_"): v for k, v in vars(a).items() if k.startswith("option_")}
+    result = stage(
+        train,
+        dict(
+            preset=a.preset,
+            valid=a.valid,
+            resume=a.resume,
+            overwrite=a.overwrite,
+            device=a.device,
+            progress=_progress(a),
+            **options,
+        ),
+    )
+    if not a.quiet:
+        figures = result.metrics
+        names = [k for k in ("perplexity", "accuracy", "valid_perplexity", "valid_accuracy") if k in figures]
+        said = ", ".join(f"{k.replace('_', 'ation ')} {figures[k]:.4g}" for k in names)
+        print(f"{result.path}: {said}. Curves: {result.path / 'curves.png'}")
+
+
+def _progress(a):
+    """A bar on a terminal, a line per epoch elsewhere."""
+    return False if a.quiet else True if sys.stderr.isatty() else "lines"
+
+
+def _predict(sub):
+    sub.add_argument("run_dir", metavar="RUN", help="run directory of a classifier, or of a language model")
+    sub.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts (default: the lines of --file, or of standard input)"
+    )
+    sub.add_argument("--file", help="a text file, one text a line, or a CSV with a column text")
+    sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
+    sub.add_argument("--tokens", type=int, default=40, help="tokens to add (language model; default: 40)")
+    sub.add_argument(
+        "--temperature", type=float, default=1.0, help="0: likeliest (language model; default: 1)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the drawn tokens (language model; default: 0)")
+    sub.add_argument("--device", help="cpu or cuda (default: cuda where it can be used)")
+    sub.set_defaults(run=_run_predict)
+
+
+def _run_predict(a):
+    from .corpus import read_texts
+    from .results import TrainedLM, load
+
+    if a.file:
+        texts = a.texts + read_texts([pathlib.Path(a.file)], "--file")
+    else:
+        texts = a.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("no text to predict: give one as an argument, in --file or on standard input")
+    result = load(a.run_dir, a.device)
+    if isinstance(result, TrainedLM):
+        for text in texts:
+            print(result.generate(text, a.tokens, a.temperature, a.seed))
+        return
+    for text, row in zip(texts, result.predict_proba(texts), strict=True):
+        if a.proba:
+            print(json.dumps({str(c): round(float(p), 6) for c, p in zip(result.classes, row, strict=True)}))
+        else:
+            short = " ".join(text.split())
+            short = short if len(short) <= 60 else short[:57] + "..."
+            print(f"{result.classes[row.argmax()]}\t{row.max():.1%}\t{short}")
+                f"{result.classes[row.argmax()]}\t{row.max():.1%}\t{short if len(short) <= 60 else short[:57] + '...'}"
+            )
+
+
+def _info(sub):
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    sub.set_defaults(run=_run_info)
+
+
+def _run_info(a):
+    facts = info()
+    print(json.dumps(dataclasses.asdict(facts), indent=2) if a.json else facts)
+
+
+def _demo(sub):
+    sub.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="where the runs go (default: runs/demo)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    sub.add_argument("--quiet", action="store_true", help="print the table alone")
+    sub.set_defaults(run=_run_demo)
+
+
+def _run_demo(a):
+    from .demo import run_demo, table
+
+    figures = run_demo(
+        a.out, seed=a.seed, progress=_progress(a), say=(lambda text: None) if a.quiet else print
+    )
+    if a.quiet:
+        print(table(figures, a.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The same language model on stock torch modules, as fastai builds it: what the demo and benchmarks compare
+with.
+
+nn.LSTM per layer, whose recurrent weight is dropped by `F.dropout` at each forward; masks from `bernoulli_`;
+the whole matrix of logits into `F.cross_entropy`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def dropout_mask(x, shape, p):
+    """fastai's: 0 with probability p, else 1 / (1 - p)."""
+    return x.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+
+class StockLSTM(nn.Module):
+    """One nn.LSTM layer with DropConnect: raw weight kept aside, a dropped copy set before each forward."""
+
+    def __init__(self, n_in, n_out, weight_p):
+        super().__init__()
+        self.module, self.weight_p = nn.LSTM(n_in, n_out, batch_first=True), weight_p
+        self.weight_hh_l0_raw = nn.Parameter(self.module.weight_hh_l0.detach().clone())
+        del self.module._parameters["weight_hh_l0"]
+
+    def forward(self, x, hidden):
+        self.module.weight_hh_l0 = F.dropout(self.weight_hh_l0_raw, self.weight_p, self.training)
+        return self.module(x, hidden)
+
+
+class StockLanguageModel(nn.Module):
+    """forward(ids, targets) -> (loss with AR and TAR, cross-entropy), state carried and detached; tied
+    softmax.
+    """
+
+    def __init__(
+        self, vocab_size, emb_sz, n_hid, n_layers, *, output_p, hidden_p, input_p, embed_p, weight_p
+    ):
+        super().__init__()
+        sizes = [emb_sz] + [n_hid] * (n_layers - 1) + [emb_sz]
+        self.embedding = nn.Embedding(vocab_size, emb_sz, padding_idx=1)
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.rnns = nn.ModuleList([StockLSTM(n_in, n_out, weight_p) for n_in, n_out in pairs])
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.output_p, self.hidden_p, self.input_p, self.embed_p = output_p, hidden_p, input_p, embed_p
+        self.hidden = [None] * n_layers
+
+    @classmethod
+    def like(cls, model, **dropouts):
+        """The stock twin of a LanguageModel, with its weights."""
+        encoder, state = model[0], model.state_dict()
+        twin = cls(*encoder.encoder.weight.shape, encoder.n_hid, encoder.n_layers, **dropouts)
+        own = {"embedding.weight": state["0.encoder.weight"], "bias": state["1.decoder.bias"]}
+        own |= {k[2:]: v for k, v in state.items() if k.startswith("0.rnns.")}
+        twin.load_state_dict(own)
+        return twin.to(encoder.encoder.weight.device)
+
+    def reset(self):
+        self.hidden = [None] * len(self.rnns)
+
+    def forward(self, ids, targets, alpha=2.0, beta=1.0):
+        weight = self.embedding.weight
+        dropped = weight
+        if self.training and self.embed_p:
+            dropped = weight * dropout_mask(weight, (len(weight), 1), self.embed_p)
+        x = self._drop(F.embedding(ids, dropped, self.embedding.padding_idx), self.input_p)
+        for layer, rnn in enumerate(self.rnns):
+            x, state = rnn(x, self.hidden[layer])
+            self.hidden[layer] = tuple(s.detach() for s in state)
+            if layer < len(self.rnns) - 1:
+                x = self._drop(x, self.hidden_p)
+        out = self._drop(x, self.output_p)
+        entropy = F.cross_entropy(F.linear(out, weight, self.bias).flatten(0, 1), targets.flatten())
+        loss = entropy
+        if self.training:
+            loss = (
+                loss + alpha * out.float().pow(2).mean() + beta * (x[:, 1:] - x[:, :-1]).float().pow(2).mean()
+            )
+        return loss, entropy
+
+    def _drop(self, x, p):
+        return x * dropout_mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p else x
