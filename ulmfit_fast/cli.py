@@ -240,8 +240,6 @@ def _run_predict(a):
             short = " ".join(text.split())
             short = short if len(short) <= 60 else short[:57] + "..."
             print(f"{result.classes[row.argmax()]}\t{row.max():.1%}\t{short}")
-                f"{result.classes[row.argmax()]}\t{row.max():.1%}\t{short if len(short) <= 60 else short[:57] + '...'}"
-            )
 
 
 def _info(sub):
