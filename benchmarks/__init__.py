@@ -1,0 +1,1 @@
+"""Measurements: one file per op or workload, results with where they were measured in results/*.json."""

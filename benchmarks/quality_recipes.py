@@ -1,0 +1,41 @@
+"""Hyper-parameters of the quality table: preset `small`, and what a few core-hours of CPU make of it.
+
+The sizes, dropouts and rates are the preset's; named here is what the budget or the data decides. fastai gets
+the same text, tokens, vocabularies, sizes, batches, windows and numbers of epochs, and its own schedules,
+dropouts and rates (from its documentation) in `FASTAI`.
+"""
+
+_BATCH = dict(batch_size=32, bptt=70)
+
+# epochs: stage 1 sees 2.06 M tokens once. In stage 2 `epochs` counts those after the head's own.
+OURS = {
+    "stage1": dict(
+        _BATCH, epochs=1, max_vocab=16000, min_freq=3, lr=5e-3, schedule="one_cycle", drop_mult=0.1
+    ),
+    "trec-6": {
+        "finetune": dict(_BATCH, epochs=5, head_epochs=1, max_vocab=16000, min_freq=2, drop_mult=0.5),
+        "classify": dict(batch_size=32, bptt=72, epochs=7, lr=1e-2, drop_mult=0.5),
+    },
+    "movie-reviews": {
+        "finetune": dict(_BATCH, epochs=1, head_epochs=0, max_vocab=16000, min_freq=5, drop_mult=0.3),
+        "classify": dict(batch_size=32, bptt=72, epochs=5, lr=1e-2, drop_mult=0.5),
+    },
+    # No new words in stage 2 (min_freq), so that all perplexities are over one vocabulary.
+    # From fresh weights: all layers, as many epochs as stage 2 has in all, stage 1's rate and schedule.
+    "wikitext-2": {
+        "finetune": dict(_BATCH, epochs=1, head_epochs=1, max_vocab=16000, min_freq=10**9, drop_mult=0.5),
+        "scratch": dict(
+            epochs=2, head_epochs=0, discriminative=1.0, lr=5e-3, schedule="one_cycle", drop_mult=0.3
+        ),
+    },
+}
+
+# From scratch there is nothing to thaw: all layers train from the first step, at one rate, that of stage 1.
+SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0, lr=5e-3)
+
+# drop_mult: of fastai's own dropouts. lr: of `quality_fastai.py`'s stages, fastai's tutorial rates.
+FASTAI = {
+    "pretrain": dict(lr=5e-3, drop_mult=0.1),
+    "finetune": dict(lr=2e-3, drop_mult=0.3),
+    "classify": dict(lr=1e-2, drop_mult=0.5),
+}

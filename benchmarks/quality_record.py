@@ -1,0 +1,102 @@
+"""One JSON file per measured piece, with where and how it was measured."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+_PATH_OPTIONS = ("--data", "--work", "--fastai-python", "--results")
+
+
+def record_path(results, dataset, arm, seed=None):
+    return Path(results) / f"quality-{dataset}-{arm}{'' if seed is None else f'-seed{seed}'}.json"
+
+
+def provenance(threads):
+    """Machine, versions, commit, command: what a reader needs to believe or repeat a number."""
+    return {
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": _isa(),
+        "threads": threads,
+        "commit": _commit(),
+        "command": _command(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "ulmfit_fast", "tokenizers", "scikit-learn")},
+        },
+    }
+
+
+def save(path, record):
+    """Written aside and renamed, so that an interrupted run leaves whole records alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(record, indent=1, sort_keys=False, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    print(f"wrote {path.name}: " + json.dumps({k: v for k, v in record.items() if not isinstance(v, dict)}))
+
+
+def load_all(results):
+    paths = sorted(Path(results).glob("quality-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return (
+        f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, "
+        f"model {fields.get('model')})"
+    )
+
+
+def _isa():
+    """What ulmfit_fast's kernels use, asked of the library; None where it is not built."""
+    try:
+        import ulmfit_fast
+
+        return ulmfit_fast.info().isa
+    except ImportError:
+        return None
+
+
+def _commit():
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + (" with local changes" if dirty else "")
+
+
+def _command():
+    """The command line with the machine's own paths left out."""
+    words, hide = [], False
+    for word in sys.argv[1:]:
+        name, equals, _ = word.partition("=")
+        words.append(name + "=..." if equals and name in _PATH_OPTIONS else "..." if hide else word)
+        hide = word in _PATH_OPTIONS
+    return " ".join(["python -m benchmarks.quality", *words])
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,79 @@
+"""The quality table in Markdown, from whatever records there are."""
+
+import statistics
+
+from .quality_data import CLASSIFICATION
+
+ARMS = {
+    "svm": "linear SVM, TF-IDF of word 1- and 2-grams",
+    "scratch": "from scratch",
+    "stage1": "stages 1 + 3",
+    "full": "stages 1 + 2 + 3",
+    "fastai": "fastai 2.8, stages 1 + 2 + 3",
+}
+_STAGE1_OF = {"stage1": "ours", "full": "ours", "fastai": "fastai"}  # whose stage 1 an arm stands on
+
+
+def table(records):
+    """Markdown, a row an arm: mean ± standard deviation over seeds (how many), seconds of a run."""
+    lines = [
+        "| arm | TREC-6 accuracy % | movie-reviews accuracy % | WikiText-2 test perplexity "
+        "| seconds: stage 1 | stages 2 + 3, TREC-6 | stages 2 + 3, movie-reviews |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm, title in ARMS.items():
+        accuracies = [_mean_sd([100 * r["accuracy"] for r in _of(records, d, arm)]) for d in CLASSIFICATION]
+        owner = _STAGE1_OF.get(arm)
+        first = [r for r in records if r["dataset"] == "general" and r["arm"] == owner]
+        wiki = first if arm == "stage1" else _of(records, "wikitext-2", arm)
+        seconds = [
+            _mean_sd([sum(_training(r)) for r in _of(records, d, arm)], digits=0) for d in CLASSIFICATION
+        ]
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    title,
+                    *accuracies,
+                    _mean_sd([r["perplexity"] for r in wiki]),
+                    f"{sum(_training(first[0])):.0f}" if first else "-",
+                    *seconds,
+                ]
+            )
+            + " |"
+        )
+    return "\n".join(lines + ["", *_notes(records)])
+
+
+def _of(records, dataset, arm):
+    return [r for r in records if r["dataset"] == dataset and r["arm"] == arm]
+
+
+def _training(record):
+    return [s for name, s in record["seconds"].items() if name != "test"]
+
+
+def _mean_sd(values, digits=1):
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
+
+
+def _notes(records):
+    """What a reader must know of the figures above, from the records themselves."""
+    machines = sorted(
+        {f"{r['device']}, {r['isa']}, {r['threads']} threads, {r['dtype']}" for r in records if r["isa"]}
+    )
+    cut = sorted({f"{r['dataset']}: {r['max_words']} words" for r in records if r.get("max_words")})
+    notes = [f"Measured on {m}." for m in machines]
+    if cut:
+        notes.append(
+            f"Longer documents were cut to their first and last halves of ({'; '.join(cut)}) in all arms "
+            "but the SVM, which reads them whole."
+        )
+    notes.append(
+        "Perplexity is per token of ulmfit_fast's tokenizer (markers count), over stage 1's vocabulary: it "
+        "does not compare with published figures. A dash: not measured."
+    )
+    return notes
