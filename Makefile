@@ -16,7 +16,7 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test lint cpp-test asan cuda-check wheel clean
+.PHONY: demo test lint cpp-test asan cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
@@ -43,6 +43,10 @@ asan: build/cmake-tool
 # builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
 cuda-check: $(STAMPS)/built
 	tools/cuda_check.sh $(PY)
+
+# the table of benchmarks/results into README.md
+readme: $(STAMPS)/built
+	$(PY) tools/readme_numbers.py
 
 wheel: $(STAMPS)/torch
 	rm -rf build/lib.* build/bdist.*

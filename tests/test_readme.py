@@ -1,0 +1,39 @@
+"""README.md's Python runs from top to bottom, as one program, and what it names exists."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+
+
+def test_code_blocks_run(tmp_path, monkeypatch):
+    for package in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    sentences = [
+        "The film was fine , and its ending finer .",
+        "Nobody knows where the river ends .",
+        "It never ends .",
+    ]
+    (tmp_path / "wiki.txt").write_text("\n".join(sentences * 200), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) >= 8
+    namespace = {}
+    for block in blocks:
+        above = text[: block.start(1)].count("\n")  # so that a failure shows README's own line
+        exec(compile("\n" * above + block[1], str(README), "exec"), namespace)
+    assert namespace["clf"].predict(["A fine film ."])[0] in ("good", "bad")
+
+
+def test_files_and_make_targets_exist():
+    text = README.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name in re.findall(r"\bmake ([a-z-]+)", text):
+        assert name in targets, name
