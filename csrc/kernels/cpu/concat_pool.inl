@@ -28,8 +28,7 @@ inline void concat_pool_as(const ConcatPool& a, void* pooled, int64_t* argmax, c
       for (int64_t j = 0; j < kPoolColumns; ++j) sum[j] = largest[j] = T(0), where[j] = -1;
       for (int64_t t = 0; t < length; ++t) {
         const void* row = a.in.row(t, b);
-        for (int64_t j = 0; j < n; j += L) {
-          const int lanes = static_cast<int>(n - j < L ? n - j : L);
+        const auto take = [&](int64_t j, int lanes) {
           const Vec<T> value = load_as<T>(dtype, row, column + j, lanes);
           const Vec<T> best = load(largest + j);
           const Vec<Index> at = load(where + j);
@@ -39,7 +38,10 @@ inline void concat_pool_as(const ConcatPool& a, void* pooled, int64_t* argmax, c
           store(where + j, better ? Vec<Index>{} + static_cast<Index>(t) : at);
           store(sum + j, load(sum + j) + value);
           if (t + 1 == length) store_as<T>(dtype, pooled, last + j, value, lanes);
-        }
+        };
+        int64_t j = 0;
+        for (; j + L <= n; j += L) take(j, L);  // a constant number of lanes: no partial loads
+        if (j < n) take(j, static_cast<int>(n - j));
       }
       if (length == 0) store_row(dtype, pooled, last, n, sum);
       const T count = static_cast<T>(length > 0 ? length : 1);

@@ -50,7 +50,8 @@ inline void apply_mask(const Dropout& drop, uint64_t first, int64_t n, T* values
 
 // The mask itself, n elements in `dtype`.
 template <class T>
-inline void dropout_mask_as(const Dropout& drop, int64_t n, DType dtype, void* out, const Parallel& parallel) {
+inline void dropout_mask_as(const Dropout& drop, int64_t n, DType dtype, void* out,
+                            const Parallel& parallel) {
   constexpr int64_t kChunk = 32 * kMaskGroup;  // elements of a work item: fits the L1 cache, begins a group
   parallel((n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
     alignas(64) T values[kChunk];
@@ -63,7 +64,8 @@ inline void dropout_mask_as(const Dropout& drop, int64_t n, DType dtype, void* o
   });
 }
 
-inline void dropout_mask(uint64_t seed, double p, int64_t n, DType dtype, void* out, const Parallel& parallel) {
+inline void dropout_mask(uint64_t seed, double p, int64_t n, DType dtype, void* out,
+                         const Parallel& parallel) {
   const Dropout drop(seed, p);
   if (dtype == DType::f64) return dropout_mask_as<double>(drop, n, dtype, out, parallel);
   dropout_mask_as<float>(drop, n, dtype, out, parallel);
