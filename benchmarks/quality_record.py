@@ -98,5 +98,5 @@ def _command():
 def _version(package):
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return getattr(sys.modules.get(package), "__version__", None)
