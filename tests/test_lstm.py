@@ -245,3 +245,13 @@ def test_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(op(*inputs)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="lstm: second derivatives are not implemented"):
         dx.sum().backward()
+
+
+def test_dropconnect_of_a_slice_of_a_wider_weight():
+    """The mask is that of (4H, H), whatever the distance of the rows in memory."""
+    inputs, op, _ = lstm_case(torch.float32)
+    sliced = list(inputs)
+    sliced[4] = torch.cat([inputs[4], inputs[4]], 1)[:, :33]
+    assert sliced[4].stride() == (66, 1)
+    for a, b in zip(op(*inputs), op(*sliced), strict=True):
+        assert torch.equal(a, b)
