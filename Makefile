@@ -6,9 +6,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ifdef USE_ACTIVE
 PY := $(PYTHON)
+BIN :=
 STAMPS := build/active
 else
 PY := .venv/bin/python
+BIN := .venv/bin/
 STAMPS := .venv
 endif
 
@@ -27,7 +29,7 @@ test: $(STAMPS)/built
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
 	find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
-	  | xargs $(PY) -m clang_format --dry-run -Werror
+	  | xargs $(BIN)clang-format --dry-run -Werror
 
 # the torch-free kernels alone, under ctest; asan: the same with the address and undefined-behaviour sanitizers
 cpp-test: build/cmake-tool
@@ -73,8 +75,9 @@ $(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
 	@grep 'ulmfit_fast: building' build/build.log
 	@touch $@
 
+# pinned: other versions want other formatting
 $(STAMPS)/lint-tools: $(STAMPS)/torch
-	$(PY) -m pip install --quiet ruff clang-format
+	$(PY) -m pip install --quiet ruff==0.17.6 clang-format==23.1.5
 	touch $@
 
 build/cmake-tool:
