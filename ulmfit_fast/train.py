@@ -29,6 +29,9 @@ from .runs import RunDirectory, as_directory, read_config
 from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
 from .text import Tokenizer, target_vocab, transfer_rows
 
+# Fresh weights have nothing to thaw, nor lower layers to spare.
+SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
+
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
 
 
@@ -163,7 +166,7 @@ def train_classifier(
 
     lm_run: a run directory of stage 2 (or 1), or the TrainedLM. None trains from scratch, with a vocabulary
     of its own, and so does from_scratch=True with the vocabulary of `lm_run`: fresh weights, all layers from
-    the first step.
+    the first step at one rate.
     texts, labels: two lists (labels all str or all int), or the path of a CSV with the columns text and
     label.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
@@ -173,6 +176,9 @@ def train_classifier(
         raise TypeError("out is missing: name the run directory")
     base, record = (None, None) if lm_run is None else _open_lm(lm_run, "lm_run")
     preset = preset or (record["preset"] if record else "ulmfit")
+    scratch = from_scratch or base is None
+    if scratch and config is None:
+        overrides = SCRATCH | overrides
     config = make_config("classify", preset, config, overrides)
     sizes = record["model"] if record else make_config("pretrain", preset).model_config()
     run, device = _prepare(out, resume, overwrite, device, progress)
@@ -182,55 +188,61 @@ def train_classifier(
     if run.finished:
         return load(run.path, device)
     tokenizer = base.tokenizer if base else Tokenizer.train(texts, config.max_vocab, config.min_freq)
-    scratch = from_scratch or base is None
     with _own_randomness(config.seed, device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
             encoder = {k[2:]: v for k, v in base.model.state_dict().items() if k.startswith("0.")}
             load_state(model[0].module, encoder, f"the encoder of {base.path}")
-        model.to(device)
-        groups = layer_groups(model)
-        gradual = config.gradual_unfreezing and not scratch
-        docs, index = tokenizer.encode(texts), {c: i for i, c in enumerate(classes)}
-        targets = [index[label] for label in labels]
-        validate = None
-        if held_out:
-            documents = tokenizer.encode(held_out[0])
-            wanted = torch.tensor([index[label] for label in held_out[1]])
-
-            def validate():
-                logits = document_logits(model, documents, len(classes), 2 * config.batch_size)
-                return {
-                    "loss": float(F.cross_entropy(logits, wanted)),
-                    "accuracy": float((logits.argmax(1) == wanted).double().mean()),
-                }
-
-        def loss_of(batch):
-            ids, lengths, wanted = (x.to(device) for x in batch)
-            logits = model(ids, lengths).float()
-            loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
-            return (
-                loss,
-                {"loss": loss, "accuracy": (logits.argmax(1) == wanted).double().mean()},
-                int(batch[1].sum()),
-            )
-
-        run.fingerprint = _fingerprint(docs, labels)
         record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
-        state = run.begin(record, tokenizer, resume)
-        Loop(
-            model,
-            groups,
-            gradual_unfreezing_plan(config.epochs, len(groups), gradual),
-            config,
-            run,
-            batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
-            loss_of=loss_of,
-            validate=validate,
-            title="classifier",
-            progress=progress,
-            callback=callback,
-        ).train(state)
+        data = (texts, labels, held_out)
+        return _train_classifier(model, tokenizer, data, record, run, device, resume, progress, callback)
+
+
+def _train_classifier(model, tokenizer, data, record, run, device, resume, progress, callback):
+    """Stage 3 from the initial model on. data: texts, labels, (texts, labels) held out or None."""
+    texts, labels, held_out = data
+    config, classes = record["config"], record["classes"]
+    model.to(device)
+    groups, docs = layer_groups(model), tokenizer.encode(texts)
+    index = {c: i for i, c in enumerate(classes)}
+    targets = [index[label] for label in labels]
+
+    def measures(logits, wanted):
+        return {
+            "loss": F.cross_entropy(logits, wanted),
+            "accuracy": (logits.argmax(1) == wanted).double().mean(),
+        }
+
+    def loss_of(batch):
+        ids, lengths, wanted = (x.to(device) for x in batch)
+        logits = model(ids, lengths).float()
+        loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
+        return loss, measures(logits, wanted), int(batch[1].sum())
+
+    validate = None
+    if held_out:
+        documents = tokenizer.encode(held_out[0])
+        answers = torch.tensor([index[label] for label in held_out[1]])
+
+        def validate():
+            logits = document_logits(model, documents, len(classes), 2 * config.batch_size)
+            return {name: float(value) for name, value in measures(logits, answers).items()}
+
+    run.fingerprint = _fingerprint(docs, labels)
+    state = run.begin(record, tokenizer, resume)
+    Loop(
+        model,
+        groups,
+        gradual_unfreezing_plan(config.epochs, len(groups), config.gradual_unfreezing),
+        config,
+        run,
+        batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
+        loss_of=loss_of,
+        validate=validate,
+        title="classifier",
+        progress=progress,
+        callback=callback,
+    ).train(state)
     return TrainedClassifier(model, tokenizer, config, classes, run.path, run.history())
 
 
