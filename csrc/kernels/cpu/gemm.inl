@@ -22,13 +22,15 @@ struct FmaTile {
   static constexpr int kDepth = 1;         // K is padded to a multiple of this
   // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise 16.
   static constexpr int kRows = kLanes == 16 ? 6 : 3;
-  static constexpr int kBlockRows = 8 * kRows;
-  // A block of A (48 x 1280 floats, 240 KB) and one of a B panel (320 KB) together stay in a 1-2 MB L2.
-  static constexpr int kBlockDepth = 1280;
+  // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B block is
+  // used for so many rows that fetching it from L3 does not show.
+  static constexpr int kBlockRows = 24 * kRows, kBlockDepth = 384;
+  static constexpr int kAheadCalls = 4;  // micro-kernel calls that it takes to fetch the next B block
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
   static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
+  static int64_t a_offset(int64_t k) { return k; }  // of depth k in a block
   // A block: row-major. Writes n values at (row, k).
   static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
     std::memcpy(a + row * K + k, values, n * sizeof(T));
@@ -42,25 +44,29 @@ struct FmaTile {
   static void store_b_rows(T* b, int64_t k, const T* rows) { std::memcpy(b + k * kCols, rows, kCols * sizeof(T)); }
 
   // c[m][kCols] (+)= a(rows row0.., depth 0..kc) * b for m <= kRows rows. lda is the K that the A block was packed with.
-  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c, bool accumulate) {
+  // Meanwhile it fetches 1 / kAheadCalls of a B block from `ahead` into L2, a cache line for each k: in the recurrence a
+  // block is used for one batch only before the next one's turn, and waiting for L3 would cost a fifth of the time.
+  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c, bool accumulate,
+                    const char* ahead) {
     a += row0 * lda;
     switch (m) {
-      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate);
-      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate);
-      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate);
-      case 4: return micro_m<(kRows >= 4 ? 4 : 1)>(kc, a, lda, b, c, accumulate);
-      case 5: return micro_m<(kRows >= 5 ? 5 : 1)>(kc, a, lda, b, c, accumulate);
-      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate);
+      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate, ahead);
+      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate, ahead);
+      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate, ahead);
+      case 4: return micro_m<(kRows >= 4 ? 4 : 1)>(kc, a, lda, b, c, accumulate, ahead);
+      case 5: return micro_m<(kRows >= 5 ? 5 : 1)>(kc, a, lda, b, c, accumulate, ahead);
+      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate, ahead);
     }
   }
 
  private:
   template <int M>
-  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate) {
+  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate, const char* ahead) {
     Vec<T> acc[M][kVecs];
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < kVecs; ++v) acc[m][v] = accumulate ? load(c + m * kCols + v * L) : Vec<T>{};
     for (int64_t k = 0; k < kc; ++k, b += kCols) {
+      __builtin_prefetch(ahead + k * 64, 0, 2);
       Vec<T> bv[kVecs];
       for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * L);
       for (int m = 0; m < M; ++m) {
@@ -155,6 +161,30 @@ inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int
   }
 }
 
+// c[rows][kCols] (+)= a block of A * a block of a B panel, while `next`, the B block whose turn is next, comes into L2.
+template <class Tile, class T = typename Tile::Compute>
+inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t lda, int rows,
+                          const typename Tile::Packed* b, const typename Tile::Packed* next, T* c, bool accumulate) {
+  const int64_t share = kc * Tile::kCols / Tile::kAheadCalls;
+  for (int r = 0, call = 0; r < rows; r += Tile::kRows, ++call) {
+    const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
+    const void* ahead = call < Tile::kAheadCalls ? next + call * share : b;  // b: here already, costs nothing
+    Tile::micro(kc, a, lda, r, m, b, c + r * Tile::kCols, accumulate, static_cast<const char*>(ahead));
+  }
+}
+
+// c[rows][kCols] = A (packed with its whole padded depth K, from its row 0 on) * one B panel.
+template <class Tile, class T = typename Tile::Compute>
+inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
+                          const typename Tile::Packed* next, T* c) {
+  constexpr int64_t depth = Tile::kBlockDepth;
+  for (int64_t k = 0; k < K; k += depth) {
+    const auto* after = k + depth < K ? b + (k + depth) * Tile::kCols : next;
+    block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, b + k * Tile::kCols, after, c,
+                        k > 0);
+  }
+}
+
 // C (M x panels * kCols) = A (M x K) * B (packed).
 // pack_a(a, row0, rows, k0, kc) packs a block of A; store(row0, rows, panel, c) takes a finished [rows][kCols] tile.
 template <class Tile, class PackA, class Store>
@@ -162,34 +192,33 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
           Store&& store_tile) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
-  constexpr int64_t kGroup = 16;  // panels whose C tiles a thread holds at once: 16 x 48 x 64 floats, 192 KB
-  const int64_t group = K <= Tile::kBlockDepth && panels < 64 ? ceil_div(panels, ceil_div(panels, kGroup)) : kGroup;
-  const int64_t groups = ceil_div(panels, group), blocks = ceil_div(M, Tile::kBlockRows);
+  constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB
+  if (M == 0 || panels == 0) return;
+  const int64_t groups = ceil_div(panels, kGroup), group = ceil_div(panels, groups);
+  const int64_t blocks = ceil_div(M, Tile::kBlockRows);
+  const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
   const int64_t depth = K < Tile::kBlockDepth ? K : Tile::kBlockDepth;
   parallel(blocks * groups, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename Tile::Session session;
-    Scratch<Packed> a(Tile::a_elements(Tile::kBlockRows, padded_depth<Tile>(depth)));
-    Scratch<T> c(group * Tile::kBlockRows * Tile::kCols);
-    int64_t packed_block = -1;  // with a single depth block, A stays packed while the group changes
+    Scratch<Packed> a(Tile::a_elements(block_rows, padded_depth<Tile>(depth)));
+    Scratch<T> c(group * block_rows * Tile::kCols);
+    int64_t packed_row = -1;  // with a single depth block, A stays packed while the group changes
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row0 = item / groups * Tile::kBlockRows, p0 = item % groups * group;
+      const int64_t row0 = item / groups * block_rows, p0 = item % groups * group;
       const int64_t p1 = p0 + group < panels ? p0 + group : panels;
-      const int rows = static_cast<int>(M - row0 < Tile::kBlockRows ? M - row0 : Tile::kBlockRows);
+      const int rows = static_cast<int>(M - row0 < block_rows ? M - row0 : block_rows);
+      if (rows <= 0 || p0 >= p1) continue;
       for (int64_t k0 = 0; k0 < K; k0 += depth) {
         const int64_t kc = K - k0 < depth ? K - k0 : depth, ld = padded_depth<Tile>(kc);
-        if (K > depth || packed_block != row0) pack_a(a.get(), row0, rows, k0, kc);
-        packed_block = row0;
-        for (int64_t p = p0; p < p1; ++p) {
-          const Packed* panel = b + p * panel_elements<Tile>(K) + k0 * Tile::kCols;
-          T* tile = c + (p - p0) * Tile::kBlockRows * Tile::kCols;
-          for (int r = 0; r < rows; r += Tile::kRows) {
-            const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
-            Tile::micro(ld, a, ld, r, m, panel, tile + r * Tile::kCols, k0 > 0);
-          }
-        }
+        if (K > depth || packed_row != row0) pack_a(a.get(), row0, rows, k0, kc);
+        packed_row = row0;
+        const auto block = [&](int64_t p) { return b + p * panel_elements<Tile>(K) + k0 * Tile::kCols; };
+        for (int64_t p = p0; p < p1; ++p)
+          block_product<Tile>(ld, a, ld, rows, block(p), block(p + 1 < p1 ? p + 1 : p),
+                              c + (p - p0) * block_rows * Tile::kCols, k0 > 0);
       }
-      if (K == 0) std::memset(c.get(), 0, group * Tile::kBlockRows * Tile::kCols * sizeof(T));
-      for (int64_t p = p0; p < p1; ++p) store_tile(row0, rows, p, c + (p - p0) * Tile::kBlockRows * Tile::kCols);
+      if (K == 0) std::memset(c.get(), 0, group * block_rows * Tile::kCols * sizeof(T));
+      for (int64_t p = p0; p < p1; ++p) store_tile(row0, rows, p, c + (p - p0) * block_rows * Tile::kCols);
     }
   });
 }

@@ -31,8 +31,8 @@ struct AmxTile {
   static constexpr int kCols = 64;   // four tile registers' columns
   static constexpr int kDepth = 32;  // a tile row: 32 bf16
   static constexpr int kRows = 32;   // two tile registers' rows
-  static constexpr int kBlockRows = 64;
-  static constexpr int kBlockDepth = 2304;  // 64 x 2304 bf16 of A and 64 x 2304 of B: 288 KB each
+  static constexpr int kBlockRows = 128, kBlockDepth = 768;  // A block 192 KB, B blocks 96 KB each, in L2 together
+  static constexpr int kAheadCalls = 2;
   static constexpr int kTile = 16 * 32;     // elements of one operand tile, 1 KB
 
   struct Session {
@@ -47,6 +47,7 @@ struct AmxTile {
     ~Session() { asm volatile("tilerelease" ::: "memory"); }
   };
 
+  static int64_t a_offset(int64_t k) { return 16 * k; }
   // A: tiles [row / 16][k / 32] of [16][32].
   static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kRows) * K; }
   static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const float* values, int64_t n) {
@@ -84,21 +85,22 @@ struct AmxTile {
   }
 
   static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b, float* c,
-                    bool accumulate) {
+                    bool accumulate, const char* ahead) {
     const uint16_t* a0 = a + row0 * lda;
-    if (m <= 16) return micro_16(kc, a0, b, c, m, accumulate);
+    if (m <= 16) return micro_16(kc, a0, b, c, m, accumulate, ahead);
     const uint16_t* a1 = a0 + 16 * lda;
     // The caller's tile has room for m rows alone; the last, partial one goes through a buffer.
     alignas(64) float edge[16 * kCols];
     float* c1 = m == 32 ? c + 16 * kCols : edge;
     if (accumulate && m < 32) std::memcpy(edge, c + 16 * kCols, (m - 16) * kCols * sizeof(float));
-    for (int half = 0; half < 2; ++half) micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate);
+    for (int half = 0; half < 2; ++half)
+      micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate, ahead + half * kc * 32);
     if (m < 32) std::memcpy(c + 16 * kCols, edge, (m - 16) * kCols * sizeof(float));
   }
 
  private:
   static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0, float* c1,
-                        bool accumulate) {
+                        bool accumulate, const char* ahead) {
     constexpr int64_t ld = kCols * sizeof(float);
     if (accumulate) {
       tile_load<0>(c0, ld);
@@ -112,6 +114,7 @@ struct AmxTile {
       tile_zero<3>();
     }
     for (int64_t k = 0; k < kc; k += 32, a0 += kTile, a1 += kTile, b += 4 * kTile) {
+      for (int line = 0; line < 16; ++line) __builtin_prefetch(ahead + k * 32 + line * 64, 0, 2);
       tile_load<4>(a0, 64);
       tile_load<5>(b, 64);
       tile_load<6>(b + kTile, 64);
@@ -126,7 +129,8 @@ struct AmxTile {
     tile_store<2>(c1, ld);
     tile_store<3>(c1 + 16, ld);
   }
-  static void micro_16(int64_t kc, const uint16_t* a, const uint16_t* b, float* out, int m, bool accumulate) {
+  static void micro_16(int64_t kc, const uint16_t* a, const uint16_t* b, float* out, int m, bool accumulate,
+                       const char* ahead) {
     constexpr int64_t ld = kCols * sizeof(float);
     alignas(64) float edge[16 * kCols];
     float* c = m == 16 ? out : edge;
@@ -143,6 +147,7 @@ struct AmxTile {
       tile_zero<3>();
     }
     for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile) {
+      for (int line = 0; line < 32; ++line) __builtin_prefetch(ahead + k * 64 + line * 64, 0, 2);
       tile_load<4>(a, 64);
       tile_load<5>(b, 64);
       tile_dot<0, 4, 5>();

@@ -74,13 +74,15 @@ class LstmBackwardPass {
 
   void step_back(int64_t step, int64_t panel_begin, int64_t panel_end) const {
     [[maybe_unused]] typename Tile::Session session;
-    alignas(64) T tile[Tile::kRows * kCols] = {};
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-      for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kRows) {
-        const int rows = static_cast<int>(s.B - b0 < Tile::kRows ? s.B - b0 : Tile::kRows);
+    alignas(64) T tile[Tile::kBlockRows * kCols];
+    if (step == s.T - 1) std::memset(tile, 0, sizeof tile);
+    for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kBlockRows) {
+      const int rows = static_cast<int>(s.B - b0 < Tile::kBlockRows ? s.B - b0 : Tile::kBlockRows);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         if (step < s.T - 1) {
           const Packed* w = w_hh + panel * panel_elements<Tile>(G);
-          Tile::micro(depth, next(step + 1), depth, b0, rows, w, tile, false);
+          const Packed* following = panel + 1 < panel_end ? w + panel_elements<Tile>(G) : w;
+          panel_product<Tile>(depth, next(step + 1) + b0 * depth, rows, w, following, tile);
         }
         for (int r = 0; r < rows; ++r)
           for (int v = 0; v < Tile::kVecs; ++v) {
@@ -88,6 +90,7 @@ class LstmBackwardPass {
             if (unit < s.H) cell_back(step, b0 + r, unit, load(tile + r * kCols + v * L));
           }
       }
+    }
   }
 
   // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through padded steps.

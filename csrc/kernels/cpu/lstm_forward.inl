@@ -126,13 +126,14 @@ class LstmForwardPass {
 
   void recur(int64_t step, const T* inputs, int64_t block_begin, int64_t block_end) const {
     [[maybe_unused]] typename Tile::Session session;
-    alignas(64) T tile[Tile::kRows * Tile::kCols];
+    alignas(64) T tile[Tile::kBlockRows * Tile::kCols];
     const Packed* h = step % 2 == 0 ? h_even : h_odd;
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
-      for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kRows) {
-        const int rows = static_cast<int>(s.B - b0 < Tile::kRows ? s.B - b0 : Tile::kRows);
-        Tile::micro(depth, h, depth, b0, rows, panel, tile, false);
+    for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kBlockRows) {
+      const int rows = static_cast<int>(s.B - b0 < Tile::kBlockRows ? s.B - b0 : Tile::kBlockRows);
+      for (int64_t block = block_begin; block < block_end; ++block) {
+        const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
+        const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
+        panel_product<Tile>(depth, h + b0 * depth, rows, panel, next, tile);
         for (int r = 0; r < rows; ++r)
           update_cell(step, b0 + r, block * L, tile + r * Tile::kCols, inputs + (b0 + r) * 4 * s.H);
       }
