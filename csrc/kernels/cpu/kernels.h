@@ -84,9 +84,9 @@ struct LinearCrossEntropy {
   const int64_t* target;      // (N), 0..V-1 or ignore_index
   int64_t ignore_index;
   double label_smoothing;
-  const void* row_gradient;   // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64), or nullptr
+  const void* row_gradient;   // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64); nullptr: none wanted
   void* loss;                 // (N) fp32 (fp64): each row's loss, 0 where ignored
-  void *dh, *dweight, *dbias; // (N, E) in h's dtype, (V, E) and (V) in weight's, or nullptr: no gradient wanted
+  void *dh, *dweight, *dbias; // (N, E) in h's dtype, (V, E) and (V) in weight's; dbias may be nullptr
 };
 
 struct EmbeddingDropout {

@@ -25,7 +25,7 @@ class LinearCrossEntropyPass {
       : p(args),
         parallel(parallel),
         panels(ceil_div(p.V, kCols)),
-        gradient(p.dh != nullptr),
+        gradient(p.row_gradient != nullptr),
         chunk(chunk_rows(p.N, p.V)),
         w_forward(panels * panel_elements<Tile>(p.E)),
         w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),

@@ -49,7 +49,12 @@ ULMFIT_HD Vec<T> load_as(DType dtype, const void* p, int64_t at, int n) {
   } else {
     if (dtype == DType::f32) return load_n(static_cast<const float*>(p) + at, n);
     VH h = {};
-    __builtin_memcpy(&h, static_cast<const uint16_t*>(p) + at, (n < kLanes ? n : kLanes) * 2);
+    const uint16_t* from = static_cast<const uint16_t*>(p) + at;
+    if (n >= kLanes) {  // a constant size, so a load; the other is a call
+      __builtin_memcpy(&h, from, sizeof h);
+    } else {
+      __builtin_memcpy(&h, from, n * 2);
+    }
     return dtype == DType::bf16 ? from_bf16(h) : from_f16(h);
   }
 }
@@ -60,7 +65,12 @@ ULMFIT_HD void store_as(DType dtype, void* p, int64_t at, Vec<T> v, int n) {
   } else {
     if (dtype == DType::f32) return store_n(static_cast<float*>(p) + at, v, n);
     const VH h = dtype == DType::bf16 ? to_bf16(v) : to_f16(v);
-    __builtin_memcpy(static_cast<uint16_t*>(p) + at, &h, (n < kLanes ? n : kLanes) * 2);
+    uint16_t* to = static_cast<uint16_t*>(p) + at;
+    if (n >= kLanes) {
+      __builtin_memcpy(to, &h, sizeof h);
+    } else {
+      __builtin_memcpy(to, &h, n * 2);
+    }
   }
 }
 // What a value becomes when it is stored and read again.
