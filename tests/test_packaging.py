@@ -153,5 +153,5 @@ def test_library_takes_nothing_from_torch_but_its_stable_abi():
 def test_library_needs_no_more_than_torch_and_the_c_library():
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", library("readelf", "-d"))
     assert needed
-    allowed = r"lib(torch_cpu|c10|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so|ld-linux"
+    allowed = r"lib(torch|torch_cpu|c10|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so|ld-linux"
     assert not [name for name in needed if not re.match(allowed, name)]
