@@ -24,8 +24,8 @@ ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10: the floor; no
 LINK = ["-Wl,--as-needed", "-ltorch_cpu", "-lc10"]  # in this order, or as-needed comes too late to matter
 if plan.cuda:
     ABI.append("-DUSE_CUDA")  # asks torch's stable headers for the CUDA stream function
-    # A CUDA wheel imports under a CPU torch: cudart is inside, and libtorch_cuda is reached through libtorch, which
-    # every torch has and which brings it along where it is; csrc/cuda declares what it takes from there as weak.
+    # A CUDA wheel imports under a CPU torch: cudart is inside, and libtorch_cuda is reached through libtorch,
+    # which every torch has and which loads it where it is; csrc/cuda declares what it takes from there as weak
     LINK = ["-Wl,--no-as-needed", "-ltorch", *LINK, "-lcudart_static"]
 
 
