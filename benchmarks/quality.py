@@ -16,8 +16,8 @@ from pathlib import Path
 from . import quality_arms as arms
 from .quality_data import CLASSIFICATION, DATASETS, data_folder, export_tokens
 from .quality_recipes import OURS
-from .quality_record import RESULTS, load_all, provenance, record_path, save
 from .quality_report import ARMS, table
+from .record import RESULTS, load_all, provenance, record_path, save
 
 
 def parse(argv=None):

@@ -34,18 +34,12 @@ template <class... Parts>
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "another dtype";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
   }
 }
 
@@ -61,16 +55,11 @@ std::string shape_text(const Sizes& sizes) {
 
 inline DType dtype_of(const char* op, const char* name, ScalarType type) {
   switch (type) {
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      fail(op, name, " must be float64, float32, bfloat16 or float16, got ", name_of(type));
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: fail(op, name, " must be float64, float32, bfloat16 or float16, got ", name_of(type));
   }
 }
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {

@@ -11,16 +11,17 @@ enum Reduction : int64_t { kNone = 0, kSum = 2 };  // a mean is a sum that Pytho
 
 // Checks and runs either op. row_gradient (N), or nullptr: no gradient wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, const Tensor& weight,
-                                               const OptionalTensor& bias, const Tensor& target, int64_t ignore_index,
-                                               double label_smoothing, const void* row_gradient, Tensor loss) {
+                                               const OptionalTensor& bias, const Tensor& target,
+                                               int64_t ignore_index, double label_smoothing,
+                                               const void* row_gradient, Tensor loss) {
   check_cpu(op, "h", h);
   check_cpu(op, "weight", weight);
   check_dim(op, "h", h, 2);
   check_dim(op, "weight", weight, 2);
   const int64_t N = h.size(0), E = h.size(1), V = weight.size(0);
   const DType dtype = dtype_of(op, "h", h), weight_type = dtype_of(op, "weight", weight);
-  ULMFIT_CHECK(weight_type == dtype || (weight_type == DType::f32 && size_of(dtype) == 2), op, "weight must be ",
-               name_of(h.scalar_type()), ", as h is, or float32 where h is 16-bit, got ",
+  ULMFIT_CHECK(weight_type == dtype || (weight_type == DType::f32 && size_of(dtype) == 2), op,
+               "weight must be ", name_of(h.scalar_type()), ", as h is, or float32 where h is 16-bit, got ",
                name_of(weight.scalar_type()));
   ULMFIT_CHECK(V > 0, op, "weight must have shape (V, E) with V > 0, got ", shape_text(weight.sizes()));
   check_shape(op, "weight", weight, {V, E});
@@ -40,11 +41,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, 
   }
   const Tensor h_rows = with_contiguous_rows(h), weight_rows = with_contiguous_rows(weight);
   const bool grad = row_gradient != nullptr;
-  const int64_t nothing[] = {0}, h_shape[] = {N, E}, weight_shape[] = {V, E}, bias_shape[] = {bias.has_value() ? V : 0};
+  const int64_t nothing[] = {0}, h_shape[] = {N, E}, weight_shape[] = {V, E},
+                bias_shape[] = {bias.has_value() ? V : 0};
   const auto shaped = [&](const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-    return torch::stable::new_empty(like, grad ? shape : torch::headeronly::IntHeaderOnlyArrayRef(nothing, 1));
+    return torch::stable::new_empty(like,
+                                    grad ? shape : torch::headeronly::IntHeaderOnlyArrayRef(nothing, 1));
   };
-  Tensor dh = shaped(h, {h_shape, 2}), dweight = shaped(weight, {weight_shape, 2}), dbias = shaped(weight, {bias_shape, 1});
+  Tensor dh = shaped(h, {h_shape, 2}), dweight = shaped(weight, {weight_shape, 2}),
+         dbias = shaped(weight, {bias_shape, 1});
   LinearCrossEntropy a;
   a.N = N;
   a.E = E;
@@ -85,11 +89,13 @@ Tensor sum_of(const Tensor& losses) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h, const Tensor& weight,
-                                                                const OptionalTensor& bias, const Tensor& target,
-                                                                int64_t ignore_index, double label_smoothing,
-                                                                int64_t reduction, bool grad) {
+                                                                const OptionalTensor& bias,
+                                                                const Tensor& target, int64_t ignore_index,
+                                                                double label_smoothing, int64_t reduction,
+                                                                bool grad) {
   constexpr const char* op = "linear_cross_entropy";
-  ULMFIT_CHECK(reduction == kNone || reduction == kSum, op, "reduction must be 0 (none) or 2 (sum), got ", reduction);
+  ULMFIT_CHECK(reduction == kNone || reduction == kSum, op, "reduction must be 0 (none) or 2 (sum), got ",
+               reduction);
   ULMFIT_CHECK(!(grad && reduction == kNone), op, "grad must be False where reduction is 0 (none)");
   Tensor loss = vector_like(h, target.numel());
   Tensor upstream = vector_like(h, grad ? target.numel() : 0);
@@ -102,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h,
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& h,
-                                                                 const Tensor& weight, const OptionalTensor& bias,
+                                                                 const Tensor& weight,
+                                                                 const OptionalTensor& bias,
                                                                  const Tensor& target, int64_t ignore_index,
                                                                  double label_smoothing) {
   constexpr const char* op = "linear_cross_entropy_backward";
@@ -111,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   check_shape(op, "dloss", dloss, {target.numel()});
   const Tensor upstream = torch::stable::contiguous(dloss);
   const void* row_gradient = target.numel() > 0 ? data_of(upstream) : &op;
-  auto [loss, dh, dweight, dbias] = run(op, h, weight, bias, target, ignore_index, label_smoothing, row_gradient,
-                                        vector_like(h, target.numel()));
+  auto [loss, dh, dweight, dbias] = run(op, h, weight, bias, target, ignore_index, label_smoothing,
+                                        row_gradient, vector_like(h, target.numel()));
   return {dh, dweight, dbias};
 }
 

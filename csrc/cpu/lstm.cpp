@@ -15,9 +15,9 @@ struct Inputs {
   Tensor x, h0, c0, w_ih, w_hh, lengths;
   LstmShape shape;
 
-  Inputs(const char* op_name, const Tensor& x_in, const Tensor& h0_in, const Tensor& c0_in, const Tensor& w_ih_in,
-         const Tensor& w_hh_in, const OptionalTensor& lengths_in, const Tensor& seed, double weight_p,
-         bool is_batch_first, bool reverse)
+  Inputs(const char* op_name, const Tensor& x_in, const Tensor& h0_in, const Tensor& c0_in,
+         const Tensor& w_ih_in, const Tensor& w_hh_in, const OptionalTensor& lengths_in, const Tensor& seed,
+         double weight_p, bool is_batch_first, bool reverse)
       : op(op_name), batch_first(is_batch_first) {
     check_dim(op, "x", x_in, 3);
     check_dim(op, "w_hh", w_hh_in, 2);
@@ -31,8 +31,8 @@ struct Inputs {
     w_ih = checked("w_ih", w_ih_in, w_hh_in.scalar_type(), {4 * H, I});
     ULMFIT_CHECK(w_hh.scalar_type() == x.scalar_type() ||
                      (w_hh.scalar_type() == ScalarType::Float && size_of(dtype_of(op, "x", x)) == 2),
-                 op, "w_hh must be ", name_of(x.scalar_type()), ", as x is, or float32 where x is 16-bit, got ",
-                 name_of(w_hh.scalar_type()));
+                 op, "w_hh must be ", name_of(x.scalar_type()),
+                 ", as x is, or float32 where x is 16-bit, got ", name_of(w_hh.scalar_type()));
     check_probability(op, "weight_p", weight_p);
     shape = {T, B, I, H, reverse, nullptr, weight_p > 0 ? seed_of(op, seed) : 0, weight_p};
     if (lengths_in.has_value()) {
@@ -48,7 +48,8 @@ struct Inputs {
     dtype_of(op, name, t);
     return with_contiguous_rows(t);
   }
-  Tensor checked(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) const {
+  Tensor checked(const char* name, const Tensor& t, ScalarType dtype,
+                 std::initializer_list<int64_t> sizes) const {
     check_shape(op, name, t, sizes);
     return checked(name, t, dtype);
   }

@@ -1,14 +1,15 @@
 // The namespace that everything below csrc/kernels lives in, one inline copy for each instruction set.
 //
-// An ISA file (cpu/isa_*.cpp) defines ULMFIT_ISA before it includes the sources. Because the name differs, the linker
-// cannot merge an AVX-512 copy of an inline function with a baseline one, which would crash an older CPU.
+// An ISA file (cpu/isa_*.cpp) defines ULMFIT_ISA before it includes the sources. Because the name differs,
+// the linker cannot merge an AVX-512 copy of an inline function with a baseline one, which would crash an
+// older CPU.
 #pragma once
 
 #ifndef ULMFIT_ISA
 #define ULMFIT_ISA plain  // CUDA, the C++ tests, torch glue: no SIMD
 #endif
 
-#define ULMFIT_BEGIN     \
+#define ULMFIT_BEGIN      \
   namespace ulmfit_fast { \
   inline namespace ULMFIT_ISA {
 #define ULMFIT_END \

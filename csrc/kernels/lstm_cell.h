@@ -1,7 +1,7 @@
 // The maths of one LSTM cell, forward and backward: the only copy, for every ISA and for CUDA.
 //
-// V is a scalar or a SIMD vector; sigmoid_(V) and tanh_(V) must be declared before this header is included. Gates are in
-// torch's order i, f, g, o (torch.nn.LSTM's documentation has the formulas).
+// V is a scalar or a SIMD vector; sigmoid_(V) and tanh_(V) must be declared before this header is included.
+// Gates are in torch's order i, f, g, o (torch.nn.LSTM's documentation has the formulas).
 #pragma once
 #include "isa_namespace.h"
 

@@ -53,21 +53,21 @@ struct Isa {
   bool (*available)();
   const Kernels& (*table)();
 };
-const Isa kIsas[] = {  // best first
+const Isa kIsas[] = {// best first
 #if defined(__x86_64__)
-    {"amx", has_amx, amx_kernels},
-    {"avx512", has_avx512, avx512_kernels},
-    {"avx2", has_avx2, avx2_kernels},
+                     {"amx", has_amx, amx_kernels},
+                     {"avx512", has_avx512, avx512_kernels},
+                     {"avx2", has_avx2, avx2_kernels},
 #endif
-    {"baseline", [] { return true; }, baseline_kernels}};
+                     {"baseline", [] { return true; }, baseline_kernels}};
 
 const Kernels& choose() {
   const char* wanted = std::getenv("ULMFIT_FAST_ISA");
   const bool forced = wanted != nullptr && *wanted != '\0';
   for (const Isa& isa : kIsas)
     if ((!forced || std::strcmp(isa.name, wanted) == 0) && isa.available()) return isa.table();
-  throw std::runtime_error("ULMFIT_FAST_ISA is '" + std::string(wanted) + "', but this machine can run: " +
-                           available_isas());
+  throw std::runtime_error("ULMFIT_FAST_ISA is '" + std::string(wanted) +
+                           "', but this machine can run: " + available_isas());
 }
 
 }  // namespace

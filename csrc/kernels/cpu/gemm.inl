@@ -1,8 +1,9 @@
 // Blocked matrix products: everything in this library that multiplies matrices is built from these pieces.
 //
-// C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile` says how an
-// operand lies in memory and holds the micro-kernel; this file has the FMA tile (float, double), gemm_amx.inl the AMX one.
-// Each element of C is summed in an order that depends on the shape alone, so threads never change a bit of it.
+// C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile`
+// says how an operand lies in memory and holds the micro-kernel; this file has the FMA tile (float, double),
+// gemm_amx.inl the AMX one. Each element of C is summed in an order that depends on the shape alone, so
+// threads never change a bit of it.
 #pragma once
 #include "storage.h"
 
@@ -17,13 +18,14 @@ struct FmaTile {
   using Packed = T;
   static constexpr DType kPackedType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
   static constexpr int L = lanes_of<T>;
-  static constexpr int kVecs = 4;          // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
+  static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
   static constexpr int kCols = kVecs * L;
-  static constexpr int kDepth = 1;         // K is padded to a multiple of this
-  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise 16.
+  static constexpr int kDepth = 1;  // K is padded to a multiple of this
+  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
+  // otherwise 16.
   static constexpr int kRows = kLanes == 16 ? 6 : 3;
-  // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B block is
-  // used for so many rows that fetching it from L3 does not show.
+  // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
+  // block is used for so many rows that fetching it from L3 does not show.
   static constexpr int kBlockRows = 24 * kRows, kBlockDepth = 384;
   static constexpr int kAheadCalls = 4;  // micro-kernel calls that it takes to fetch the next B block
 
@@ -41,13 +43,16 @@ struct FmaTile {
       for (int c = 0; c < kCols; ++c) b[(k0 + k) * kCols + c] = tmp[c * ld + k];
   }
   // Writes kDepth consecutive rows of a panel, each of kCols values.
-  static void store_b_rows(T* b, int64_t k, const T* rows) { std::memcpy(b + k * kCols, rows, kCols * sizeof(T)); }
+  static void store_b_rows(T* b, int64_t k, const T* rows) {
+    std::memcpy(b + k * kCols, rows, kCols * sizeof(T));
+  }
 
-  // c[m][kCols] (+)= a(rows row0.., depth 0..kc) * b for m <= kRows rows. lda is the K that the A block was packed with.
-  // Meanwhile it fetches 1 / kAheadCalls of a B block from `ahead` into L2, a cache line for each k: in the recurrence a
-  // block is used for one batch only before the next one's turn, and waiting for L3 would cost a fifth of the time.
-  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c, bool accumulate,
-                    const char* ahead) {
+  // c[m][kCols] (+)= a(rows row0.., depth 0..kc) * b for m <= kRows rows. lda is the K that the A block was
+  // packed with. Meanwhile it fetches 1 / kAheadCalls of a B block from `ahead` into L2, a cache line for
+  // each k: in the recurrence a block is used for one batch only before the next one's turn, and waiting for
+  // L3 would cost a fifth of the time.
+  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c,
+                    bool accumulate, const char* ahead) {
     a += row0 * lda;
     switch (m) {
       case 1: return micro_m<1>(kc, a, lda, b, c, accumulate, ahead);
@@ -61,7 +66,8 @@ struct FmaTile {
 
  private:
   template <int M>
-  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate, const char* ahead) {
+  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
+                      const char* ahead) {
     Vec<T> acc[M][kVecs];
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < kVecs; ++v) acc[m][v] = accumulate ? load(c + m * kCols + v * L) : Vec<T>{};
@@ -88,7 +94,8 @@ inline int64_t panel_elements(int64_t K) {
   return padded_depth<Tile>(K) * Tile::kCols;
 }
 
-// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n values of it from depth k0 on.
+// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n values of it from depth
+// k0 on.
 template <class Tile, class Load>
 inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_column) {
   using T = typename Tile::Compute;
@@ -104,7 +111,8 @@ inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_
     Tile::store_b_columns(panel, k0, padded, tmp, kChunk);
   }
 }
-// Packs one B panel whose row k is a run of memory: load(k, out) fetches its kCols values, zeros past the matrix's edge.
+// Packs one B panel whose row k is a run of memory: load(k, out) fetches its kCols values, zeros past the
+// matrix's edge.
 template <class Tile, class Load>
 inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, Load&& load_row_) {
   using T = typename Tile::Compute;
@@ -123,7 +131,8 @@ inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, Load&& load_row
 
 // Packs a block of A whose row is a run of memory: load(row, k0, n, out).
 template <class Tile, class Load>
-inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc, Load&& load_row_) {
+inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
+                        Load&& load_row_) {
   using T = typename Tile::Compute;
   constexpr int64_t kChunk = 256;
   alignas(64) T tmp[kChunk];
@@ -139,7 +148,8 @@ inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_
 }
 // Packs a block of A whose column is a run of memory: load(k, row0, rows, out).
 template <class Tile, class Load>
-inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc, Load&& load_col) {
+inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
+                           Load&& load_col) {
   using T = typename Tile::Compute;
   constexpr int kChunk = 32;
   alignas(64) T in[kChunk * Tile::kBlockRows];
@@ -161,10 +171,12 @@ inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int
   }
 }
 
-// c[rows][kCols] (+)= a block of A * a block of a B panel, while `next`, the B block whose turn is next, comes into L2.
+// c[rows][kCols] (+)= a block of A * a block of a B panel, while `next`, the B block whose turn is next,
+// comes into L2.
 template <class Tile, class T = typename Tile::Compute>
 inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t lda, int rows,
-                          const typename Tile::Packed* b, const typename Tile::Packed* next, T* c, bool accumulate) {
+                          const typename Tile::Packed* b, const typename Tile::Packed* next, T* c,
+                          bool accumulate) {
   const int64_t share = kc * Tile::kCols / Tile::kAheadCalls;
   for (int r = 0, call = 0; r < rows; r += Tile::kRows, ++call) {
     const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
@@ -180,16 +192,17 @@ inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, c
   constexpr int64_t depth = Tile::kBlockDepth;
   for (int64_t k = 0; k < K; k += depth) {
     const auto* after = k + depth < K ? b + (k + depth) * Tile::kCols : next;
-    block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, b + k * Tile::kCols, after, c,
-                        k > 0);
+    block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, b + k * Tile::kCols,
+                        after, c, k > 0);
   }
 }
 
 // C (M x panels * kCols) = A (M x K) * B (packed).
-// pack_a(a, row0, rows, k0, kc) packs a block of A; store(row0, rows, panel, c) takes a finished [rows][kCols] tile.
+// pack_a(a, row0, rows, k0, kc) packs a block of A; store(row0, rows, panel, c) takes a finished
+// [rows][kCols] tile.
 template <class Tile, class PackA, class Store>
-void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel, PackA&& pack_a,
-          Store&& store_tile) {
+void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
+          PackA&& pack_a, Store&& store_tile) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB

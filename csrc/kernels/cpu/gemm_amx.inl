@@ -4,8 +4,8 @@
 
 ULMFIT_BEGIN
 
-// GCC's tile intrinsics declare too little of the memory they touch (tile configuration: 8 of 64 bytes; loads: none), so
-// stores before them can be dropped. These say "memory".
+// GCC's tile intrinsics declare too little of the memory they touch (tile configuration: 8 of 64 bytes;
+// loads: none), so stores before them can be dropped. These say "memory".
 template <int R>
 ULMFIT_HD void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(R) : "memory");
@@ -31,9 +31,10 @@ struct AmxTile {
   static constexpr int kCols = 64;   // four tile registers' columns
   static constexpr int kDepth = 32;  // a tile row: 32 bf16
   static constexpr int kRows = 32;   // two tile registers' rows
-  static constexpr int kBlockRows = 128, kBlockDepth = 768;  // A block 192 KB, B blocks 96 KB each, in L2 together
+  static constexpr int kBlockRows = 128,
+                       kBlockDepth = 768;  // A block 192 KB, B blocks 96 KB each, in L2 together
   static constexpr int kAheadCalls = 2;
-  static constexpr int kTile = 16 * 32;     // elements of one operand tile, 1 KB
+  static constexpr int kTile = 16 * 32;  // elements of one operand tile, 1 KB
 
   struct Session {
     Session() {
@@ -65,7 +66,8 @@ struct AmxTile {
   static void store_b_columns(uint16_t* b, int64_t k0, int n, const float* tmp, int ld) {
     alignas(64) uint16_t bits[kCols * 64];
     for (int c = 0; c < kCols; ++c)
-      for (int k = 0; k < n; k += kLanes) store_as<float>(DType::bf16, bits, c * 64 + k, load(tmp + c * ld + k), kLanes);
+      for (int k = 0; k < n; k += kLanes)
+        store_as<float>(DType::bf16, bits, c * 64 + k, load(tmp + c * ld + k), kLanes);
     uint32_t pair;
     for (int k = 0; k < n; k += 2) {
       uint16_t* line = b + (k0 + k) / 32 * 4 * kTile + (k0 + k) % 32 / 2 * 32;
@@ -78,14 +80,15 @@ struct AmxTile {
   static void store_b_rows(uint16_t* b, int64_t k, const float* rows) {
     for (int r = 0; r < kDepth; r += 2)
       for (int c = 0; c < kCols; c += 16) {
-        const VU low = bf16_bits(load(rows + r * kCols + c)), high = bf16_bits(load(rows + (r + 1) * kCols + c));
+        const VU low = bf16_bits(load(rows + r * kCols + c)),
+                 high = bf16_bits(load(rows + (r + 1) * kCols + c));
         const VU pairs = low | (high << 16);
         std::memcpy(b + k / 32 * 4 * kTile + c / 16 * kTile + r / 2 * 32, &pairs, 64);
       }
   }
 
-  static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b, float* c,
-                    bool accumulate, const char* ahead) {
+  static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b,
+                    float* c, bool accumulate, const char* ahead) {
     const uint16_t* a0 = a + row0 * lda;
     if (m <= 16) return micro_16(kc, a0, b, c, m, accumulate, ahead);
     const uint16_t* a1 = a0 + 16 * lda;
@@ -94,13 +97,14 @@ struct AmxTile {
     float* c1 = m == 32 ? c + 16 * kCols : edge;
     if (accumulate && m < 32) std::memcpy(edge, c + 16 * kCols, (m - 16) * kCols * sizeof(float));
     for (int half = 0; half < 2; ++half)
-      micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate, ahead + half * kc * 32);
+      micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate,
+                ahead + half * kc * 32);
     if (m < 32) std::memcpy(c + 16 * kCols, edge, (m - 16) * kCols * sizeof(float));
   }
 
  private:
-  static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0, float* c1,
-                        bool accumulate, const char* ahead) {
+  static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0,
+                        float* c1, bool accumulate, const char* ahead) {
     constexpr int64_t ld = kCols * sizeof(float);
     if (accumulate) {
       tile_load<0>(c0, ld);

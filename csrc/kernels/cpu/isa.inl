@@ -1,5 +1,5 @@
-// Everything one instruction set needs: an ISA file defines ULMFIT_ISA and ULMFIT_LANES, opens its target region and
-// includes this. ULMFIT_AMX adds the AMX tile for bf16.
+// Everything one instruction set needs: an ISA file defines ULMFIT_ISA and ULMFIT_LANES, opens its target
+// region and includes this. ULMFIT_AMX adds the AMX tile for bf16.
 #pragma once
 #include "lstm_forward.inl"
 #include "lstm_backward.inl"
@@ -19,38 +19,33 @@ using Bf16Tile = AmxTile;
 using Bf16Tile = FmaTile<float>;  // 16-bit storage, fp32 arithmetic
 #endif
 
-// The compute tile follows the activations' storage type.
-#define ULMFIT_BY_DTYPE(dtype, kernel)                                \
-  switch (dtype) {                                                    \
-    case DType::f64: return kernel<FmaTile<double>>(args, parallel);  \
-    case DType::bf16: return kernel<Bf16Tile>(args, parallel);        \
-    default: return kernel<FmaTile<float>>(args, parallel);           \
-  }
+// Calls kernel with the tile to compute with, which follows the activations' storage type.
+template <class Kernel>
+inline void with_tile(DType dtype, Kernel&& kernel) {
+  if (dtype == DType::f64) return kernel(FmaTile<double>());
+  if (dtype == DType::bf16) return kernel(Bf16Tile());
+  return kernel(FmaTile<float>());
+}
 
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
-  ULMFIT_BY_DTYPE(args.x.dtype, lstm_forward)
+  with_tile(args.x.dtype, [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
 }
 inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel) {
-  ULMFIT_BY_DTYPE(args.x.dtype, lstm_backward)
+  with_tile(args.x.dtype, [&](auto tile) { lstm_backward<decltype(tile)>(args, parallel); });
 }
 inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
-  ULMFIT_BY_DTYPE(args.h.dtype, linear_cross_entropy)
+  with_tile(args.h.dtype, [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
 }
 
 #define ULMFIT_STRING_(x) #x
 #define ULMFIT_STRING(x) ULMFIT_STRING_(x)
 
 inline const Kernels& table() {
-  static const Kernels kernels = {ULMFIT_STRING(ULMFIT_ISA),
-                                  dropout_mask,
-                                  variational_dropout,
-                                  embedding_dropout,
-                                  embedding_dropout_backward,
-                                  concat_pool,
-                                  concat_pool_backward,
-                                  run_lstm,
-                                  run_lstm_backward,
-                                  run_linear_cross_entropy};
+  static const Kernels kernels = {ULMFIT_STRING(ULMFIT_ISA),  dropout_mask,
+                                  variational_dropout,        embedding_dropout,
+                                  embedding_dropout_backward, concat_pool,
+                                  concat_pool_backward,       run_lstm,
+                                  run_lstm_backward,          run_linear_cross_entropy};
   return kernels;
 }
 

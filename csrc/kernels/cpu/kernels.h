@@ -1,8 +1,10 @@
-// The CPU kernels' border: plain pointers in, plain pointers out, one table of entry points per instruction set.
+// The CPU kernels' border: plain pointers in, plain pointers out, one table of entry points per instruction
+// set.
 //
-// Nothing here knows torch. Callers allocate every result; shapes stand beside each pointer, rows are contiguous unless
-// a stride is given, and no result may alias an input. T = time steps, B = batch, I = inputs, H = hidden units,
-// V = vocabulary. Kernels run their parallel loops on the caller's thread pool, handed in as `Parallel`.
+// Nothing here knows torch. Callers allocate every result; shapes stand beside each pointer, rows are
+// contiguous unless a stride is given, and no result may alias an input. T = time steps, B = batch, I =
+// inputs, H = hidden units, V = vocabulary. Kernels run their parallel loops on the caller's thread pool,
+// handed in as `Parallel`.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -46,29 +48,30 @@ struct Sequence {
 
 struct LstmShape {
   int64_t T, B, I, H;
-  bool reverse;            // from each sequence's last valid step back to its first
-  const int64_t* lengths;  // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out
-  uint64_t seed;           // of the DropConnect mask of w_hh, element index row * H + column
+  bool reverse;  // from each sequence's last valid step back to its first
+  const int64_t*
+      lengths;    // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out
+  uint64_t seed;  // of the DropConnect mask of w_hh, element index row * H + column
   double weight_p;
 };
 
 struct LstmForward {
   LstmShape shape;
-  Sequence x;                // (T, B, I)
-  Matrix h0, c0;             // (B, H), in x's dtype
-  Matrix w_ih, w_hh;         // (4H, I), (4H, H): gates i, f, g, o
-  const void *b_ih, *b_hh;   // (4H) in w_ih's dtype, or nullptr
-  Sequence y;                // (T, B, H), x's dtype
-  void *h_n, *c_n;           // (B, H), x's dtype
-  void* gates;               // (T, B, 4H) activated gates in x's dtype, or nullptr when nothing is saved for backward
-  void* cells;               // (T, B, H) cell state after each step, fp64 for fp64 and else fp32, or nullptr
+  Sequence x;               // (T, B, I)
+  Matrix h0, c0;            // (B, H), in x's dtype
+  Matrix w_ih, w_hh;        // (4H, I), (4H, H): gates i, f, g, o
+  const void *b_ih, *b_hh;  // (4H) in w_ih's dtype, or nullptr
+  Sequence y;               // (T, B, H), x's dtype
+  void *h_n, *c_n;          // (B, H), x's dtype
+  void* gates;  // (T, B, 4H) activated gates in x's dtype, or nullptr when nothing is saved for backward
+  void* cells;  // (T, B, H) cell state after each step, fp64 for fp64 and else fp32, or nullptr
 };
 
 struct LstmBackward {
   LstmShape shape;
-  Sequence dy;               // (T, B, H); data may be nullptr: zeros. So may dh_n's and dc_n's
-  Matrix dh_n, dc_n;         // (B, H)
-  Sequence x, y;             // as in forward
+  Sequence dy;        // (T, B, H); data may be nullptr: zeros. So may dh_n's and dc_n's
+  Matrix dh_n, dc_n;  // (B, H)
+  Sequence x, y;      // as in forward
   Matrix h0, c0, w_ih, w_hh;
   const void *gates, *cells;
   Sequence dx;               // (T, B, I), data nullptr: not wanted
@@ -78,37 +81,38 @@ struct LstmBackward {
 
 struct LinearCrossEntropy {
   int64_t N, E, V;
-  Matrix h;                   // (N, E)
-  Matrix weight;              // (V, E)
-  const void* bias;           // (V) in weight's dtype, or nullptr
-  const int64_t* target;      // (N), 0..V-1 or ignore_index
+  Matrix h;               // (N, E)
+  Matrix weight;          // (V, E)
+  const void* bias;       // (V) in weight's dtype, or nullptr
+  const int64_t* target;  // (N), 0..V-1 or ignore_index
   int64_t ignore_index;
   double label_smoothing;
-  const void* row_gradient;   // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64); nullptr: none wanted
-  void* loss;                 // (N) fp32 (fp64): each row's loss, 0 where ignored
-  void *dh, *dweight, *dbias; // (N, E) in h's dtype, (V, E) and (V) in weight's; dbias may be nullptr
+  const void*
+      row_gradient;  // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64); nullptr: none wanted
+  void* loss;        // (N) fp32 (fp64): each row's loss, 0 where ignored
+  void *dh, *dweight, *dbias;  // (N, E) in h's dtype, (V, E) and (V) in weight's; dbias may be nullptr
 };
 
 struct EmbeddingDropout {
-  int64_t n, V, E;            // n ids
-  const int64_t* ids;         // (n), 0..V-1, checked by the caller
-  int64_t padding_idx;        // its row gets no gradient; -1: none
-  uint64_t seed;              // the mask has one element per vocabulary row
+  int64_t n, V, E;      // n ids
+  const int64_t* ids;   // (n), 0..V-1, checked by the caller
+  int64_t padding_idx;  // its row gets no gradient; -1: none
+  uint64_t seed;        // the mask has one element per vocabulary row
   double p;
   DType dtype;
 };
 
 struct VariationalDropout {
-  int64_t T, B, F;            // one mask element per (b, f), index b * F + f, for all T
-  Sequence in, out;           // (T, B, F)
+  int64_t T, B, F;   // one mask element per (b, f), index b * F + f, for all T
+  Sequence in, out;  // (T, B, F)
   uint64_t seed;
   double p;
 };
 
 struct ConcatPool {
   int64_t T, B, H;
-  const int64_t* lengths;     // (B), 0..T; nullptr: all T
-  Sequence in;                // (T, B, H); the gradient's own on the way back
+  const int64_t* lengths;  // (B), 0..T; nullptr: all T
+  Sequence in;             // (T, B, H); the gradient's own on the way back
 };
 
 struct Kernels {
@@ -124,8 +128,8 @@ struct Kernels {
   void (*linear_cross_entropy)(const LinearCrossEntropy&, const Parallel&);
 };
 
-// The table in use: the best the machine has, or the one ULMFIT_FAST_ISA names (read once, at the first call).
-// Throws std::runtime_error when that name is unknown or the machine cannot run it.
+// The table in use: the best the machine has, or the one ULMFIT_FAST_ISA names (read once, at the first
+// call). Throws std::runtime_error when that name is unknown or the machine cannot run it.
 const Kernels& kernels();
 // The table of one instruction set, nullptr where the machine cannot run it: for tests and benchmarks.
 const Kernels* kernels_for(const char* isa);

@@ -1,8 +1,8 @@
-// Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in memory, and turn
-// into their own gradient in place.
+// Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
+// memory, and turn into their own gradient in place.
 //
-// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and, for the FMA tile, already
-// the packed operand that dW = dlogits^T @ h multiplies by.
+// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and, for the FMA
+// tile, already the packed operand that dW = dlogits^T @ h multiplies by.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -17,6 +17,7 @@ class LinearCrossEntropyPass {
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a chunk of logits needs no repacking
+  static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
   // 32 MB of logits at most, but enough rows to pay for a pass over the gradient of the weight.
   static constexpr int64_t kChunkBytes = 32 << 20, kMinRows = 4 * Tile::kBlockRows, kMaxRows = 512;
 
@@ -60,13 +61,14 @@ class LinearCrossEntropyPass {
   void pack_weights() {
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        pack_b_columns<Tile>(w_forward + panel * panel_elements<Tile>(p.E), p.E, [&](int c, int64_t k0, int n, T* out) {
-          if (c < width(panel)) {
-            load_row(p.weight.dtype, p.weight.row(panel * kCols + c), k0, n, out);
-          } else {
-            std::memset(out, 0, n * sizeof(T));
-          }
-        });
+        pack_b_columns<Tile>(w_forward + panel * panel_elements<Tile>(p.E), p.E,
+                             [&](int c, int64_t k0, int n, T* out) {
+                               if (c < width(panel)) {
+                                 load_row(p.weight.dtype, p.weight.row(panel * kCols + c), k0, n, out);
+                               } else {
+                                 std::memset(out, 0, n * sizeof(T));
+                               }
+                             });
         T* b = bias + panel * kCols;
         std::memset(b, 0, kCols * sizeof(T));
         if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, width(panel), b);
@@ -98,62 +100,73 @@ class LinearCrossEntropyPass {
         [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
           for (int r = 0; r < n_rows; ++r)
             for (int j = 0; j < kCols; j += L)
-              store(run_of(panel, r0 + r, rows) + j, load(tile + r * kCols + j) + load(bias + panel * kCols + j));
+              store(run_of(panel, r0 + r, rows) + j,
+                    load(tile + r * kCols + j) + load(bias + panel * kCols + j));
         });
-    parallel(rows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) softmax_row(row0 + r, r, rows);
+    parallel(ceil_div(rows, kBundle), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        softmax(row0, i * kBundle, (i + 1) * kBundle < rows ? (i + 1) * kBundle : rows, rows);
     });
   }
 
-  // f(vector, lanes that are there) over the logits of one row
+  // f(row, vector of logits, lanes that are there) over rows r0..r1, panel by panel: neighbouring rows' runs
+  // lie side by side, and a row's own runs are pages apart.
   template <class F>
-  void for_row(int64_t r, int64_t rows, F&& f) const {
+  void for_logits(int64_t r0, int64_t r1, int64_t rows, F&& f) const {
     for (int64_t panel = 0; panel < panels; ++panel) {
-      T* run = run_of(panel, r, rows);
       const int n = static_cast<int>(width(panel));
-      for (int j = 0; j < n; j += L) f(run + j, n - j);
+      for (int64_t r = r0; r < r1; ++r)
+        for (int j = 0; j < n; j += L) f(r - r0, run_of(panel, r, rows) + j, n - j);
     }
   }
 
   // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; its gradient replaces the logits:
-  // upstream * (softmax - (1 - e) onehot - e / V).
-  void softmax_row(int64_t n, int64_t r, int64_t rows) const {
-    const int64_t target = p.target[n];
-    const bool ignored = target == p.ignore_index;
-    T* loss = static_cast<T*>(p.loss) + n;
-    *loss = 0;
-    if (ignored) {
-      if (gradient) for_row(r, rows, [](T* z, int) { store(z, V{}); });
-      return;
-    }
-    V top = broadcast(-std::numeric_limits<T>::infinity()), sum = {}, total = {};
-    for_row(r, rows, [&](T* z, int there) {
-      V v = load(z);
-      for (int l = there; l < L; ++l) v[l] = top[l];
-      top = v > top ? v : top;
-      top = v == v ? top : v;  // keep a NaN
+  // upstream * (softmax - (1 - e) onehot - e / V). Ignored rows: zeros.
+  void softmax(int64_t row0, int64_t r0, int64_t r1, int64_t rows) const {
+    V top[kBundle], sum[kBundle] = {}, total[kBundle] = {};
+    T max[kBundle], z_target[kBundle], scale[kBundle], shift[kBundle];
+    bool ignored[kBundle];
+    const T smooth = static_cast<T>(p.label_smoothing);
+    for (V& v : top) v = broadcast(-std::numeric_limits<T>::infinity());
+    for_logits(r0, r1, rows, [&](int64_t i, const T* z, int there) {
+      V v = first_n(load(z), there, top[i]);
+      v = v > top[i] ? v : top[i];
+      top[i] = top[i] == top[i] ? v : top[i];  // a NaN stays
     });
-    T max = top[0];
-    for (int l = 1; l < L; ++l) max = top[l] > max || top[l] != top[l] ? top[l] : max;
-    const T z_target = run_of(target / kCols, r, rows)[target % kCols];
-    for_row(r, rows, [&](T* z, int there) {
-      const V v = load(z);
-      V e = exp_(v - max), kept = v;
-      for (int l = there; l < L; ++l) e[l] = kept[l] = 0;
-      sum += e;
-      total += kept;
+    for (int64_t i = 0; i < r1 - r0; ++i) {
+      max[i] = top[i][0];
+      for (int l = 1; l < L; ++l) max[i] = top[i][l] > max[i] || top[i][l] != top[i][l] ? top[i][l] : max[i];
+      const int64_t target = p.target[row0 + r0 + i];
+      ignored[i] = target == p.ignore_index;
+      z_target[i] = ignored[i] ? T(0) : run_of(target / kCols, r0 + i, rows)[target % kCols];
+    }
+    for_logits(r0, r1, rows, [&](int64_t i, T* z, int there) {
+      const V v = load(z), e = first_n(exp_(v - max[i]), there, V{});
+      sum[i] += e;
+      total[i] += first_n(v, there, V{});
       if (gradient) store(z, e);
     });
-    const T exp_sum = sum_lanes<T>(sum), lse = max + std::log(exp_sum);
-    const T smooth = static_cast<T>(p.label_smoothing);
-    *loss = lse - (1 - smooth) * z_target;
-    if (smooth != 0) *loss -= smooth * sum_lanes<T>(total) / static_cast<T>(p.V);
+    for (int64_t i = 0; i < r1 - r0; ++i) {
+      const int64_t n = row0 + r0 + i;
+      const T exp_sum = sum_lanes<T>(sum[i]), lse = max[i] + std::log(exp_sum);
+      T loss = lse - (1 - smooth) * z_target[i];
+      if (smooth != 0) loss -= smooth * sum_lanes<T>(total[i]) / static_cast<T>(p.V);
+      static_cast<T*>(p.loss)[n] = ignored[i] ? T(0) : loss;
+      if (!gradient) continue;
+      const T upstream = static_cast<const T*>(p.row_gradient)[n];
+      scale[i] = upstream / exp_sum;
+      shift[i] = upstream * smooth / static_cast<T>(p.V);
+    }
     if (!gradient) return;
-    const T upstream = static_cast<const T*>(p.row_gradient)[n];
-    const T scale = upstream / exp_sum, shift = upstream * smooth / static_cast<T>(p.V);
-    for_row(r, rows, [&](T* z, int) { store(z, load(z) * scale - shift); });
-    run_of(target / kCols, r, rows)[target % kCols] -= upstream * (1 - smooth);
-    for (int64_t j = width(panels - 1); j < kCols; ++j) run_of(panels - 1, r, rows)[j] = 0;
+    for_logits(r0, r1, rows, [&](int64_t i, T* z, int there) {
+      store(z, ignored[i] ? V{} : first_n(load(z) * scale[i] - shift[i], there, V{}));
+    });
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t target = p.target[row0 + r];
+      if (target == p.ignore_index) continue;
+      run_of(target / kCols, r, rows)[target % kCols] -=
+          static_cast<const T*>(p.row_gradient)[row0 + r] * (1 - smooth);
+    }
   }
 
   // dh = dlogits @ W
@@ -176,20 +189,23 @@ class LinearCrossEntropyPass {
         });
   }
 
-  // dW^T += h^T @ dlogits, and db += column sums of dlogits. Transposed, because then the wide operand is already packed.
+  // dW^T += h^T @ dlogits, and db += column sums of dlogits. Transposed, because then the wide operand is
+  // already packed.
   void weight_gradient(int64_t row0, int64_t rows) {
     const Packed* dlogits = pack_dlogits(rows);
     gemm<Tile>(
         p.E, rows, panels, dlogits, parallel,
         [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
           pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, T* out) {
-            if (p.target[row0 + r] == p.ignore_index) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
+            if (p.target[row0 + r] == p.ignore_index)
+              return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
             load_row(p.h.dtype, p.h.row(row0 + r), e, n, out);
           });
         },
         [&](int64_t e0, int n_e, int64_t panel, const T* tile) {
           T* sum = dw + (panel * p.E + e0) * kCols;
-          for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L) store(sum + j, load(sum + j) + load(tile + j));
+          for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L)
+            store(sum + j, load(sum + j) + load(tile + j));
         });
   }
   const Packed* pack_dlogits(int64_t rows) {
@@ -219,7 +235,8 @@ class LinearCrossEntropyPass {
           for (int64_t e = 0; e < p.E; ++e) line[e] = dw[(panel * p.E + e) * kCols + c];
           store_row(p.weight.dtype, p.dweight, (panel * kCols + c) * p.E, p.E, line.get());
         }
-        if (p.dbias != nullptr) store_row(p.weight.dtype, p.dbias, panel * kCols, width(panel), db + panel * kCols);
+        if (p.dbias != nullptr)
+          store_row(p.weight.dtype, p.dbias, panel * kCols, width(panel), db + panel * kCols);
       }
     });
   }
@@ -231,8 +248,8 @@ class LinearCrossEntropyPass {
   const int64_t chunk;
   Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
   Scratch<T> logits;
-  Scratch<Packed> packed;  // dlogits as the packed operand, where it is not the logits themselves
-  Scratch<T> dw, bias, db; // dw: [panel][E][kCols], summed over chunks
+  Scratch<Packed> packed;   // dlogits as the packed operand, where it is not the logits themselves
+  Scratch<T> dw, bias, db;  // dw: [panel][E][kCols], summed over chunks
 };
 
 template <class Tile>

@@ -7,7 +7,9 @@
 
 ULMFIT_BEGIN
 
-inline bool active(const LstmShape& s, int64_t t, int64_t b) { return s.lengths == nullptr || t < s.lengths[b]; }
+inline bool active(const LstmShape& s, int64_t t, int64_t b) {
+  return s.lengths == nullptr || t < s.lengths[b];
+}
 // The step whose state is h_n, and the one that starts from h0.
 inline int64_t last_step(const LstmShape& s, int64_t b) {
   const int64_t length = s.lengths == nullptr ? s.T : s.lengths[b];
@@ -18,10 +20,11 @@ inline int64_t first_step(const LstmShape& s, int64_t b) {
   return s.reverse ? length - 1 : 0;
 }
 
-// One row of the recurrent weight, from column k0 on, dropped and scaled: the published DropConnect, W * mask / (1 - p).
+// One row of the recurrent weight, from column k0 on, dropped and scaled: the published DropConnect, W * mask
+// / (1 - p).
 template <class T>
-inline void load_dropped_row(const Matrix& w_hh, int64_t H, const Dropout& drop, int64_t row, int64_t k0, int64_t n,
-                             T* out) {
+inline void load_dropped_row(const Matrix& w_hh, int64_t H, const Dropout& drop, int64_t row, int64_t k0,
+                             int64_t n, T* out) {
   load_row(w_hh.dtype, w_hh.row(row), k0, n, out);
   apply_mask(drop, static_cast<uint64_t>(row) * H + k0, n, out);
 }

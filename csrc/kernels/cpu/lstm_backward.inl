@@ -1,5 +1,6 @@
-// LSTM backward: step by step from the last, dh = dgates(next) @ W_hh with the cell's backward on the hot tile; then the
-// products that need no order: dx = dgates @ W_ih, dW_ih = dgates^T @ x, dW_hh = mask * dgates^T @ h_prev.
+// LSTM backward: step by step from the last, dh = dgates(next) @ W_hh with the cell's backward on the hot
+// tile; then the products that need no order: dx = dgates @ W_ih, dW_ih = dgates^T @ x, dW_hh = mask *
+// dgates^T @ h_prev.
 //
 // The mask of W_hh is regenerated from the seed, both for the packed copy and for dW_hh.
 #pragma once
@@ -93,7 +94,8 @@ class LstmBackwardPass {
     }
   }
 
-  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through padded steps.
+  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through
+  // padded steps.
   void cell_back(int64_t step, int64_t b, int64_t unit, V dh_recurrent) const {
     const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
     const int64_t at = b * s.H + unit;
@@ -146,8 +148,8 @@ class LstmBackwardPass {
         });
   }
 
-  // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed by rows,
-  // which is a copy, once for both, and only the narrow ones have to be transposed.
+  // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed
+  // by rows, which is a copy, once for both, and only the narrow ones have to be transposed.
   void weight_gradients() {
     const int64_t rows = s.T * s.B, out_panels = ceil_div(G, kCols);
     Scratch<Packed> packed(out_panels * panel_elements<Tile>(rows));
@@ -161,11 +163,13 @@ class LstmBackwardPass {
         bias_gradient(col, n);
       }
     });
-    weight_gradient(s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(), [&](int64_t r, int64_t col, int64_t n, T* out) {
-      const int64_t t = r / s.B, b = r % s.B;
-      if (!active(s, t, b)) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));  // whatever padding holds
-      load_row(p.x.dtype, p.x.row(t, b), col, n, out);
-    });
+    weight_gradient(
+        s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(), [&](int64_t r, int64_t col, int64_t n, T* out) {
+          const int64_t t = r / s.B, b = r % s.B;
+          if (!active(s, t, b))
+            return static_cast<void>(std::memset(out, 0, n * sizeof(T)));  // whatever padding holds
+          load_row(p.x.dtype, p.x.row(t, b), col, n, out);
+        });
     weight_gradient(s.H, packed, p.w_hh.dtype, p.dw_hh, drop, [&](int64_t r, int64_t col, int64_t n, T* out) {
       const int64_t t = r / s.B, b = r % s.B;
       if (!active(s, t, b)) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
@@ -193,7 +197,8 @@ class LstmBackwardPass {
         });
   }
 
-  // db = column sums of dgates; 64 rows at a time, so that fp32 sums of thousands of rows keep their low bits.
+  // db = column sums of dgates; 64 rows at a time, so that fp32 sums of thousands of rows keep their low
+  // bits.
   void bias_gradient(int64_t col, int64_t n) const {
     alignas(64) T total[kCols] = {}, part[kCols], line[kCols];
     for (int64_t r0 = 0; r0 < s.T * s.B; r0 += 64) {
@@ -212,8 +217,8 @@ class LstmBackwardPass {
   const Parallel& parallel;
   const Dropout drop;
   const int64_t G, depth, panels;
-  Scratch<Packed> w_hh, dgates;          // dgates: (T, B, 4H)
-  Scratch<Packed> next_even, next_odd;   // dgates of the step after, in A-block form, and those being written
+  Scratch<Packed> w_hh, dgates;         // dgates: (T, B, 4H)
+  Scratch<Packed> next_even, next_odd;  // dgates of the step after, in A-block form, and those being written
   Scratch<T> dh, dc, c_first;
 };
 

@@ -1,8 +1,9 @@
 // LSTM forward: pack the dropped weights once, project the inputs chunk by chunk, then step by step
 // h @ W_hh^T with the cell's pointwise part on the hot tile.
 //
-// The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates' columns side by
-// side, so that one thread has everything a cell needs and only h crosses threads, once a step.
+// The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates'
+// columns side by side, so that one thread has everything a cell needs and only h crosses threads, once a
+// step.
 #pragma once
 #include "lstm.inl"
 
@@ -43,7 +44,8 @@ class LstmForwardPass {
       project(step0, steps);
       for (int64_t i = 0; i < steps; ++i) {
         const int64_t step = step0 + i;
-        parallel(blocks, [&](int64_t begin, int64_t end) { recur(step, projected + i * s.B * 4 * s.H, begin, end); });
+        parallel(blocks,
+                 [&](int64_t begin, int64_t end) { recur(step, projected + i * s.B * 4 * s.H, begin, end); });
       }
     }
   }

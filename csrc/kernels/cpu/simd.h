@@ -1,7 +1,10 @@
-// A thin SIMD wrapper: compiler vector types of ULMFIT_LANES floats, and the few operations that need an intrinsic.
+// A thin SIMD wrapper: compiler vector types of ULMFIT_LANES floats, and the few operations that need an
+// intrinsic.
 //
-// Included once per ISA file, inside its `#pragma GCC target` region; standard headers and <immintrin.h> come before.
-// +, -, *, /, comparisons and ?: are the compiler's own on these types, so only what C++ cannot say is written here.
+// Included once per ISA file, inside its `#pragma GCC target` region; standard headers and <immintrin.h> come
+// before.
+// +, -, *, /, comparisons and ?: are the compiler's own on these types, so only what C++ cannot say is
+// written here.
 #pragma once
 
 #include "../isa_namespace.h"
@@ -52,8 +55,17 @@ template <class T>
 ULMFIT_HD Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// v with the lanes from n on taken from rest.
+template <class V>
+ULMFIT_HD V first_n(V v, int n, V rest) {
+  constexpr int L = sizeof(V) / sizeof(v[0]);
+  if (n >= L) return v;
+  for (int l = n; l < L; ++l) v[l] = rest[l];
+  return v;
+}
 
-// a * b + c in one rounding where the ISA has it. The build turns contraction off: what is fused is decided here.
+// a * b + c in one rounding where the ISA has it. The build turns contraction off: what is fused is decided
+// here.
 #if ULMFIT_LANES == 16
 ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -87,11 +99,13 @@ ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
 }
 
 ULMFIT_END
-// Vector types have no namespace for a template to find their functions in: what philox.h calls must stand before it.
+// Vector types have no namespace for a template to find their functions in: what philox.h calls must stand
+// before it.
 #include "../philox.h"
 ULMFIT_BEGIN
 
-// exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5 polynomial (Cephes expf), below 2 ulp; saturates, keeps NaN.
+// exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5 polynomial (Cephes expf), below 2 ulp; saturates,
+// keeps NaN.
 ULMFIT_HD VF exp_(VF x) {
   x = x > 88.3762626647950f ? broadcast(88.3762626647950f) : x;
   x = x < -87.3365447505531f ? broadcast(-87.3365447505531f) : x;
@@ -107,7 +121,8 @@ ULMFIT_HD VF exp_(VF x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.0f);
-  const VI exponent = ((VI)shifted - 0x4B400000) << 23;  // bits of magic removed, n moved into the exponent field
+  const VI exponent = ((VI)shifted - 0x4B400000)
+                      << 23;  // bits of magic removed, n moved into the exponent field
   return (VF)((VI)p + exponent);
 }
 ULMFIT_HD VF sigmoid_(VF x) { return 1.0f / (1.0f + exp_(-x)); }

@@ -1,14 +1,16 @@
 // Storage types: fp32, fp64, bf16 and fp16 rows to and from the type that kernels compute in.
 //
-// Kernels are compiled for a compute type (float or double) and look at the storage type at run time, once per row or
-// vector: a branch that always goes the same way costs nothing, and four storage types do not multiply the templates.
+// Kernels are compiled for a compute type (float or double) and look at the storage type at run time, once
+// per row or vector: a branch that always goes the same way costs nothing, and four storage types do not
+// multiply the templates.
 #pragma once
 #include "simd.h"
 
 ULMFIT_BEGIN
 
 ULMFIT_HD VF from_bf16(VH h) { return (VF)(__builtin_convertvector(h, VU) << 16); }
-// Round to nearest even; NaN stays NaN (a quiet bit is set, so that truncation cannot make an infinity of it).
+// Round to nearest even; NaN stays NaN (a quiet bit is set, so that truncation cannot make an infinity of
+// it).
 ULMFIT_HD VU bf16_bits(VF v) {
   const VU bits = (VU)v;
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -18,12 +20,17 @@ ULMFIT_HD VH to_bf16(VF v) { return __builtin_convertvector(bf16_bits(v), VH); }
 
 #if ULMFIT_LANES == 16
 ULMFIT_HD VF from_f16(VH h) { return (VF)_mm512_cvtph_ps((__m256i)h); }
-ULMFIT_HD VH to_f16(VF v) { return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ULMFIT_HD VH to_f16(VF v) {
+  return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 #elif ULMFIT_LANES == 8
 ULMFIT_HD VF from_f16(VH h) { return (VF)_mm256_cvtph_ps((__m128i)h); }
-ULMFIT_HD VH to_f16(VF v) { return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ULMFIT_HD VH to_f16(VF v) {
+  return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 #else
-// Without F16C: move the bits and let one multiplication do the subnormals (both ways exact or rounded to even).
+// Without F16C: move the bits and let one multiplication do the subnormals (both ways exact or rounded to
+// even).
 ULMFIT_HD VF from_f16(VH h) {
   const VU u = __builtin_convertvector(h, VU);
   const VU sign = (u & 0x8000u) << 16, magnitude = (u & 0x7FFFu) << 13;
@@ -99,8 +106,8 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
   if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
 }
 
-// Uninitialised scratch memory, 64-byte aligned. Large blocks ask for huge pages: a first touch of 4 KB pages costs
-// more than the arithmetic done on them.
+// Uninitialised scratch memory, 64-byte aligned. Large blocks ask for huge pages: a first touch of 4 KB pages
+// costs more than the arithmetic done on them.
 template <class T>
 class Scratch {
  public:

@@ -92,7 +92,7 @@ def _command():
         name, equals, _ = word.partition("=")
         words.append(name + "=..." if equals and name in _PATH_OPTIONS else "..." if hide else word)
         hide = word in _PATH_OPTIONS
-    return " ".join(["python -m benchmarks.quality", *words])
+    return " ".join(["python -m", sys.modules["__main__"].__spec__.name, *words])
 
 
 def _version(package):
