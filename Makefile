@@ -8,10 +8,12 @@ ifdef USE_ACTIVE
 PY := $(PYTHON)
 BIN :=
 STAMPS := build/active
+TORCH_STAMP := $(TORCH_STAMP)
 else
 PY := .venv/bin/python
 BIN := .venv/bin/
 STAMPS := .venv
+TORCH_STAMP := $(STAMPS)/with-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' -)
 endif
 
 # what a build reads: when one of these changes, the next target rebuilds what depends on it
@@ -50,7 +52,7 @@ cuda-check: $(STAMPS)/built
 readme: $(STAMPS)/built
 	$(PY) tools/readme_numbers.py
 
-wheel: $(STAMPS)/torch
+wheel: $(TORCH_STAMP)
 	rm -rf build/lib.* build/bdist.*
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
@@ -58,17 +60,18 @@ clean:
 	rm -rf build dist .venv .venv-cuda *.egg-info ulmfit_fast/*.so ulmfit_fast/_build_info.py
 
 ifdef USE_ACTIVE
-$(STAMPS)/torch:
+$(TORCH_STAMP):
 	@$(PY) -c "import torch" || { echo "USE_ACTIVE=1, but $(PY) has no torch: type pip install torch"; exit 1; }
 	mkdir -p $(STAMPS) && touch $@
 else
-$(STAMPS)/torch:
+$(TORCH_STAMP):
 	$(PYTHON) -m venv .venv
+	rm -f .venv/with-*
 	$(PY) -m pip install --quiet --upgrade setuptools ninja "$(TORCH)"
 	touch $@
 endif
 
-$(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
+$(STAMPS)/built: $(TORCH_STAMP) $(SOURCES)
 	@mkdir -p build
 	$(PY) -m pip install -v --no-build-isolation -e '.[train,test]' >build/build.log 2>&1 \
 	  || { tail -n 60 build/build.log; exit 1; }
@@ -76,7 +79,7 @@ $(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
 	@touch $@
 
 # pinned: other versions want other formatting
-$(STAMPS)/lint-tools: $(STAMPS)/torch
+$(STAMPS)/lint-tools: $(TORCH_STAMP)
 	$(PY) -m pip install --quiet ruff==0.17.6 clang-format==23.1.5
 	touch $@
 
