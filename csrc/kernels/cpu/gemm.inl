@@ -185,16 +185,19 @@ inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t ld
   }
 }
 
-// c[rows][kCols] = A (packed with its whole padded depth K, from its row 0 on) * one B panel.
+// c[panel][rows][kCols] = A (packed with its whole padded depth K, from its row 0 on) * `panels` panels of B.
+// Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
 template <class Tile, class T = typename Tile::Compute>
 inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
-                          const typename Tile::Packed* next, T* c) {
+                          int64_t panels, const typename Tile::Packed* next, T* c) {
   constexpr int64_t depth = Tile::kBlockDepth;
-  for (int64_t k = 0; k < K; k += depth) {
-    const auto* after = k + depth < K ? b + (k + depth) * Tile::kCols : next;
-    block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, b + k * Tile::kCols,
-                        after, c, k > 0);
-  }
+  const auto block_b = [&](int64_t p, int64_t k) { return b + (p * K + k) * Tile::kCols; };
+  for (int64_t k = 0; k < K; k += depth)
+    for (int64_t p = 0; p < panels; ++p) {
+      const auto* after = p + 1 < panels ? block_b(p + 1, k) : k + depth < K ? block_b(0, k + depth) : next;
+      block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, block_b(p, k), after,
+                          c + p * rows * Tile::kCols, k > 0);
+    }
 }
 
 // C (M x panels * kCols) = A (M x K) * B (packed).
@@ -206,16 +209,19 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB
+  constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
   const int64_t groups = ceil_div(panels, kGroup), group = ceil_div(panels, groups);
   const int64_t blocks = ceil_div(M, Tile::kBlockRows);
   const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
   const int64_t depth = K < Tile::kBlockDepth ? K : Tile::kBlockDepth;
+  // A row block that several groups of panels meet is packed once for all of them, if that is not too large.
+  const bool whole = groups > 1 && block_rows * K * static_cast<int64_t>(sizeof(Packed)) <= kWholeBytes;
   parallel(blocks * groups, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename Tile::Session session;
-    Scratch<Packed> a(Tile::a_elements(block_rows, padded_depth<Tile>(depth)));
+    Scratch<Packed> a(Tile::a_elements(block_rows, padded_depth<Tile>(whole ? K : depth)));
     Scratch<T> c(group * block_rows * Tile::kCols);
-    int64_t packed_row = -1;  // with a single depth block, A stays packed while the group changes
+    int64_t packed_row = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row0 = item / groups * block_rows, p0 = item % groups * group;
       const int64_t p1 = p0 + group < panels ? p0 + group : panels;
@@ -223,13 +229,14 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
       if (rows <= 0 || p0 >= p1) continue;
       for (int64_t k0 = 0; k0 < K; k0 += depth) {
         const int64_t kc = K - k0 < depth ? K - k0 : depth, ld = padded_depth<Tile>(kc);
-        if (K > depth || packed_row != row0) pack_a(a.get(), row0, rows, k0, kc);
-        packed_row = row0;
-        const auto block = [&](int64_t p) { return b + p * panel_elements<Tile>(K) + k0 * Tile::kCols; };
+        Packed* block_a = whole ? a + Tile::a_elements(block_rows, k0) : a.get();
+        if (!whole || packed_row != row0) pack_a(block_a, row0, rows, k0, kc);
+        const auto block_b = [&](int64_t p) { return b + p * panel_elements<Tile>(K) + k0 * Tile::kCols; };
         for (int64_t p = p0; p < p1; ++p)
-          block_product<Tile>(ld, a, ld, rows, block(p), block(p + 1 < p1 ? p + 1 : p),
+          block_product<Tile>(ld, block_a, ld, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
                               c + (p - p0) * block_rows * Tile::kCols, k0 > 0);
       }
+      packed_row = row0;
       if (K == 0) std::memset(c.get(), 0, group * block_rows * Tile::kCols * sizeof(T));
       for (int64_t p = p0; p < p1; ++p) store_tile(row0, rows, p, c + (p - p0) * block_rows * Tile::kCols);
     }

@@ -75,22 +75,22 @@ class LstmBackwardPass {
 
   void step_back(int64_t step, int64_t panel_begin, int64_t panel_end) const {
     [[maybe_unused]] typename Tile::Session session;
-    alignas(64) T tile[Tile::kBlockRows * kCols];
-    if (step == s.T - 1) std::memset(tile, 0, sizeof tile);
+    const int64_t count = panel_end - panel_begin;
+    const Packed* w = w_hh + panel_begin * panel_elements<Tile>(G);
+    Scratch<T> sums(count * Tile::kBlockRows * kCols);
     for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kBlockRows) {
       const int rows = static_cast<int>(s.B - b0 < Tile::kBlockRows ? s.B - b0 : Tile::kBlockRows);
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        if (step < s.T - 1) {
-          const Packed* w = w_hh + panel * panel_elements<Tile>(G);
-          const Packed* following = panel + 1 < panel_end ? w + panel_elements<Tile>(G) : w;
-          panel_product<Tile>(depth, next(step + 1) + b0 * depth, rows, w, following, tile);
-        }
+      if (step < s.T - 1) {
+        panel_product<Tile>(depth, next(step + 1) + b0 * depth, rows, w, count, w, sums.get());
+      } else {
+        std::memset(sums.get(), 0, count * rows * kCols * sizeof(T));
+      }
+      for (int64_t panel = 0; panel < count; ++panel)
         for (int r = 0; r < rows; ++r)
           for (int v = 0; v < Tile::kVecs; ++v) {
-            const int64_t unit = panel * kCols + v * L;
-            if (unit < s.H) cell_back(step, b0 + r, unit, load(tile + r * kCols + v * L));
+            const int64_t unit = (panel_begin + panel) * kCols + v * L;
+            if (unit < s.H) cell_back(step, b0 + r, unit, load(sums + (panel * rows + r) * kCols + v * L));
           }
-      }
     }
   }
 

@@ -135,7 +135,7 @@ class LstmForwardPass {
       for (int64_t block = block_begin; block < block_end; ++block) {
         const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
         const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
-        panel_product<Tile>(depth, h + b0 * depth, rows, panel, next, tile);
+        panel_product<Tile>(depth, h + b0 * depth, rows, panel, 1, next, tile);
         for (int r = 0; r < rows; ++r)
           update_cell(step, b0 + r, block * L, tile + r * Tile::kCols, inputs + (b0 + r) * 4 * s.H);
       }
