@@ -20,13 +20,17 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test lint cpp-test asan cuda-check readme wheel clean
+.PHONY: demo test bench lint cpp-test asan cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
 
 test: $(STAMPS)/built
 	$(PY) -m pytest
+
+# one layer against torch.nn.LSTM; the quality of the stages takes hours: benchmarks/README.md
+bench: $(STAMPS)/built
+	$(PY) -m benchmarks.lstm
 
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
