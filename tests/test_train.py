@@ -12,7 +12,7 @@ import torch
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
-from ulmfit_fast import batches, runs, text, train
+from ulmfit_fast import batches, initial, runs, text, train
 from ulmfit_fast.model import layer_groups
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
@@ -79,6 +79,14 @@ def test_load_gives_the_same_model(base, clf):
         for a, b in zip(again.model.parameters(), result.model.parameters(), strict=True):
             assert torch.equal(a, b)
     assert uf.load(base.path).perplexity(TEXTS) == base.perplexity(TEXTS)
+
+
+def test_pretraining_starts_from_word_frequencies(base, tmp_path):
+    words = np.concatenate(base.tokenizer.encode(TEXTS))
+    share = (np.bincount(words, minlength=len(base.tokenizer)) + 1) / (len(words) + len(base.tokenizer))
+    entropy = -np.log(share)[words].mean()
+    out = uf.pretrain_lm(TEXTS, tmp_path / "x", **TINY | SIZES | dict(lr=0.0, epochs=1, alpha=0.0, beta=0.0))
+    assert np.log(out.perplexity(TEXTS)) == pytest.approx(entropy, rel=0.02)
 
 
 def test_perplexity_is_the_exact_token_mean(base):
@@ -217,7 +225,7 @@ def test_existing_runs_are_safe(base, tmp_path):
 def test_transfer_copies_known_rows_and_means_the_rest(base):
     state, old = base.model.state_dict(), base.tokenizer.itos
     new = text.target_vocab(old, ["zebra film"], 1000, 1, keep_base=False)
-    moved = train.transfer(state, old, new)
+    moved = initial.transfer(state, old, new)
     film, zebra = new.index("film"), new.index("zebra")
     for key in ("0.encoder.weight", "1.decoder.bias"):
         assert torch.equal(moved[key][film], state[key][old.index("film")])

@@ -34,9 +34,10 @@ def curves(history, stage):
         axis.spines[["top", "right"]].set_visible(False)
     if measure == "perplexity":
         axes[1].set_yscale("log")
+        ticker = need("matplotlib.ticker")
+        axes[1].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
         axes[1].yaxis.set_major_formatter("{x:g}")
-        axes[1].yaxis.set_minor_formatter("{x:g}")
-        axes[1].tick_params(axis="y", which="minor", labelsize=7)
+        axes[1].yaxis.set_minor_locator(ticker.NullLocator())
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     if train:
         axes[0].legend(frameon=False, fontsize=8)
@@ -51,10 +52,9 @@ def _line(axis, lines, key, colour, label, **style):
 
 
 def _smoothed(lines, key):
-    """An exponential average over about a twentieth of the points."""
-    keep = max(0.5, 1 - 20 / len(lines))
-    average, out = lines[0][key], []
-    for line in lines:
-        average = keep * average + (1 - keep) * line[key]
-        out.append({"step": line["step"], key: average})
+    """The mean over about a twentieth of the points, half of them before and half behind each."""
+    half, out = max(1, len(lines) // 40), []
+    for i, line in enumerate(lines):
+        near = lines[max(0, i - half) : i + half + 1]
+        out.append({"step": line["step"], key: sum(x[key] for x in near) / len(near)})
     return out

@@ -12,6 +12,7 @@ from .checkpoints import load_state
 from .config import make_config
 from .corpus import label_classes, read_labelled, read_texts
 from .extras import check_train_extras
+from .initial import start_from_frequencies, transfer
 from .loop import Loop
 from .model import layer_groups
 from .progress import check_show
@@ -27,7 +28,7 @@ from .results import (
 )
 from .runs import RunDirectory, as_directory, read_config
 from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
-from .text import Tokenizer, target_vocab, transfer_rows
+from .text import Tokenizer, target_vocab
 
 # Fresh weights have nothing to thaw, nor lower layers to spare.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
@@ -72,14 +73,16 @@ def pretrain_lm(
     if run.finished:
         return load(run.path, device)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
+    docs = tokenizer.encode(texts)
     with _own_randomness(config.seed, device):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
+        start_from_frequencies(model, docs)
         plan = [Phase(config.epochs, len(layer_groups(model)))]
         record = dict(
             stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None
         )
         return _train_lm(
-            model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback
+            model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback
         )
 
 
@@ -115,6 +118,7 @@ def finetune_lm(
         return load(run.path, device)
     itos = target_vocab(base.tokenizer.itos, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos)
+    docs = tokenizer.encode(texts)
     with _own_randomness(config.seed, device):
         model = build_lm(record["model"], len(tokenizer), config.dropouts())
         load_state(
@@ -123,26 +127,8 @@ def finetune_lm(
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record = dict(stage="finetune", preset=preset, model=record["model"], config=config, classes=None)
         return _train_lm(
-            model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback
+            model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback
         )
-
-
-def transfer(state, old, new):
-    """A language model's state dict for another vocabulary: known rows copied, new rows the mean of the old
-    ones.
-
-    state: keys as LanguageModel's; old, new: words in order. The decoder's bias is treated like the
-    embedding.
-    """
-    rows = torch.from_numpy(transfer_rows(old, new))
-    known = rows >= 0
-    moved = dict(state)
-    for key in ("0.encoder.weight", "0.encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias"):
-        weight = state[key].cpu()
-        fresh = weight.mean(0, keepdim=True).expand(len(new), *weight.shape[1:]).clone()
-        fresh[known] = weight[rows[known]]
-        moved[key] = fresh
-    return moved
 
 
 def train_classifier(
@@ -246,10 +232,9 @@ def _train_classifier(model, tokenizer, data, record, run, device, resume, progr
     return TrainedClassifier(model, tokenizer, config, classes, run.path, run.history())
 
 
-def _train_lm(model, tokenizer, texts, valid_texts, plan, record, run, device, resume, progress, callback):
-    """Stages 1 and 2 from the initial model on."""
+def _train_lm(model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback):
+    """Stages 1 and 2 from the initial model on. docs: the training texts as arrays of indices."""
     config, finetune = record["config"], record["stage"] == "finetune"
-    docs = tokenizer.encode(texts)
     shuffle = finetune and config.shuffle_texts
     epoch_stream(
         docs, config.batch_size, config.bptt, config.seed, 0, shuffle
