@@ -25,7 +25,7 @@ LINK = ["-Wl,--as-needed", "-ltorch_cpu", "-lc10"]  # in this order, or as-neede
 if plan.cuda:
     ABI.append("-DUSE_CUDA")  # asks torch's stable headers for the CUDA stream function
     # A CUDA wheel imports under a CPU torch: cudart is inside, and libtorch_cuda is reached through libtorch,
-    # which every torch has and which loads it where it is; csrc/cuda declares what it takes from there as weak
+    # which every torch has and which loads it where it is; csrc/cuda declares what it takes there as weak
     LINK = ["-Wl,--no-as-needed", "-ltorch", *LINK, "-lcudart_static"]
 
 

@@ -5,8 +5,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.record import load_all  # noqa: E402
 from benchmarks.quality_report import table  # noqa: E402
+from benchmarks.record import load_all  # noqa: E402
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 
