@@ -1,6 +1,8 @@
 // Op schemas and the Python module's init. The kernels register themselves in csrc/<device>/<op>.cpp; fake
 // kernels and autograd formulas are in ulmfit_fast/ops/<op>.py, where each op's arguments are explained.
+#ifndef ULMFIT_FAST_NO_PYTHON  // CMake builds the ops for libtorch, which has no Python
 #include <Python.h>
+#endif
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
@@ -39,9 +41,11 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
   m.def("cpu_isas() -> str");  // those this machine can run, best first, comma-separated
 }
 
+#ifndef ULMFIT_FAST_NO_PYTHON
 // `from ulmfit_fast import _C` loads this library, which registers the ops; the module itself is empty.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
+#endif

@@ -8,7 +8,8 @@ TRAIN = ("tokenizers", "safetensors", "tqdm", "matplotlib")
 
 def _missing(names):
     return ImportError(
-        f"{', '.join(names)} not installed: training needs it. Type: pip install 'ulmfit_fast[train]'"
+        f"not installed: {', '.join(names)}; the extra [train] of ulmfit_fast has what training needs. "
+        f"Type: pip install {' '.join(TRAIN)}"
     )
 
 
