@@ -37,6 +37,9 @@ struct FmaTile {
   static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
     std::memcpy(a + row * K + k, values, n * sizeof(T));
   }
+  static void store_a_vector(T* a, int64_t K, int64_t row, int64_t k, Vec<T> v, int n) {
+    store_n(a + row * K + k, v, n);
+  }
   // B panel: [K][kCols]. Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
   static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int ld) {
     for (int k = 0; k < n; ++k)

@@ -62,6 +62,15 @@ struct AmxTile {
       j += run;
     }
   }
+  static void store_a_vector(uint16_t* a, int64_t K, int64_t row, int64_t k, VF v, int n) {
+    if (k % 32 + n <= 32) {
+      store_as<float>(DType::bf16, a + row / 16 * 16 * K + row % 16 * 32, k / 32 * kTile + k % 32, v, n);
+    } else {  // across two tiles
+      alignas(64) float values[kLanes];
+      store(values, v);
+      store_a(a, K, row, k, values, n);
+    }
+  }
   // B panel: tiles [k / 32][column / 16] of [16 pairs of k][16 columns][2].
   static void store_b_columns(uint16_t* b, int64_t k0, int n, const float* tmp, int ld) {
     alignas(64) uint16_t bits[kCols * 64];

@@ -87,38 +87,40 @@ class LstmBackwardPass {
       }
       for (int64_t panel = 0; panel < count; ++panel)
         for (int r = 0; r < rows; ++r)
-          for (int v = 0; v < Tile::kVecs; ++v) {
-            const int64_t unit = (panel_begin + panel) * kCols + v * L;
-            if (unit < s.H) cell_back(step, b0 + r, unit, load(sums + (panel * rows + r) * kCols + v * L));
-          }
+          row_back(step, b0 + r, (panel_begin + panel) * kCols, sums + (panel * rows + r) * kCols);
     }
   }
 
-  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through
-  // padded steps.
-  void cell_back(int64_t step, int64_t b, int64_t unit, V dh_recurrent) const {
-    const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
-    const int64_t at = b * s.H + unit;
-    V dh_total = dh_recurrent + load_n(dh + at, n);
-    if (step < 0) return store_n(dh + at, dh_total, n);
-    const int64_t t = time_of(step), gate_at = (t * s.B + b) * G + unit;
-    LstmCellGrad<V> d = {};
-    if (active(s, t, b)) {
-      if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, b), unit, n);
-      auto gate = [&](int g) { return load_as<T>(p.y.dtype, p.gates, gate_at + g * s.H, n); };
-      d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load_n(cell(step - 1) + at, n),
-                             load_n(cell(step) + at, n), dh_total, load_n(dc + at, n));
-      store_n(dc + at, d.c_prev, n);
-      dh_total = V{};
-    }
-    store_n(dh + at, dh_total, n);
-    alignas(64) T grad[L];
-    int64_t k = unit;
-    for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
-      store(grad, v);
-      Tile::store_a(next(step), depth, b, k, grad, n);
-      store_as<T>(Tile::kPackedType, dgates, (t * s.B + b) * G + k, v, n);
-      k += s.H;
+  // One row's hidden units from `first` on, a panel of them. dh holds what bypasses the recurrent product:
+  // dh_n, and the carry through padded steps.
+  void row_back(int64_t step, int64_t b, int64_t first, const T* dh_recurrent) const {
+    const int64_t t = time_of(step), count = s.H - first < kCols ? s.H - first : kCols;
+    const bool reached = step < 0, here = !reached && active(s, t, b);
+    T *dh_row = dh + b * s.H, *dc_row = dc + b * s.H;
+    const T *c_prev = reached ? nullptr : cell(step - 1) + b * s.H,
+            *c = reached ? nullptr : cell(step) + b * s.H;
+    const void* dy_row = here && p.dy.data != nullptr ? p.dy.row(t, b) : nullptr;
+    const int64_t row = (t * s.B + b) * G;
+    for (int64_t unit = first; unit < first + count; unit += L) {
+      const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
+      V dh_total = load(dh_recurrent + unit - first) + load_n(dh_row + unit, n);
+      LstmCellGrad<V> d = {};
+      if (here) {
+        if (dy_row != nullptr) dh_total += load_as<T>(p.dy.dtype, dy_row, unit, n);
+        const auto gate = [&](int g) { return load_as<T>(p.y.dtype, p.gates, row + g * s.H + unit, n); };
+        d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load_n(c_prev + unit, n),
+                               load_n(c + unit, n), dh_total, load_n(dc_row + unit, n));
+        store_n(dc_row + unit, d.c_prev, n);
+        dh_total = V{};
+      }
+      store_n(dh_row + unit, dh_total, n);
+      if (reached) continue;
+      int64_t k = unit;
+      for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
+        Tile::store_a_vector(next(step), depth, b, k, v, n);
+        store_as<T>(Tile::kPackedType, dgates, row + k, v, n);
+        k += s.H;
+      }
     }
   }
 

@@ -153,9 +153,7 @@ class LstmForwardPass {
       auto gate = [&](int g) { return load(recurrent + g * L) + load_n(inputs + g * s.H + unit, n); };
       state = lstm_cell_forward(gate(0), gate(1), gate(2), gate(3), c_prev);
       state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
-      alignas(64) T h[L];
-      store(h, state.h);
-      Tile::store_a(step % 2 == 0 ? h_odd : h_even, depth, b, unit, h, n);
+      Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, b, unit, state.h, n);
       if (t == last_step(s, b)) {
         store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
         store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
