@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import quality_svm
 from .quality_data import GENERAL, WIKITEXT_TEST, WIKITEXT_TRAIN, cut_words, read_split, wikitext_words
-from .quality_recipes import FASTAI, OURS, SCRATCH
+from .quality_recipes import FASTAI, OURS
 
 PRESET = "small"
 
@@ -80,8 +80,6 @@ def ours(ctx, dataset, arm, seed):
             )
         settings["stage2"] = lm.config.to_dict()
     options = dict(OURS[dataset]["classify"], precision=ctx.precision, seed=seed)
-    if base is None:
-        options.update(SCRATCH)
     with timer("stage3"):
         classifier = uf.train_classifier(
             base,
