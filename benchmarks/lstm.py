@@ -125,7 +125,7 @@ def main():
     warnings.filterwarnings("ignore", message=".*TF32 acceleration.*")  # torch's, when oneDNN is switched
 
     for dtype in args.dtype:
-        record = {"benchmark": "lstm", "dtype": dtype, **vars(args), **provenance(args.threads), "layers": {}}
+        record = {"benchmark": "lstm", **vars(args), "dtype": dtype, **provenance(args.threads), "layers": {}}
         print(f"{dtype}, batch {args.batch}, bptt {args.bptt}, {args.threads} threads: ms, median (p20-p80)")
         for inputs, hidden in LAYERS[args.preset]:
             layer = Layer(inputs, hidden, args.batch, args.bptt, getattr(torch, dtype))

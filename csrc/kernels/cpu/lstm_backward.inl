@@ -69,17 +69,20 @@ class LstmBackwardPass {
         });
       }
     });
-    for (int64_t step = s.T - 1; step >= -1; --step)  // -1: what reaches h0
-      parallel(panels, [&](int64_t begin, int64_t end) { step_back(step, begin, end); });
+    run_steps<Tile>(s, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
+                    [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
+                      step_back(s.T - 1 - i, panel0, panel1, row0, row1);
+                    });
   }
 
-  void step_back(int64_t step, int64_t panel_begin, int64_t panel_end) const {
+  void step_back(int64_t step, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
+                 int64_t row_end) const {
     [[maybe_unused]] typename Tile::Session session;
     const int64_t count = panel_end - panel_begin;
     const Packed* w = w_hh + panel_begin * panel_elements<Tile>(G);
     Scratch<T> sums(count * Tile::kBlockRows * kCols);
-    for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kBlockRows) {
-      const int rows = static_cast<int>(s.B - b0 < Tile::kBlockRows ? s.B - b0 : Tile::kBlockRows);
+    for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
+      const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
       if (step < s.T - 1) {
         panel_product<Tile>(depth, next(step + 1) + b0 * depth, rows, w, count, w, sums.get());
       } else {

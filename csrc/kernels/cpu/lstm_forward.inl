@@ -42,11 +42,10 @@ class LstmForwardPass {
     for (int64_t step0 = 0; step0 < s.T; step0 += chunk_steps) {
       const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
       project(step0, steps);
-      for (int64_t i = 0; i < steps; ++i) {
-        const int64_t step = step0 + i;
-        parallel(blocks,
-                 [&](int64_t begin, int64_t end) { recur(step, projected + i * s.B * 4 * s.H, begin, end); });
-      }
+      run_steps<Tile>(s, parallel, steps, blocks,
+                      [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
+                        recur(step0 + i, projected + i * s.B * 4 * s.H, block0, block1, row0, row1);
+                      });
     }
   }
 
@@ -126,12 +125,13 @@ class LstmForwardPass {
         });
   }
 
-  void recur(int64_t step, const T* inputs, int64_t block_begin, int64_t block_end) const {
+  void recur(int64_t step, const T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
+             int64_t row_end) const {
     [[maybe_unused]] typename Tile::Session session;
     alignas(64) T tile[Tile::kBlockRows * Tile::kCols];
     const Packed* h = step % 2 == 0 ? h_even : h_odd;
-    for (int64_t b0 = 0; b0 < s.B; b0 += Tile::kBlockRows) {
-      const int rows = static_cast<int>(s.B - b0 < Tile::kBlockRows ? s.B - b0 : Tile::kBlockRows);
+    for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
+      const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
       for (int64_t block = block_begin; block < block_end; ++block) {
         const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
         const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
