@@ -149,7 +149,9 @@ def stages(base):
     return {
         "pretrain": lambda out, **o: uf.pretrain_lm(TEXTS, out, valid=TEXTS[:10], **TINY | SIZES | o),
         "finetune": lambda out, **o: uf.finetune_lm(base, TEXTS, out, valid=TEXTS[:10], **TINY | o),
-        "classify": lambda out, **o: uf.train_classifier(base, TEXTS, LABELS, out, **TINY | o),
+        "classify": lambda out, **o: uf.train_classifier(
+            base, TEXTS, LABELS, out, **TINY | dict(gradual_unfreezing=True, discriminative=2.6) | o
+        ),
     }
 
 
@@ -214,7 +216,7 @@ def test_existing_runs_are_safe(base, tmp_path):
         stages(base)["pretrain"](tmp_path / "x", callback=interrupt_at(2))
     with pytest.raises(FileExistsError, match="interrupted pretrain run: resume=True goes on"):
         stages(base)["pretrain"](tmp_path / "x")
-    with pytest.raises(ValueError, match=r"changed: lr=0.5 \(was 0.01\)"):
+    with pytest.raises(ValueError, match=r"changed: lr=0.5 \(was 0.02\)"):
         stages(base)["pretrain"](tmp_path / "x", resume=True, lr=0.5)
     with pytest.raises(ValueError, match="resume needs the texts"):
         uf.pretrain_lm(TEXTS[:50], tmp_path / "x", resume=True, **TINY, **SIZES)
@@ -244,7 +246,7 @@ def test_frozen_groups_stay_and_unfreeze_one_by_one(base, tmp_path):
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(train, "Loop", Spy)
-        stages(base)["classify"](tmp_path / "x", epochs=5)
+        stages(base)["classify"](tmp_path / "x", epochs=5, gradual_unfreezing=True)
     groups = len(layer_groups(uf.load(tmp_path / "x").model))
     assert groups == 4 and [seen[e] for e in range(5)] == [
         [False] * (groups - k) + [True] * k for k in (1, 2, 3, 4, 4)
@@ -293,7 +295,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_state(base, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Loop", Spy)
-        with pytest.raises(FloatingPointError, match="the loss became nan before step 7 at lr=0.01"):
+        with pytest.raises(FloatingPointError, match="the loss became nan before step 7 at lr=0.02"):
             stages(base)["pretrain"](tmp_path / "x", save_every=5, callback=poison)
     assert torch.load(tmp_path / "x" / "state.pt", weights_only=True)["step"] == 5
 

@@ -179,10 +179,13 @@ STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": Cl
 
 # Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The
 # small presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher
-# rates.
+# rates. Their stage 3 trains all layers at once at one rate: after little pre-training the lower layers must
+# move. On 700 held-out training questions of TREC-6 (small, 7 epochs after stage 1, one seed) accuracy was
+# .887 so, and .809 with rates a factor 2.6 apart.
 _PRETRAIN_DROPS = dict(output_p=0.1, hidden_p=0.15, input_p=0.25, embed_p=0.02, weight_p=0.2)
 _SMALL = dict(emb_sz=200, n_hid=576, n_layers=3, max_vocab=16000)
 _TINY = dict(emb_sz=64, n_hid=128, n_layers=3, max_vocab=6000)
+_ALL_AT_ONCE = dict(gradual_unfreezing=False, discriminative=1.0, lr=5e-3, clip=0.0)
 PRESETS = {
     "ulmfit": {
         "pretrain": dict(_PRETRAIN_DROPS, epochs=12),
@@ -192,12 +195,14 @@ PRESETS = {
     "small": {
         "pretrain": dict(_PRETRAIN_DROPS, **_SMALL, epochs=8, batch_size=32, lr=5e-3),
         "finetune": dict(epochs=8, batch_size=32, drop_mult=0.5, min_freq=2),
-        "classify": dict(epochs=12, batch_size=32, lr=1e-2, drop_mult=0.5, clip=0.0),
+        "classify": dict(_ALL_AT_ONCE, epochs=12, batch_size=32, drop_mult=0.5),
     },
     "tiny": {
-        "pretrain": dict(_PRETRAIN_DROPS, **_TINY, epochs=2, batch_size=16, bptt=48, lr=1e-2, min_freq=2),
-        "finetune": dict(epochs=3, batch_size=16, bptt=48, lr=8e-3, drop_mult=0.2, min_freq=2),
-        "classify": dict(epochs=6, batch_size=16, lr=1e-2, drop_mult=0.3, clip=0.0),
+        "pretrain": dict(
+            _PRETRAIN_DROPS, **_TINY, epochs=2, batch_size=16, bptt=48, lr=2e-2, drop_mult=0.3, min_freq=2
+        ),
+        "finetune": dict(epochs=3, batch_size=16, bptt=48, lr=1e-2, drop_mult=0.2, min_freq=2),
+        "classify": dict(_ALL_AT_ONCE, epochs=6, batch_size=16, drop_mult=0.3),
     },
 }
 
