@@ -108,7 +108,8 @@ py::tuple lstm(const std::string& isa, const py::array& x, const py::array& h0, 
   const DType t = dtype_of(x, "x"), w = dtype_of(w_ih, "w_ih");
   py::array y = zeros(x.dtype(), {s.T, s.B, s.H}), h_n = zeros(x.dtype(), {s.B, s.H}),
             c_n = zeros(x.dtype(), {s.B, s.H});
-  py::array gates = zeros(x.dtype(), {s.T, s.B, 4 * s.H}), cells = zeros(state_dtype(t), {s.T, s.B, s.H});
+  py::array gates = zeros(x.dtype(), {s.T, s.B, 4 * padded_units(s.H)}),
+            cells = zeros(state_dtype(t), {s.T, s.B, padded_units(s.H)});
   LstmForward f{};
   f.shape = s;
   f.x = sequence(data(x, "x", {s.T, s.B, s.I}, t), t, s.B, s.I);
@@ -153,8 +154,8 @@ py::tuple lstm_backward(const std::string& isa, const py::array& dy, const py::a
   b.c0 = {data(c0, "c0", {s.B, s.H}, t), t, s.H};
   b.w_ih = {data(w_ih, "w_ih", {4 * s.H, s.I}, w), w, s.I};
   b.w_hh = {data(w_hh, "w_hh", {4 * s.H, s.H}, w), w, s.H};
-  b.gates = data(gates, "gates", {s.T, s.B, 4 * s.H}, t);
-  b.cells = data(cells, "cells", {s.T, s.B, s.H}, state);
+  b.gates = data(gates, "gates", {s.T, s.B, 4 * padded_units(s.H)}, t);
+  b.cells = data(cells, "cells", {s.T, s.B, padded_units(s.H)}, state);
   b.dx = sequence(dx.mutable_data(), t, s.B, s.I);
   b.dh0 = dh0.mutable_data();
   b.dc0 = dc0.mutable_data();

@@ -77,9 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     }
   const Tensor y = in.empty(x, {x.size(0), x.size(1), H});
   const Tensor h_n = in.empty(x, {B, H}), c_n = in.empty(x, {B, H});
-  const Tensor gates = save ? in.empty(x, {T, B, 4 * H}) : in.empty(x, {0});
+  const Tensor gates = save ? in.empty(x, {T, B, 4 * padded_units(H)}) : in.empty(x, {0});
   const auto cell_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t cells_shape[] = {T, B, H}, nothing[] = {0};
+  const int64_t cells_shape[] = {T, B, padded_units(H)}, nothing[] = {0};
   const Tensor cells = save ? torch::stable::new_empty(x, cells_shape, cell_type)
                             : torch::stable::new_empty(x, nothing, cell_type);
   LstmForward a;
@@ -109,9 +109,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   const auto& [T, B, I, H, is_reverse, steps, key, p] = in.shape;
   const ScalarType dtype = x.scalar_type();
   const Tensor y_rows = in.checked("y", y, dtype, {x.size(0), x.size(1), H});
-  const Tensor gate_rows = torch::stable::contiguous(in.checked("gates", gates, dtype, {T, B, 4 * H}));
-  const Tensor cell_rows = torch::stable::contiguous(
-      in.checked("cells", cells, dtype == ScalarType::Double ? dtype : ScalarType::Float, {T, B, H}));
+  const Tensor gate_rows =
+      torch::stable::contiguous(in.checked("gates", gates, dtype, {T, B, 4 * padded_units(H)}));
+  const Tensor cell_rows = torch::stable::contiguous(in.checked(
+      "cells", cells, dtype == ScalarType::Double ? dtype : ScalarType::Float, {T, B, padded_units(H)}));
   LstmBackward a;
   a.shape = in.shape;
   Tensor dy_rows, dh_rows, dc_rows;

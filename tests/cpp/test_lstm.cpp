@@ -46,8 +46,8 @@ Result<T> run(const Kernels& table, Problem<T>& q, int count) {
   const int64_t N = q.T_ * q.B, G = 4 * q.H;
   const std::vector<T> dy = random_values<T>(N * q.H, 8), dh_n = random_values<T>(q.B * q.H, 9);
   Result<T> r;
-  r.y.resize(N * q.H), r.gates.resize(N * G), r.cells.resize(N * q.H), r.h_n.resize(q.B * q.H),
-      r.c_n.resize(q.B * q.H);
+  r.y.resize(N * q.H), r.gates.resize(N * 4 * padded_units(q.H)), r.cells.resize(N * padded_units(q.H)),
+      r.h_n.resize(q.B * q.H), r.c_n.resize(q.B * q.H);
   r.dx.resize(N * q.I), r.dh0.resize(q.B * q.H), r.dc0.resize(q.B * q.H);
   r.dw_ih.resize(G * q.I), r.dw_hh.resize(G * q.H), r.db.resize(G);
   const auto sequence = [&](auto& v, int64_t width) {

@@ -115,8 +115,9 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, weight_p, batch_first, r
     y = x.new_empty((x.shape[0], x.shape[1], hidden))
     h_n, c_n = x.new_empty((batch, hidden)), x.new_empty((batch, hidden))
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gates = x.new_empty((time, batch, 4 * hidden) if save else (0,))
-    cells = x.new_empty((time, batch, hidden) if save else (0,), dtype=state_dtype)
+    units = (hidden + 15) // 16 * 16  # gates and cells: in an order of the kernels' own, whole vectors
+    gates = x.new_empty((time, batch, 4 * units) if save else (0,))
+    cells = x.new_empty((time, batch, units) if save else (0,), dtype=state_dtype)
     return y, h_n, c_n, gates, cells
 
 

@@ -6,6 +6,7 @@
 // threads never change a bit of it.
 #pragma once
 #include "storage.h"
+#include "transpose.inl"
 
 ULMFIT_BEGIN
 
@@ -14,9 +15,10 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class T>
 struct FmaTile {
-  using Compute = T;
-  using Packed = T;
-  static constexpr DType kPackedType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+  using Compute = T;  // what is summed
+  using Packed = T;   // what packed operands consist of
+  using Element = T;  // what goes into packing, of type kElement
+  static constexpr DType kElement = std::is_same_v<T, double> ? DType::f64 : DType::f32;
   static constexpr int L = lanes_of<T>;
   static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
   static constexpr int kCols = kVecs * L;
@@ -31,19 +33,30 @@ struct FmaTile {
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
+  // A: row-major. K is the depth it was packed with. A row whose number divides by kRowGroup begins at
+  // a_elements of that number.
+  static constexpr int kRowGroup = 1;
   static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
-  static int64_t a_offset(int64_t k) { return k; }  // of depth k in a block
-  // A block: row-major. Writes n values at (row, k).
+  static int64_t a_offset(int64_t k) { return k; }  // of depth k
+  // Writes, or reads back, n values at (row, k).
   static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
     std::memcpy(a + row * K + k, values, n * sizeof(T));
+  }
+  static void load_a(const T* a, int64_t K, int64_t row, int64_t k, int64_t n, T* values) {
+    std::memcpy(values, a + row * K + k, n * sizeof(T));
   }
   static void store_a_vector(T* a, int64_t K, int64_t row, int64_t k, Vec<T> v, int n) {
     store_n(a + row * K + k, v, n);
   }
-  // B panel: [K][kCols]. Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
-  static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int ld) {
-    for (int k = 0; k < n; ++k)
-      for (int c = 0; c < kCols; ++c) b[(k0 + k) * kCols + c] = tmp[c * ld + k];
+  // Writes columns: tmp = [n depths][ld rows].
+  static void store_a_columns(T* a, int64_t K, int rows, int64_t k, int n, const T* tmp, int64_t ld) {
+    transpose(tmp, ld, n, rows, a + k, K);
+  }
+  // B panel: [K][kCols].
+  static int64_t b_elements(int64_t K) { return K * kCols; }
+  // Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
+  static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int64_t ld) {
+    transpose(tmp, ld, kCols, n, b + k0 * kCols, kCols);
   }
   // Writes kDepth consecutive rows of a panel, each of kCols values.
   static void store_b_rows(T* b, int64_t k, const T* rows) {
@@ -94,38 +107,57 @@ inline int64_t padded_depth(int64_t K) {
 }
 template <class Tile>
 inline int64_t panel_elements(int64_t K) {
-  return padded_depth<Tile>(K) * Tile::kCols;
+  return Tile::b_elements(padded_depth<Tile>(K));
 }
 
-// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n values of it from depth
-// k0 on.
+// n elements of storage from `at` on, as what the tile packs.
+template <class Tile>
+inline void load_elements(DType dtype, const void* p, int64_t at, int64_t n, typename Tile::Element* out) {
+  if constexpr (Tile::kElement == DType::bf16) {
+    if (dtype == DType::bf16)
+      return static_cast<void>(std::memcpy(out, static_cast<const uint16_t*>(p) + at, n * 2));
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int there = static_cast<int>(n - j < kLanes ? n - j : kLanes);
+      store_as<float>(DType::bf16, out, j, load_as<float>(dtype, p, at + j, there), there);
+    }
+  } else {
+    load_row(dtype, p, at, n, out);
+  }
+}
+template <class Tile>
+inline void no_elements(int64_t n, typename Tile::Element* out) {
+  std::memset(out, 0, n * sizeof(typename Tile::Element));
+}
+
+// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n elements of it from
+// depth k0 on.
 template <class Tile, class Load>
 inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_column) {
-  using T = typename Tile::Compute;
+  using Element = typename Tile::Element;
   constexpr int kChunk = 64;
-  alignas(64) T tmp[Tile::kCols * kChunk];
+  alignas(64) Element tmp[Tile::kCols * kChunk];
   for (int64_t k0 = 0; k0 < padded_depth<Tile>(K); k0 += kChunk) {
     const int there = static_cast<int>(K - k0 < kChunk ? K - k0 : kChunk);
     const int padded = static_cast<int>(round_up(there, Tile::kDepth));
     for (int c = 0; c < Tile::kCols; ++c) {
       load_column(c, k0, there, tmp + c * kChunk);
-      for (int k = there; k < padded; ++k) tmp[c * kChunk + k] = T(0);
+      no_elements<Tile>(padded - there, tmp + c * kChunk + there);
     }
     Tile::store_b_columns(panel, k0, padded, tmp, kChunk);
   }
 }
-// Packs one B panel whose row k is a run of memory: load(k, out) fetches its kCols values, zeros past the
-// matrix's edge.
+// Packs one B panel whose row k is a run of memory: load(k, out) fetches the `cols` elements of it that the
+// matrix has; the others are zeros.
 template <class Tile, class Load>
-inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, Load&& load_row_) {
-  using T = typename Tile::Compute;
-  alignas(64) T rows[Tile::kDepth * Tile::kCols];
+inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, int64_t cols, Load&& load_row_) {
+  using Element = typename Tile::Element;
+  alignas(64) Element rows[Tile::kDepth * Tile::kCols] = {};
   for (int64_t k = 0; k < K; k += Tile::kDepth) {
     for (int r = 0; r < Tile::kDepth; ++r) {
       if (k + r < K) {
         load_row_(k + r, rows + r * Tile::kCols);
       } else {
-        std::memset(rows + r * Tile::kCols, 0, Tile::kCols * sizeof(T));
+        no_elements<Tile>(cols, rows + r * Tile::kCols);
       }
     }
     Tile::store_b_rows(panel, k, rows);
@@ -136,43 +168,43 @@ inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, Load&& load_row
 template <class Tile, class Load>
 inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
                         Load&& load_row_) {
-  using T = typename Tile::Compute;
   constexpr int64_t kChunk = 256;
-  alignas(64) T tmp[kChunk];
+  alignas(64) typename Tile::Element tmp[kChunk];
   const int64_t ld = padded_depth<Tile>(kc);
   for (int r = 0; r < rows; ++r)
     for (int64_t k = 0; k < ld; k += kChunk) {
       const int64_t n = ld - k < kChunk ? ld - k : kChunk;
       const int64_t there = kc - k < n ? (kc - k > 0 ? kc - k : 0) : n;
       load_row_(row0 + r, k0 + k, there, tmp);
-      for (int64_t j = there; j < n; ++j) tmp[j] = T(0);
+      no_elements<Tile>(n - there, tmp + there);
       Tile::store_a(a, ld, r, k, tmp, n);
     }
 }
 // Packs a block of A whose column is a run of memory: load(k, row0, rows, out).
 template <class Tile, class Load>
 inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
-                           Load&& load_col) {
-  using T = typename Tile::Compute;
+                           Load&& load_column) {
   constexpr int kChunk = 32;
-  alignas(64) T in[kChunk * Tile::kBlockRows];
-  alignas(64) T out[kChunk];
+  alignas(64) typename Tile::Element tmp[kChunk * Tile::kBlockRows] = {};
   const int64_t ld = padded_depth<Tile>(kc);
   for (int64_t k = 0; k < ld; k += kChunk) {
     const int n = static_cast<int>(ld - k < kChunk ? ld - k : kChunk);
     for (int j = 0; j < n; ++j) {
       if (k + j < kc) {
-        load_col(k0 + k + j, row0, rows, in + j * Tile::kBlockRows);
+        load_column(k0 + k + j, row0, rows, tmp + j * Tile::kBlockRows);
       } else {
-        std::memset(in + j * Tile::kBlockRows, 0, rows * sizeof(T));
+        no_elements<Tile>(rows, tmp + j * Tile::kBlockRows);
       }
     }
-    for (int r = 0; r < rows; ++r) {
-      for (int j = 0; j < n; ++j) out[j] = in[j * Tile::kBlockRows + r];
-      Tile::store_a(a, ld, r, k, out, n);
-    }
+    Tile::store_a_columns(a, ld, rows, k, n, tmp, Tile::kBlockRows);
   }
 }
+// A that lies packed already, with its whole padded depth.
+template <class Tile>
+struct PackedRows {
+  const typename Tile::Packed* data;
+  int64_t depth;
+};
 
 // c[rows][kCols] (+)= a block of A * a block of a B panel, while `next`, the B block whose turn is next,
 // comes into L2.
@@ -180,7 +212,7 @@ template <class Tile, class T = typename Tile::Compute>
 inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t lda, int rows,
                           const typename Tile::Packed* b, const typename Tile::Packed* next, T* c,
                           bool accumulate) {
-  const int64_t share = kc * Tile::kCols / Tile::kAheadCalls;
+  const int64_t share = Tile::b_elements(kc) / Tile::kAheadCalls;
   for (int r = 0, call = 0; r < rows; r += Tile::kRows, ++call) {
     const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
     const void* ahead = call < Tile::kAheadCalls ? next + call * share : b;  // b: here already, costs nothing
@@ -188,29 +220,30 @@ inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t ld
   }
 }
 
-// c[panel][rows][kCols] = A (packed with its whole padded depth K, from its row 0 on) * `panels` panels of B.
-// Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
+// c[panel][rows][kCols] (+)= A (packed with its whole padded depth K, from its row 0 on) * `panels` panels of
+// B. Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
 template <class Tile, class T = typename Tile::Compute>
 inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
-                          int64_t panels, const typename Tile::Packed* next, T* c) {
+                          int64_t panels, const typename Tile::Packed* next, T* c, bool accumulate) {
   constexpr int64_t depth = Tile::kBlockDepth;
-  const auto block_b = [&](int64_t p, int64_t k) { return b + (p * K + k) * Tile::kCols; };
+  const auto block_b = [&](int64_t p, int64_t k) { return b + Tile::b_elements(p * K + k); };
   for (int64_t k = 0; k < K; k += depth)
     for (int64_t p = 0; p < panels; ++p) {
       const auto* after = p + 1 < panels ? block_b(p + 1, k) : k + depth < K ? block_b(0, k + depth) : next;
       block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, block_b(p, k), after,
-                          c + p * rows * Tile::kCols, k > 0);
+                          c + p * rows * Tile::kCols, accumulate || k > 0);
     }
 }
 
 // C (M x panels * kCols) = A (M x K) * B (packed).
-// pack_a(a, row0, rows, k0, kc) packs a block of A; store(row0, rows, panel, c) takes a finished
-// [rows][kCols] tile.
-template <class Tile, class PackA, class Store>
+// A is PackedRows, or a function (a, row0, rows, k0, kc) that packs a block of it; store(row0, rows, panel,
+// c) takes a finished [rows][kCols] tile.
+template <class Tile, class A, class Store>
 void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
-          PackA&& pack_a, Store&& store_tile) {
+          const A& rows_of_a, Store&& store_tile) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
+  constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
   constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB
   constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
@@ -219,10 +252,12 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
   const int64_t depth = K < Tile::kBlockDepth ? K : Tile::kBlockDepth;
   // A row block that several groups of panels meet is packed once for all of them, if that is not too large.
-  const bool whole = groups > 1 && block_rows * K * static_cast<int64_t>(sizeof(Packed)) <= kWholeBytes;
+  const int64_t row_bytes = Tile::a_elements(block_rows, K) * static_cast<int64_t>(sizeof(Packed));
+  const bool whole = groups > 1 && row_bytes <= kWholeBytes;
+  const int64_t scratch_depth = kPacked ? 0 : padded_depth<Tile>(whole ? K : depth);
   parallel(blocks * groups, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename Tile::Session session;
-    Scratch<Packed> a(Tile::a_elements(block_rows, padded_depth<Tile>(whole ? K : depth)));
+    Scratch<Packed> scratch(Tile::a_elements(block_rows, scratch_depth));
     Scratch<T> c(group * block_rows * Tile::kCols);
     int64_t packed_row = -1;
     for (int64_t item = begin; item < end; ++item) {
@@ -232,11 +267,21 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
       if (rows <= 0 || p0 >= p1) continue;
       for (int64_t k0 = 0; k0 < K; k0 += depth) {
         const int64_t kc = K - k0 < depth ? K - k0 : depth, ld = padded_depth<Tile>(kc);
-        Packed* block_a = whole ? a + Tile::a_elements(block_rows, k0) : a.get();
-        if (!whole || packed_row != row0) pack_a(block_a, row0, rows, k0, kc);
-        const auto block_b = [&](int64_t p) { return b + p * panel_elements<Tile>(K) + k0 * Tile::kCols; };
+        const Packed* a;
+        int64_t lda = ld;
+        if constexpr (kPacked) {
+          lda = rows_of_a.depth;
+          a = rows_of_a.data + Tile::a_elements(row0, lda) + Tile::a_offset(k0);
+        } else {
+          Packed* block = whole ? scratch + Tile::a_elements(block_rows, k0) : scratch.get();
+          if (!whole || packed_row != row0) rows_of_a(block, row0, rows, k0, kc);
+          a = block;
+        }
+        const auto block_b = [&](int64_t p) {
+          return b + p * panel_elements<Tile>(K) + Tile::b_elements(k0);
+        };
         for (int64_t p = p0; p < p1; ++p)
-          block_product<Tile>(ld, block_a, ld, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
+          block_product<Tile>(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
                               c + (p - p0) * block_rows * Tile::kCols, k0 > 0);
       }
       packed_row = row0;

@@ -26,13 +26,14 @@ ULMFIT_HD void tile_dot() {  // C += A * B
 struct AmxTile {
   using Compute = float;
   using Packed = uint16_t;  // bf16 bits
-  static constexpr DType kPackedType = DType::bf16;
+  using Element = uint16_t;
+  static constexpr DType kElement = DType::bf16;
   static constexpr int kVecs = 4;
   static constexpr int kCols = 64;   // four tile registers' columns
   static constexpr int kDepth = 32;  // a tile row: 32 bf16
   static constexpr int kRows = 32;   // two tile registers' rows
-  static constexpr int kBlockRows = 128,
-                       kBlockDepth = 768;  // A block 192 KB, B blocks 96 KB each, in L2 together
+  // A block 192 KB, B blocks 96 KB each, in L2 together.
+  static constexpr int kBlockRows = 128, kBlockDepth = 768;
   static constexpr int kAheadCalls = 2;
   static constexpr int kTile = 16 * 32;  // elements of one operand tile, 1 KB
 
@@ -48,52 +49,60 @@ struct AmxTile {
     ~Session() { asm volatile("tilerelease" ::: "memory"); }
   };
 
-  static int64_t a_offset(int64_t k) { return 16 * k; }
   // A: tiles [row / 16][k / 32] of [16][32].
-  static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kRows) * K; }
-  static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const float* values, int64_t n) {
-    uint16_t* line = a + row / 16 * 16 * K + row % 16 * 32;
+  static constexpr int kRowGroup = 16;
+  static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kRowGroup) * K; }
+  static int64_t a_offset(int64_t k) { return 16 * k; }
+  // f(place in A, offset in the values, how many) for each tile's part of n values at (row, k).
+  template <class F>
+  static void for_runs(int64_t K, int64_t row, int64_t k, int64_t n, F&& f) {
+    const int64_t line = row / 16 * 16 * K + row % 16 * 32;
     for (int64_t j = 0; j < n;) {
-      const int64_t in_tile = 32 - (k + j) % 32;
-      int64_t run = n - j < in_tile ? n - j : in_tile;
-      if (run > kLanes) run = kLanes;
-      store_as<float>(DType::bf16, line, (k + j) / 32 * kTile + (k + j) % 32,
-                      load_n(values + j, static_cast<int>(run)), static_cast<int>(run));
+      const int64_t in_tile = 32 - (k + j) % 32, run = n - j < in_tile ? n - j : in_tile;
+      f(line + (k + j) / 32 * kTile + (k + j) % 32, j, run);
       j += run;
     }
   }
+  static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const uint16_t* values, int64_t n) {
+    for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) { copy_run(a + at, values + j, run); });
+  }
+  static void load_a(const uint16_t* a, int64_t K, int64_t row, int64_t k, int64_t n, uint16_t* values) {
+    for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) { copy_run(values + j, a + at, run); });
+  }
   static void store_a_vector(uint16_t* a, int64_t K, int64_t row, int64_t k, VF v, int n) {
-    if (k % 32 + n <= 32) {
-      store_as<float>(DType::bf16, a + row / 16 * 16 * K + row % 16 * 32, k / 32 * kTile + k % 32, v, n);
-    } else {  // across two tiles
-      alignas(64) float values[kLanes];
-      store(values, v);
-      store_a(a, K, row, k, values, n);
+    const VH bits = to_bf16(v);
+    if (n == kLanes && k % 32 <= 16) {
+      std::memcpy(a + row / 16 * 16 * K + row % 16 * 32 + k / 32 * kTile + k % 32, &bits, sizeof bits);
+    } else {  // at an edge or across two tiles
+      alignas(64) uint16_t values[kLanes];
+      std::memcpy(values, &bits, sizeof bits);
+      for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) {
+        std::memcpy(a + at, values + j, run * sizeof(uint16_t));
+      });
+    }
+  }
+  // tmp = [n = 32 depths][ld rows]; rows up to a multiple of 16 are there.
+  static void store_a_columns(uint16_t* a, int64_t K, int rows, int64_t k, int n, const uint16_t* tmp,
+                              int64_t ld) {
+    alignas(64) uint32_t pairs[16 * 16];
+    for (int64_t r = 0; r < rows; r += 16) {
+      for (int j = 0; j < n; j += 2) store(pairs + j / 2 * 16, pair_rows(tmp + j * ld + r, ld));
+      transpose_block(pairs, 16, reinterpret_cast<uint32_t*>(a + r * K + k / 32 * kTile), 16);
     }
   }
   // B panel: tiles [k / 32][column / 16] of [16 pairs of k][16 columns][2].
-  static void store_b_columns(uint16_t* b, int64_t k0, int n, const float* tmp, int ld) {
-    alignas(64) uint16_t bits[kCols * 64];
-    for (int c = 0; c < kCols; ++c)
-      for (int k = 0; k < n; k += kLanes)
-        store_as<float>(DType::bf16, bits, c * 64 + k, load(tmp + c * ld + k), kLanes);
-    uint32_t pair;
-    for (int k = 0; k < n; k += 2) {
-      uint16_t* line = b + (k0 + k) / 32 * 4 * kTile + (k0 + k) % 32 / 2 * 32;
-      for (int c = 0; c < kCols; ++c) {
-        std::memcpy(&pair, bits + c * 64 + k, 4);
-        std::memcpy(line + c / 16 * kTile + c % 16 * 2, &pair, 4);
-      }
-    }
+  static int64_t b_elements(int64_t K) { return K * kCols; }
+  static void store_b_columns(uint16_t* b, int64_t k0, int n, const uint16_t* tmp, int64_t ld) {
+    for (int k = 0; k < n; k += 32)
+      for (int c = 0; c < kCols; c += 16)
+        transpose_block(reinterpret_cast<const uint32_t*>(tmp + c * ld + k), ld / 2,
+                        reinterpret_cast<uint32_t*>(b + (k0 + k) / 32 * 4 * kTile + c / 16 * kTile), 16);
   }
-  static void store_b_rows(uint16_t* b, int64_t k, const float* rows) {
+  static void store_b_rows(uint16_t* b, int64_t k, const uint16_t* rows) {
     for (int r = 0; r < kDepth; r += 2)
-      for (int c = 0; c < kCols; c += 16) {
-        const VU low = bf16_bits(load(rows + r * kCols + c)),
-                 high = bf16_bits(load(rows + (r + 1) * kCols + c));
-        const VU pairs = low | (high << 16);
-        std::memcpy(b + k / 32 * 4 * kTile + c / 16 * kTile + r / 2 * 32, &pairs, 64);
-      }
+      for (int c = 0; c < kCols; c += 16)
+        store(reinterpret_cast<uint32_t*>(b + k / 32 * 4 * kTile + c / 16 * kTile + r / 2 * 32),
+              pair_rows(rows + r * kCols + c, kCols));
   }
 
   static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b,
@@ -112,6 +121,20 @@ struct AmxTile {
   }
 
  private:
+  static void copy_run(uint16_t* to, const uint16_t* from, int64_t n) {
+    if (n == 32) {  // a constant size, so a move; the other is a call
+      std::memcpy(to, from, 64);
+    } else {
+      std::memcpy(to, from, n * 2);
+    }
+  }
+  // 16 columns of two rows, side by side.
+  static VU pair_rows(const uint16_t* rows, int64_t ld) {
+    VH low, high;
+    std::memcpy(&low, rows, sizeof low);
+    std::memcpy(&high, rows + ld, sizeof high);
+    return __builtin_convertvector(low, VU) | (__builtin_convertvector(high, VU) << 16);
+  }
   static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0,
                         float* c1, bool accumulate, const char* ahead) {
     constexpr int64_t ld = kCols * sizeof(float);

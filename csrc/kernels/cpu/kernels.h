@@ -46,6 +46,9 @@ struct Sequence {
   }
 };
 
+// Hidden units that the saved gates and cells have room for: whole vectors, whatever the instruction set.
+inline int64_t padded_units(int64_t H) { return (H + 15) / 16 * 16; }
+
 struct LstmShape {
   int64_t T, B, I, H;
   bool reverse;  // from each sequence's last valid step back to its first
@@ -63,8 +66,9 @@ struct LstmForward {
   const void *b_ih, *b_hh;  // (4H) in w_ih's dtype, or nullptr
   Sequence y;               // (T, B, H), x's dtype
   void *h_n, *c_n;          // (B, H), x's dtype
-  void* gates;  // (T, B, 4H) activated gates in x's dtype, or nullptr when nothing is saved for backward
-  void* cells;  // (T, B, H) cell state after each step, fp64 for fp64 and else fp32, or nullptr
+  // What backward needs of the forward pass, in an order that is the kernels' own; nullptr: nothing is saved.
+  void* gates;  // T * B * 4 * padded_units(H) activated gates in x's dtype
+  void* cells;  // T * B * padded_units(H) cell states after each step, fp64 for fp64 and else fp32
 };
 
 struct LstmBackward {

@@ -13,6 +13,7 @@ template <class Tile>
 class LinearCrossEntropyPass {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
+  using Element = typename Tile::Element;
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
@@ -62,12 +63,10 @@ class LinearCrossEntropyPass {
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         pack_b_columns<Tile>(w_forward + panel * panel_elements<Tile>(p.E), p.E,
-                             [&](int c, int64_t k0, int n, T* out) {
-                               if (c < width(panel)) {
-                                 load_row(p.weight.dtype, p.weight.row(panel * kCols + c), k0, n, out);
-                               } else {
-                                 std::memset(out, 0, n * sizeof(T));
-                               }
+                             [&](int c, int64_t k0, int n, Element* out) {
+                               if (c >= width(panel)) return no_elements<Tile>(n, out);
+                               const void* row = p.weight.row(panel * kCols + c);
+                               load_elements<Tile>(p.weight.dtype, row, k0, n, out);
                              });
         T* b = bias + panel * kCols;
         std::memset(b, 0, kCols * sizeof(T));
@@ -81,10 +80,10 @@ class LinearCrossEntropyPass {
     parallel(ceil_div(p.E, kCols), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
-        pack_b_rows<Tile>(w_backward + panel * panel_elements<Tile>(p.V), p.V, [&](int64_t k, T* out) {
-          load_row(p.weight.dtype, p.weight.row(k), col, n, out);
-          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
-        });
+        pack_b_rows<Tile>(w_backward + panel * panel_elements<Tile>(p.V), p.V, n,
+                          [&](int64_t k, Element* out) {
+                            load_elements<Tile>(p.weight.dtype, p.weight.row(k), col, n, out);
+                          });
       }
     });
   }
@@ -93,8 +92,8 @@ class LinearCrossEntropyPass {
     gemm<Tile>(
         rows, p.E, panels, w_forward.get(), parallel,
         [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, row0 + r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
-            load_row(p.h.dtype, p.h.row(r), k, n, out);
+          pack_a_rows<Tile>(a, row0 + r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+            load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
           });
         },
         [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
@@ -174,10 +173,10 @@ class LinearCrossEntropyPass {
     gemm<Tile>(
         rows, p.V, ceil_div(p.E, kCols), w_backward.get(), parallel,
         [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
+          pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
             for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
               const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
-              std::memcpy(out + j, run_of((k + j) / kCols, r, rows) + (k + j) % kCols, run * sizeof(T));
+              store_row(Tile::kElement, out, j, run, run_of((k + j) / kCols, r, rows) + (k + j) % kCols);
               j += run;
             }
           });
@@ -196,10 +195,9 @@ class LinearCrossEntropyPass {
     gemm<Tile>(
         p.E, rows, panels, dlogits, parallel,
         [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
-          pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, T* out) {
-            if (p.target[row0 + r] == p.ignore_index)
-              return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
-            load_row(p.h.dtype, p.h.row(row0 + r), e, n, out);
+          pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, Element* out) {
+            if (p.target[row0 + r] == p.ignore_index) return no_elements<Tile>(n, out);
+            load_elements<Tile>(p.h.dtype, p.h.row(row0 + r), e, n, out);
           });
         },
         [&](int64_t e0, int n_e, int64_t panel, const T* tile) {
@@ -215,9 +213,10 @@ class LinearCrossEntropyPass {
         for (int64_t r = 0; r < rows; ++r)
           for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(run_of(panel, r, rows) + j));
         if constexpr (!kPlain)
-          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, [&](int64_t r, T* out) {
-            std::memcpy(out, run_of(panel, r, rows), kCols * sizeof(T));
-          });
+          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, kCols,
+                            [&](int64_t r, Element* out) {
+                              store_row(Tile::kElement, out, 0, kCols, run_of(panel, r, rows));
+                            });
       }
     });
     if constexpr (kPlain) {

@@ -20,13 +20,16 @@ inline int64_t first_step(const LstmShape& s, int64_t b) {
   return s.reverse ? length - 1 : 0;
 }
 
-// One row of the recurrent weight, from column k0 on, dropped and scaled: the published DropConnect, W * mask
-// / (1 - p).
-template <class T>
-inline void load_dropped_row(const Matrix& w_hh, int64_t H, const Dropout& drop, int64_t row, int64_t k0,
-                             int64_t n, T* out) {
-  load_row(w_hh.dtype, w_hh.row(row), k0, n, out);
-  apply_mask(drop, static_cast<uint64_t>(row) * H + k0, n, out);
+// n <= 64 elements of a row of the recurrent weight, from column k0 on, dropped and scaled: the published
+// DropConnect, W * mask / (1 - p).
+template <class Tile>
+inline void load_dropped(const Matrix& w_hh, int64_t H, const Dropout& drop, int64_t row, int64_t k0,
+                         int64_t n, typename Tile::Element* out) {
+  if (!drop.active()) return load_elements<Tile>(w_hh.dtype, w_hh.row(row), k0, n, out);
+  alignas(64) typename Tile::Compute values[64];
+  load_row(w_hh.dtype, w_hh.row(row), k0, n, values);
+  apply_mask(drop, static_cast<uint64_t>(row) * H + k0, n, values);
+  store_row(Tile::kElement, out, 0, n, values);
 }
 
 // Whether threads share out the batch for a whole run of steps, or the hidden units of every single step.
@@ -34,7 +37,7 @@ inline void load_dropped_row(const Matrix& w_hh, int64_t H, const Dropout& drop,
 // in a core's L2, or where each thread has rows enough to hide the reading. Both ways give the same bits.
 template <class Tile>
 inline bool split_by_batch(const LstmShape& s, int threads) {
-  constexpr int64_t kL2 = 1 << 20, kRowsToHide = 24;
+  constexpr int64_t kL2 = 1 << 20, kRowsToHide = 4 * Tile::kRows;
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
   return ceil_div(s.B, Tile::kRows) >= threads && (bytes <= kL2 || s.B >= kRowsToHide * threads);
 }
@@ -55,20 +58,33 @@ inline void run_steps(const LstmShape& s, const Parallel& parallel, int64_t step
   }
 }
 
-// Copies a (B, H) state into compute type; nullptr gives zeros.
+// States lie in blocks of L hidden units, [block][b][L], gates as [block][b][gate][L], and each step of
+// either after the other: what one work item reads and writes is one piece of memory. Rows of (B, H) and (B,
+// 4H) would put every vector on a page of its own, and the pointwise part would wait for addresses.
+template <class T>
+inline int64_t unit_blocks(int64_t H) {
+  return padded_units(H) / lanes_of<T>;
+}
+inline int units_there(int64_t H, int64_t unit, int lanes) {
+  return static_cast<int>(H - unit < lanes ? (H > unit ? H - unit : 0) : lanes);
+}
+// A (B, H) state into blocks, zeros past H; nullptr gives zeros.
 template <class T>
 inline void load_state(const Matrix& m, int64_t B, int64_t H, T* out) {
-  for (int64_t b = 0; b < B; ++b) {
-    if (m.data == nullptr) {
-      std::memset(out + b * H, 0, H * sizeof(T));
-    } else {
-      load_row(m.dtype, m.row(b), 0, H, out + b * H);
+  constexpr int L = lanes_of<T>;
+  for (int64_t block = 0; block < unit_blocks<T>(H); ++block)
+    for (int64_t b = 0; b < B; ++b) {
+      const int n = m.data == nullptr ? 0 : units_there(H, block * L, L);
+      store(out + (block * B + b) * L, n > 0 ? load_as<T>(m.dtype, m.row(b), block * L, n) : Vec<T>{});
     }
-  }
 }
 template <class T>
 inline void store_state(const T* in, DType dtype, int64_t B, int64_t H, void* out) {
-  store_row(dtype, out, 0, B * H, in);
+  constexpr int L = lanes_of<T>;
+  for (int64_t block = 0; block * L < H; ++block)
+    for (int64_t b = 0; b < B; ++b)
+      store_as<T>(dtype, out, b * H + block * L, load(in + (block * B + b) * L),
+                  units_there(H, block * L, L));
 }
 
 ULMFIT_END

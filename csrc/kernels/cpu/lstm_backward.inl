@@ -12,6 +12,7 @@ template <class Tile>
 class LstmBackwardPass {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
+  using Element = typename Tile::Element;
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
@@ -24,14 +25,14 @@ class LstmBackwardPass {
         drop(args.shape.seed, args.shape.weight_p),
         G(4 * s.H),
         depth(padded_depth<Tile>(G)),
+        blocks(unit_blocks<T>(s.H)),
         panels(ceil_div(s.H, kCols)),
         w_hh(panels * panel_elements<Tile>(G)),
-        dgates(s.T * s.B * G),
-        next_even(Tile::a_elements(s.B, depth)),
-        next_odd(Tile::a_elements(s.B, depth)),
-        dh(s.B * s.H),
-        dc(s.B * s.H),
-        c_first(s.B * s.H) {}
+        dgates(Tile::a_elements(s.T * s.B, depth)),
+        next_rows(s.B % Tile::kRowGroup == 0 ? 0 : 2 * Tile::a_elements(s.B, depth)),
+        dh(state_size()),
+        dc(state_size()),
+        c_first(state_size()) {}
 
   void run() {
     load_state(p.dh_n, s.B, s.H, dh.get());
@@ -52,20 +53,27 @@ class LstmBackwardPass {
 
  private:
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  int64_t state_size() const { return blocks * s.B * L; }
   const T* cell(int64_t step) const {
-    return step < 0 ? c_first.get() : static_cast<const T*>(p.cells) + time_of(step) * s.B * s.H;
+    return step < 0 ? c_first.get() : static_cast<const T*>(p.cells) + time_of(step) * state_size();
   }
-  Packed* next(int64_t step) const { return step % 2 == 0 ? next_even : next_odd; }
+  // A step's dgates as the operand of the step before: where they lie anyway, if rows fall that way.
+  Packed* step_dgates(int64_t step) const {
+    if (s.B % Tile::kRowGroup == 0) return dgates + Tile::a_elements(time_of(step) * s.B, depth);
+    return next_rows + step % 2 * Tile::a_elements(s.B, depth);
+  }
 
   void recurrence() {
-    for (Packed* a : {next_even.get(), next_odd.get()})
-      std::memset(a, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
+    if (depth != G) {  // what pads the depth is multiplied by zeros, and must be a number
+      std::memset(dgates.get(), 0, Tile::a_elements(s.T * s.B, depth) * sizeof(Packed));
+      if (s.B % Tile::kRowGroup != 0)
+        std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
+    }
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t col = panel * kCols, n = s.H - col < kCols ? s.H - col : kCols;
-        pack_b_rows<Tile>(w_hh + panel * panel_elements<Tile>(G), G, [&](int64_t k, T* out) {
-          load_dropped_row(p.w_hh, s.H, drop, k, col, n, out);
-          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        pack_b_rows<Tile>(w_hh + panel * panel_elements<Tile>(G), G, n, [&](int64_t k, Element* out) {
+          load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
         });
       }
     });
@@ -84,46 +92,46 @@ class LstmBackwardPass {
     for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
       const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
       if (step < s.T - 1) {
-        panel_product<Tile>(depth, next(step + 1) + b0 * depth, rows, w, count, w, sums.get());
+        const Packed* next = step_dgates(step + 1) + Tile::a_elements(b0, depth);
+        panel_product<Tile>(depth, next, rows, w, count, w, sums.get(), false);
       } else {
         std::memset(sums.get(), 0, count * rows * kCols * sizeof(T));
       }
       for (int64_t panel = 0; panel < count; ++panel)
-        for (int r = 0; r < rows; ++r)
-          row_back(step, b0 + r, (panel_begin + panel) * kCols, sums + (panel * rows + r) * kCols);
+        for (int v = 0; v < Tile::kVecs; ++v) {
+          const int64_t block = (panel_begin + panel) * Tile::kVecs + v;
+          if (block >= blocks) break;
+          for (int r = 0; r < rows; ++r)
+            cell_back(step, b0 + r, block, load(sums + (panel * rows + r) * kCols + v * L));
+        }
     }
   }
 
-  // One row's hidden units from `first` on, a panel of them. dh holds what bypasses the recurrent product:
-  // dh_n, and the carry through padded steps.
-  void row_back(int64_t step, int64_t b, int64_t first, const T* dh_recurrent) const {
-    const int64_t t = time_of(step), count = s.H - first < kCols ? s.H - first : kCols;
-    const bool reached = step < 0, here = !reached && active(s, t, b);
-    T *dh_row = dh + b * s.H, *dc_row = dc + b * s.H;
-    const T *c_prev = reached ? nullptr : cell(step - 1) + b * s.H,
-            *c = reached ? nullptr : cell(step) + b * s.H;
-    const void* dy_row = here && p.dy.data != nullptr ? p.dy.row(t, b) : nullptr;
-    const int64_t row = (t * s.B + b) * G;
-    for (int64_t unit = first; unit < first + count; unit += L) {
-      const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
-      V dh_total = load(dh_recurrent + unit - first) + load_n(dh_row + unit, n);
-      LstmCellGrad<V> d = {};
-      if (here) {
-        if (dy_row != nullptr) dh_total += load_as<T>(p.dy.dtype, dy_row, unit, n);
-        const auto gate = [&](int g) { return load_as<T>(p.y.dtype, p.gates, row + g * s.H + unit, n); };
-        d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load_n(c_prev + unit, n),
-                               load_n(c + unit, n), dh_total, load_n(dc_row + unit, n));
-        store_n(dc_row + unit, d.c_prev, n);
-        dh_total = V{};
-      }
-      store_n(dh_row + unit, dh_total, n);
-      if (reached) continue;
-      int64_t k = unit;
-      for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
-        Tile::store_a_vector(next(step), depth, b, k, v, n);
-        store_as<T>(Tile::kPackedType, dgates, row + k, v, n);
-        k += s.H;
-      }
+  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through
+  // padded steps.
+  void cell_back(int64_t step, int64_t b, int64_t block, V dh_recurrent) const {
+    const int64_t t = time_of(step), unit = block * L, at = (block * s.B + b) * L;
+    const int n = units_there(s.H, unit, L);
+    V dh_total = dh_recurrent + load(dh + at);
+    if (step < 0) return store(dh + at, dh_total);
+    LstmCellGrad<V> d = {};
+    if (active(s, t, b)) {
+      if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, b), unit, n);
+      const auto gate = [&](int g) {
+        return load_as<T>(p.y.dtype, p.gates, 4 * (t * state_size() + at) + g * L, L);
+      };
+      d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load(cell(step - 1) + at),
+                             load(cell(step) + at), dh_total, load(dc + at));
+      store(dc + at, d.c_prev);
+      dh_total = V{};
+    }
+    store(dh + at, dh_total);
+    Packed* next = step_dgates(step);
+    int64_t k = unit;
+    for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
+      Tile::store_a_vector(next, depth, b, k, v, n);
+      if (s.B % Tile::kRowGroup != 0) Tile::store_a_vector(dgates, depth, t * s.B + b, k, v, n);
+      k += s.H;
     }
   }
 
@@ -133,24 +141,18 @@ class LstmBackwardPass {
     parallel(in_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
-        pack_b_rows<Tile>(w_ih + panel * panel_elements<Tile>(G), G, [&](int64_t k, T* out) {
-          load_row(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
-          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
+        pack_b_rows<Tile>(w_ih + panel * panel_elements<Tile>(G), G, n, [&](int64_t k, Element* out) {
+          load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
         });
       }
     });
-    gemm<Tile>(
-        s.T * s.B, G, in_panels, w_ih.get(), parallel,
-        [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
-            load_row(Tile::kPackedType, dgates, r * G + k, n, out);
-          });
-        },
-        [&](int64_t row0, int rows, int64_t panel, const T* tile) {
-          const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
-          for (int r = 0; r < rows; ++r)
-            store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n, tile + r * kCols);
-        });
+    gemm<Tile>(s.T * s.B, G, in_panels, w_ih.get(), parallel, PackedRows<Tile>{dgates, depth},
+               [&](int64_t row0, int rows, int64_t panel, const T* tile) {
+                 const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
+                 for (int r = 0; r < rows; ++r)
+                   store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n,
+                             tile + r * kCols);
+               });
   }
 
   // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed
@@ -161,29 +163,28 @@ class LstmBackwardPass {
     parallel(out_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
-        pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, [&](int64_t k, T* out) {
-          load_row(Tile::kPackedType, dgates, k * G + col, n, out);
-          for (int64_t j = n; j < kCols; ++j) out[j] = T(0);
-        });
+        pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, n,
+                          [&](int64_t k, Element* out) { Tile::load_a(dgates, depth, k, col, n, out); });
         bias_gradient(col, n);
       }
     });
-    weight_gradient(
-        s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(), [&](int64_t r, int64_t col, int64_t n, T* out) {
-          const int64_t t = r / s.B, b = r % s.B;
-          if (!active(s, t, b))
-            return static_cast<void>(std::memset(out, 0, n * sizeof(T)));  // whatever padding holds
-          load_row(p.x.dtype, p.x.row(t, b), col, n, out);
-        });
-    weight_gradient(s.H, packed, p.w_hh.dtype, p.dw_hh, drop, [&](int64_t r, int64_t col, int64_t n, T* out) {
-      const int64_t t = r / s.B, b = r % s.B;
-      if (!active(s, t, b)) return static_cast<void>(std::memset(out, 0, n * sizeof(T)));
-      if (t == first_step(s, b)) return load_row(p.h0.dtype, p.h0.row(b), col, n, out);
-      load_row(p.y.dtype, p.y.row(s.reverse ? t + 1 : t - 1, b), col, n, out);
-    });
+    weight_gradient(s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(),
+                    [&](int64_t r, int64_t col, int64_t n, Element* out) {
+                      const int64_t t = r / s.B, b = r % s.B;
+                      if (!active(s, t, b)) return no_elements<Tile>(n, out);  // whatever padding holds
+                      load_elements<Tile>(p.x.dtype, p.x.row(t, b), col, n, out);
+                    });
+    weight_gradient(s.H, packed, p.w_hh.dtype, p.dw_hh, drop,
+                    [&](int64_t r, int64_t col, int64_t n, Element* out) {
+                      const int64_t t = r / s.B, b = r % s.B;
+                      if (!active(s, t, b)) return no_elements<Tile>(n, out);
+                      const bool first = t == first_step(s, b);
+                      const void* row = first ? p.h0.row(b) : p.y.row(s.reverse ? t + 1 : t - 1, b);
+                      load_elements<Tile>(p.y.dtype, row, col, n, out);
+                    });
   }
 
-  template <class LoadInput>  // load_input(row, column, n, out): n values of x or h_prev, row = t * B + b
+  template <class LoadInput>  // load_input(row, column, n, out): n elements of x or h_prev, row = t * B + b
   void weight_gradient(int64_t inputs, const Packed* packed, DType dtype, void* dw, const Dropout& mask,
                        LoadInput&& load_input) {
     gemm<Tile>(
@@ -192,12 +193,14 @@ class LstmBackwardPass {
           pack_a_columns<Tile>(a, row0, rows, k0, kc, load_input);
         },
         [&](int64_t row0, int rows, int64_t panel, const T* tile) {
-          alignas(64) T line[Tile::kBlockRows];
-          for (int c = 0; c < kCols && panel * kCols + c < G; ++c) {
-            const int64_t first = (panel * kCols + c) * inputs + row0;
-            for (int r = 0; r < rows; ++r) line[r] = tile[r * kCols + c];
-            apply_mask(mask, first, rows, line);
-            store_row(dtype, dw, first, rows, line);
+          constexpr int ld = Tile::kBlockRows;
+          alignas(64) T lines[kCols * ld];
+          const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
+          transpose(tile, kCols, rows, n, lines, ld);
+          for (int64_t c = 0; c < n; ++c) {
+            const int64_t first = (col + c) * inputs + row0;
+            apply_mask(mask, first, rows, lines + c * ld);
+            store_row(dtype, dw, first, rows, lines + c * ld);
           }
         });
   }
@@ -206,10 +209,12 @@ class LstmBackwardPass {
   // bits.
   void bias_gradient(int64_t col, int64_t n) const {
     alignas(64) T total[kCols] = {}, part[kCols], line[kCols];
+    alignas(64) Element elements[kCols];
     for (int64_t r0 = 0; r0 < s.T * s.B; r0 += 64) {
       std::memset(part, 0, sizeof part);
       for (int64_t r = r0; r < r0 + 64 && r < s.T * s.B; ++r) {
-        load_row(Tile::kPackedType, dgates, r * G + col, n, line);
+        Tile::load_a(dgates, depth, r, col, n, elements);
+        load_row(Tile::kElement, elements, 0, n, line);
         for (int64_t j = 0; j < n; ++j) part[j] += line[j];
       }
       for (int64_t j = 0; j < n; ++j) total[j] += part[j];
@@ -221,9 +226,9 @@ class LstmBackwardPass {
   const LstmShape& s;
   const Parallel& parallel;
   const Dropout drop;
-  const int64_t G, depth, panels;
-  Scratch<Packed> w_hh, dgates;         // dgates: (T, B, 4H)
-  Scratch<Packed> next_even, next_odd;  // dgates of the step after, in A-block form, and those being written
+  const int64_t G, depth, blocks, panels;
+  Scratch<Packed> w_hh, dgates;  // dgates: rows t * B + b, depth 4H, packed as A
+  Scratch<Packed> next_rows;     // those of two steps, where B is no multiple of the rows that lie together
   Scratch<T> dh, dc, c_first;
 };
 

@@ -3,7 +3,7 @@
 //
 // The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates'
 // columns side by side, so that one thread has everything a cell needs and only h crosses threads, once a
-// step.
+// step. The projected inputs lie as that product's sums do, which start from them.
 #pragma once
 #include "lstm.inl"
 
@@ -13,8 +13,10 @@ template <class Tile>
 class LstmForwardPass {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
+  using Element = typename Tile::Element;
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
+  static constexpr int kCols = Tile::kCols;   // 4 gates x L
   static constexpr int64_t kChunkRows = 512;  // rows projected at once: 512 x 4608 floats, 9 MB, stay in L3
 
  public:
@@ -23,17 +25,17 @@ class LstmForwardPass {
         s(args.shape),
         parallel(parallel),
         drop(args.shape.seed, args.shape.weight_p),
-        blocks(ceil_div(s.H, L)),
+        blocks(unit_blocks<T>(s.H)),
         depth(padded_depth<Tile>(s.H)),
         chunk_steps(s.B < kChunkRows ? kChunkRows / (s.B > 0 ? s.B : 1) : 1),
         w_ih(blocks * panel_elements<Tile>(s.I)),
         w_hh(blocks * panel_elements<Tile>(s.H)),
-        projected((chunk_steps < s.T ? chunk_steps : s.T) * s.B * 4 * s.H),
-        bias(4 * s.H),
+        projected((chunk_steps < s.T ? chunk_steps : s.T) * blocks * s.B * kCols),
+        bias(blocks * kCols),
         h_even(Tile::a_elements(s.B, depth)),
         h_odd(Tile::a_elements(s.B, depth)),
-        c_first(s.B * s.H),
-        c_rolling(p.cells == nullptr ? 2 * s.B * s.H : 0) {}
+        c_first(state_size()),
+        c_rolling(p.cells == nullptr ? 2 * state_size() : 0) {}
 
   void run() {
     start_state();
@@ -44,55 +46,57 @@ class LstmForwardPass {
       project(step0, steps);
       run_steps<Tile>(s, parallel, steps, blocks,
                       [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
-                        recur(step0 + i, projected + i * s.B * 4 * s.H, block0, block1, row0, row1);
+                        recur(step0 + i, projected + i * blocks * s.B * kCols, block0, block1, row0, row1);
                       });
     }
   }
 
  private:
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  int64_t state_size() const { return blocks * s.B * L; }
   T* cell(int64_t step) const {
     if (step < 0) return c_first;
-    if (p.cells == nullptr) return c_rolling + step % 2 * s.B * s.H;
-    return static_cast<T*>(p.cells) + time_of(step) * s.B * s.H;
+    if (p.cells == nullptr) return c_rolling + step % 2 * state_size();
+    return static_cast<T*>(p.cells) + time_of(step) * state_size();
   }
 
   void start_state() {
     load_state(p.c0, s.B, s.H, c_first.get());
     store_state(c_first.get(), p.c0.dtype, s.B, s.H, p.c_n);  // rows of length 0 keep these
-    Scratch<T> h0(s.B * s.H);
+    Scratch<T> h0(state_size());
     load_state(p.h0, s.B, s.H, h0.get());
     store_state(h0.get(), p.h0.dtype, s.B, s.H, p.h_n);
     // Both buffers start as h0: a reversed sequence that has not begun yet keeps it without being written.
     for (Packed* h : {h_even.get(), h_odd.get()}) {
       std::memset(h, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
-      for (int64_t b = 0; b < s.B; ++b) Tile::store_a(h, depth, b, 0, h0 + b * s.H, s.H);
+      for (int64_t unit = 0; unit < s.H; unit += L)
+        for (int64_t b = 0; b < s.B; ++b)
+          Tile::store_a_vector(h, depth, b, unit, load(h0 + unit * s.B + b * L), units_there(s.H, unit, L));
     }
   }
 
   void pack_weights() {
-    T* sum = bias;
-    std::memset(sum, 0, 4 * s.H * sizeof(T));
-    for (const void* b : {p.b_ih, p.b_hh}) {
-      if (b == nullptr) continue;
-      for (int64_t j = 0; j < 4 * s.H; j += L) {
-        const int n = static_cast<int>(4 * s.H - j < L ? 4 * s.H - j : L);
-        store_n(sum + j, load_n(sum + j, n) + load_as<T>(p.w_ih.dtype, b, j, n), n);
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t at = gate * s.H + block * L;
+        const int n = units_there(s.H, block * L, L);
+        V sum = {};
+        for (const void* b : {p.b_ih, p.b_hh})
+          if (b != nullptr && n > 0) sum += load_as<T>(p.w_ih.dtype, b, at, n);
+        store(bias + block * kCols + gate * L, sum);
       }
-    }
     // Column c of block j's panel is gate c / L of hidden unit j * L + c % L: a row of the weight.
-    auto unit = [&](int64_t block, int c) { return block * L + c % L; };
     parallel(2 * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t block = i / 2;
-        auto load_column = [&](int c, int64_t k0, int n, T* out) {
-          const int64_t row = c / L * s.H + unit(block, c);
-          if (unit(block, c) >= s.H) {
-            std::memset(out, 0, n * sizeof(T));
+        auto load_column = [&](int c, int64_t k0, int n, Element* out) {
+          const int64_t unit = block * L + c % L, row = c / L * s.H + unit;
+          if (unit >= s.H) {
+            no_elements<Tile>(n, out);
           } else if (i % 2 == 0) {
-            load_row(p.w_ih.dtype, p.w_ih.row(row), k0, n, out);
+            load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(row), k0, n, out);
           } else {
-            load_dropped_row(p.w_hh, s.H, drop, row, k0, n, out);
+            load_dropped<Tile>(p.w_hh, s.H, drop, row, k0, n, out);
           }
         };
         if (i % 2 == 0) {
@@ -104,54 +108,51 @@ class LstmForwardPass {
     });
   }
 
-  // projected[i][b][gate][unit] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
+  // projected[i][block][b][gate][L] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
   void project(int64_t step0, int64_t steps) {
     gemm<Tile>(
         steps * s.B, s.I, blocks, w_ih.get(), parallel,
         [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, T* out) {
-            load_row(p.x.dtype, p.x.row(time_of(step0 + r / s.B), r % s.B), k, n, out);
+          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+            const void* row = p.x.row(time_of(step0 + r / s.B), r % s.B);
+            load_elements<Tile>(p.x.dtype, row, k, n, out);
           });
         },
         [&](int64_t row0, int rows, int64_t block, const T* tile) {
-          const int64_t unit = block * L;
-          const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
-          for (int r = 0; r < rows; ++r)
-            for (int gate = 0; gate < 4; ++gate) {
-              const int64_t at = gate * s.H + unit;
-              const V v = load(tile + r * Tile::kCols + gate * L) + load_n(bias + at, n);
-              store_n(projected + (row0 + r) * 4 * s.H + at, v, n);
-            }
+          for (int r = 0; r < rows; ++r) {
+            const int64_t i = (row0 + r) / s.B, b = (row0 + r) % s.B;
+            T* out = projected + ((i * blocks + block) * s.B + b) * kCols;
+            for (int j = 0; j < kCols; j += L)
+              store(out + j, load(tile + r * kCols + j) + load(bias + block * kCols + j));
+          }
         });
   }
 
-  void recur(int64_t step, const T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
+  void recur(int64_t step, T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
              int64_t row_end) const {
     [[maybe_unused]] typename Tile::Session session;
-    alignas(64) T tile[Tile::kBlockRows * Tile::kCols];
     const Packed* h = step % 2 == 0 ? h_even : h_odd;
     for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
       const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
       for (int64_t block = block_begin; block < block_end; ++block) {
         const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
         const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
-        panel_product<Tile>(depth, h + b0 * depth, rows, panel, 1, next, tile);
-        for (int r = 0; r < rows; ++r)
-          update_cell(step, b0 + r, block * L, tile + r * Tile::kCols, inputs + (b0 + r) * 4 * s.H);
+        T* sums = inputs + (block * s.B + b0) * kCols;
+        panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
+        for (int r = 0; r < rows; ++r) update_cell(step, b0 + r, block, sums + r * kCols);
       }
     }
   }
 
-  // One row's L hidden units: recurrent[gate][L] + inputs[gate][H] -> new state, y, and what backward needs.
-  void update_cell(int64_t step, int64_t b, int64_t unit, const T* recurrent, const T* inputs) const {
-    const int64_t t = time_of(step);
-    const int n = static_cast<int>(s.H - unit < L ? s.H - unit : L);
+  // One row's L hidden units: pre-activations[gate][L] -> new state, y, and what backward needs.
+  void update_cell(int64_t step, int64_t b, int64_t block, const T* pre) const {
+    const int64_t t = time_of(step), unit = block * L, at = (block * s.B + b) * L;
+    const int n = units_there(s.H, unit, L);
     const DType dtype = p.y.dtype;
-    const V c_prev = load_n(cell(step - 1) + b * s.H + unit, n);
+    const V c_prev = load(cell(step - 1) + at);
     LstmCell<V> state;
     if (active(s, t, b)) {
-      auto gate = [&](int g) { return load(recurrent + g * L) + load_n(inputs + g * s.H + unit, n); };
-      state = lstm_cell_forward(gate(0), gate(1), gate(2), gate(3), c_prev);
+      state = lstm_cell_forward(load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L), c_prev);
       state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
       Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, b, unit, state.h, n);
       if (t == last_step(s, b)) {
@@ -163,13 +164,13 @@ class LstmForwardPass {
       state.c = c_prev;
     }
     store_as<T>(dtype, p.y.row(t, b), unit, state.h, n);
-    store_n(cell(step) + b * s.H + unit, state.c, n);
+    store(cell(step) + at, state.c);
     if (p.gates == nullptr) return;
-    const int64_t at = (t * s.B + b) * 4 * s.H + unit;
-    store_as<T>(dtype, p.gates, at, state.i, n);
-    store_as<T>(dtype, p.gates, at + s.H, state.f, n);
-    store_as<T>(dtype, p.gates, at + 2 * s.H, state.g, n);
-    store_as<T>(dtype, p.gates, at + 3 * s.H, state.o, n);
+    int64_t gate_at = 4 * (t * state_size() + at);
+    for (V gate : {state.i, state.f, state.g, state.o}) {
+      store_as<T>(dtype, p.gates, gate_at, gate, L);
+      gate_at += L;
+    }
   }
 
   const LstmForward& p;

@@ -16,7 +16,11 @@ ULMFIT_HD VU bf16_bits(VF v) {
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return v == v ? rounded : (bits >> 16) | 0x40u;
 }
+#ifdef ULMFIT_AMX  // every machine with AMX rounds to bf16 in one instruction (subnormals become zero)
+ULMFIT_HD VH to_bf16(VF v) { return (VH)_mm512_cvtneps_pbh((__m512)v); }
+#else
 ULMFIT_HD VH to_bf16(VF v) { return __builtin_convertvector(bf16_bits(v), VH); }
+#endif
 
 #if ULMFIT_LANES == 16
 ULMFIT_HD VF from_f16(VH h) { return (VF)_mm512_cvtph_ps((__m256i)h); }
