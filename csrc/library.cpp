@@ -21,21 +21,21 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
 
   m.def(
       "lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? lengths, Tensor seed, float weight_p, bool batch_first, bool reverse, bool save) "
+      "Tensor? lengths, Tensor seed, float weight_p, bool batch_first, bool reverse, bool high, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, "
       "Tensor w_hh, Tensor? lengths, Tensor seed, Tensor y, Tensor gates, Tensor cells, float weight_p, "
-      "bool batch_first, bool reverse, bool need_dx, bool need_dw) "
+      "bool batch_first, bool reverse, bool high, bool need_dx, bool need_dw) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
 
   m.def(
       "linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
-      "float label_smoothing, int reduction, bool grad) "
+      "float label_smoothing, int reduction, bool high, bool grad) "
       "-> (Tensor loss, Tensor dh, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor weight, Tensor? bias, Tensor target, "
-      "int ignore_index, float label_smoothing) -> (Tensor dh, Tensor dweight, Tensor dbias)");
+      "int ignore_index, float label_smoothing, bool high) -> (Tensor dh, Tensor dweight, Tensor dbias)");
 
   m.def("cpu_isa() -> str");   // the instruction set in use
   m.def("cpu_isas() -> str");  // those this machine can run, best first, comma-separated

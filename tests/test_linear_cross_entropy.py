@@ -187,9 +187,10 @@ def test_opcheck():
     op = torch.ops.ulmfit_fast.linear_cross_entropy.default
     inputs, _, _ = linear_cross_entropy_case(torch.float32, (9,))
     target = torch.arange(9)
-    for reduction, grad in ((2, True), (0, False)):
-        torch.library.opcheck(op, (*[t.requires_grad_() for t in inputs], target, -100, 0.1, reduction, grad))
-    torch.library.opcheck(op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False))
+    leaves = [t.requires_grad_() for t in inputs]
+    for reduction, high, grad in ((2, False, True), (0, True, False)):
+        torch.library.opcheck(op, (*leaves, target, -100, 0.1, reduction, high, grad))
+    torch.library.opcheck(op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False, False))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -207,9 +207,9 @@ def test_opcheck(options):
     lengths = torch.tensor(options["lengths"]) if options else None
     op = torch.ops.ulmfit_fast.lstm.default
     leaves = [t.requires_grad_() for t in inputs]
-    torch.library.opcheck(op, (*leaves, lengths, torch.tensor(3), 0.5, False, bool(options), True))
+    torch.library.opcheck(op, (*leaves, lengths, torch.tensor(3), 0.5, False, bool(options), False, True))
     torch.library.opcheck(
-        op, (*[t.detach() for t in inputs], lengths, torch.tensor(3), 0.0, False, False, False)
+        op, (*[t.detach() for t in inputs], lengths, torch.tensor(3), 0.0, False, False, True, False)
     )
 
 

@@ -12,7 +12,7 @@ enum Reduction : int64_t { kNone = 0, kSum = 2 };  // a mean is a sum that Pytho
 // Checks and runs either op. row_gradient (N), or nullptr: no gradient wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, const Tensor& weight,
                                                const OptionalTensor& bias, const Tensor& target,
-                                               int64_t ignore_index, double label_smoothing,
+                                               int64_t ignore_index, double label_smoothing, bool high,
                                                const void* row_gradient, Tensor loss) {
   check_cpu(op, "h", h);
   check_cpu(op, "weight", weight);
@@ -59,6 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, 
   a.target = ids_of(targets);
   a.ignore_index = ignore_index;
   a.label_smoothing = label_smoothing;
+  a.high = high;
   a.row_gradient = row_gradient;
   a.loss = data_of(loss);
   a.dh = data_of(dh);
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h,
                                                                 const OptionalTensor& bias,
                                                                 const Tensor& target, int64_t ignore_index,
                                                                 double label_smoothing, int64_t reduction,
-                                                                bool grad) {
+                                                                bool high, bool grad) {
   constexpr const char* op = "linear_cross_entropy";
   ULMFIT_CHECK(reduction == kNone || reduction == kSum, op, "reduction must be 0 (none) or 2 (sum), got ",
                reduction);
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h,
   torch::stable::fill_(upstream, 1.0);
   // An empty batch still has a gradient, zeros; any pointer says that one is wanted.
   const void* row_gradient = !grad ? nullptr : target.numel() > 0 ? data_of(upstream) : &reduction;
-  auto result = run(op, h, weight, bias, target, ignore_index, label_smoothing, row_gradient, loss);
+  auto result = run(op, h, weight, bias, target, ignore_index, label_smoothing, high, row_gradient, loss);
   if (reduction == kSum) std::get<0>(result) = sum_of(loss);
   return result;
 }
@@ -111,14 +112,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
                                                                  const Tensor& weight,
                                                                  const OptionalTensor& bias,
                                                                  const Tensor& target, int64_t ignore_index,
-                                                                 double label_smoothing) {
+                                                                 double label_smoothing, bool high) {
   constexpr const char* op = "linear_cross_entropy_backward";
   check_cpu(op, "dloss", dloss);
   check_dtype(op, "dloss", dloss, statistics_type(h));
   check_shape(op, "dloss", dloss, {target.numel()});
   const Tensor upstream = torch::stable::contiguous(dloss);
   const void* row_gradient = target.numel() > 0 ? data_of(upstream) : &op;
-  auto [loss, dh, dweight, dbias] = run(op, h, weight, bias, target, ignore_index, label_smoothing,
+  auto [loss, dh, dweight, dbias] = run(op, h, weight, bias, target, ignore_index, label_smoothing, high,
                                         row_gradient, vector_like(h, target.numel()));
   return {dh, dweight, dbias};
 }

@@ -17,7 +17,7 @@ struct Inputs {
 
   Inputs(const char* op_name, const Tensor& x_in, const Tensor& h0_in, const Tensor& c0_in,
          const Tensor& w_ih_in, const Tensor& w_hh_in, const OptionalTensor& lengths_in, const Tensor& seed,
-         double weight_p, bool is_batch_first, bool reverse)
+         double weight_p, bool is_batch_first, bool reverse, bool high)
       : op(op_name), batch_first(is_batch_first) {
     check_dim(op, "x", x_in, 3);
     check_dim(op, "w_hh", w_hh_in, 2);
@@ -34,7 +34,7 @@ struct Inputs {
                  op, "w_hh must be ", name_of(x.scalar_type()),
                  ", as x is, or float32 where x is 16-bit, got ", name_of(w_hh.scalar_type()));
     check_probability(op, "weight_p", weight_p);
-    shape = {T, B, I, H, reverse, nullptr, weight_p > 0 ? seed_of(op, seed) : 0, weight_p};
+    shape = {T, B, I, H, reverse, nullptr, weight_p > 0 ? seed_of(op, seed) : 0, weight_p, high};
     if (lengths_in.has_value()) {
       lengths = torch::stable::contiguous(*lengths_in);
       shape.lengths = lengths_of(op, lengths, B, T);
@@ -65,9 +65,9 @@ struct Inputs {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
     const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, const Tensor& seed,
-    double weight_p, bool batch_first, bool reverse, bool save) {
-  const Inputs in("lstm", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first, reverse);
-  const auto& [T, B, I, H, is_reverse, steps, key, p] = in.shape;
+    double weight_p, bool batch_first, bool reverse, bool high, bool save) {
+  const Inputs in("lstm", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first, reverse, high);
+  const auto& [T, B, I, H, is_reverse, steps, key, p, is_high] = in.shape;
   std::optional<Tensor> biases[2];
   const std::optional<Tensor>* given[2] = {&b_ih, &b_hh};
   for (int i = 0; i < 2; ++i)
@@ -104,9 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
     const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& lengths,
     const Tensor& seed, const Tensor& y, const Tensor& gates, const Tensor& cells, double weight_p,
-    bool batch_first, bool reverse, bool need_dx, bool need_dw) {
-  const Inputs in("lstm_backward", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first, reverse);
-  const auto& [T, B, I, H, is_reverse, steps, key, p] = in.shape;
+    bool batch_first, bool reverse, bool high, bool need_dx, bool need_dw) {
+  const Inputs in("lstm_backward", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first, reverse,
+                  high);
+  const auto& [T, B, I, H, is_reverse, steps, key, p, is_high] = in.shape;
   const ScalarType dtype = x.scalar_type();
   const Tensor y_rows = in.checked("y", y, dtype, {x.size(0), x.size(1), H});
   const Tensor gate_rows =

@@ -108,6 +108,14 @@ def autocast_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
+def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
+    """Whether float32 products may be made of bfloat16 ones: asked for here, or by torch's own setting."""
+    chosen = torch.get_float32_matmul_precision() if precision is None else precision
+    if chosen not in ("highest", "high", "medium"):
+        raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
+    return chosen != "highest" and value.dtype == torch.float32
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a gradient with respect to any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
+    allows_high,
     autocast_dtype,
     check_input,
     check_shape,
@@ -31,6 +32,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    precision: str | None = None,
 ) -> Tensor:
     """Cross-entropy of the logits h @ weight.T + bias against target.
 
@@ -45,6 +47,7 @@ def linear_cross_entropy(
         ignore_index: positions with this target have loss 0, no gradient, and do not count in the mean.
         label_smoothing: s in [0, 1]: the target distribution is 1-s on the target plus s/V everywhere.
         reduction: "mean" over the positions that count, "sum", or "none".
+        precision: of float32 products, as in `lstm`.
 
     Returns:
         float32 (float64 for float64) loss: 0-dim, or the shape of target with "none".
@@ -95,6 +98,7 @@ def linear_cross_entropy(
         ignore_index,
         float(label_smoothing),
         code,
+        allows_high(op, precision, h),
         needs_grad(h, weight, bias) and code == _SUM,
     )[0]
     if reduction == "none":
@@ -103,7 +107,7 @@ def linear_cross_entropy(
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
-def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, grad):  # type: ignore
+def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad):  # type: ignore
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
     dh = h.new_empty(h.shape if grad else (0,))
@@ -113,7 +117,7 @@ def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, grad): 
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
-def _(dloss, h, weight, bias, target, ignore_index, label_smoothing):  # type: ignore
+def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high):  # type: ignore
     dbias = weight.new_empty((0,) if bias is None else bias.shape)
     return h.new_empty(h.shape), weight.new_empty(weight.shape), dbias
 
@@ -139,7 +143,7 @@ class _ScaleGradients(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.grad = inputs
+    h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.high, ctx.grad = inputs
     _, dh, dweight, dbias = output
     ctx.mark_non_differentiable(dh, dweight, dbias)
     ctx.save_for_backward(h, weight, bias, *((target,) if ctx.reduction == _NONE else (dh, dweight, dbias)))
@@ -148,10 +152,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
     if dloss is None:
-        return (None,) * 8
+        return (None,) * 9
     if ctx.reduction == _NONE:
         grads = torch.ops.ulmfit_fast.linear_cross_entropy_backward(
-            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
+            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.high
         )
     elif ctx.grad:
         grads = _ScaleGradients.apply(dloss, *ctx.saved_tensors)
@@ -159,7 +163,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
         raise RuntimeError(
             "ulmfit_fast::linear_cross_entropy was called with grad=False, so it has no gradient"
         )
-    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
 
 
 torch.library.register_autograd("ulmfit_fast::linear_cross_entropy", _backward, setup_context=_setup_context)

@@ -29,7 +29,6 @@ struct FmaTile {
   // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
   // block is used for so many rows that fetching it from L3 does not show.
   static constexpr int kBlockRows = 24 * kRows, kBlockDepth = 384;
-  static constexpr int kAheadCalls = 4;  // micro-kernel calls that it takes to fetch the next B block
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
@@ -63,30 +62,35 @@ struct FmaTile {
     std::memcpy(b + k * kCols, rows, kCols * sizeof(T));
   }
 
-  // c[m][kCols] (+)= a(rows row0.., depth 0..kc) * b for m <= kRows rows. lda is the K that the A block was
-  // packed with. Meanwhile it fetches 1 / kAheadCalls of a B block from `ahead` into L2, a cache line for
-  // each k: in the recurrence a block is used for one batch only before the next one's turn, and waiting for
-  // L3 would cost a fifth of the time.
-  static void micro(int64_t kc, const T* a, int64_t lda, int64_t row0, int m, const T* b, T* c,
-                    bool accumulate, const char* ahead) {
-    a += row0 * lda;
-    switch (m) {
-      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate, ahead);
-      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate, ahead);
-      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate, ahead);
-      case 4: return micro_m<(kRows >= 4 ? 4 : 1)>(kc, a, lda, b, c, accumulate, ahead);
-      case 5: return micro_m<(kRows >= 5 ? 5 : 1)>(kc, a, lda, b, c, accumulate, ahead);
-      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate, ahead);
+  // c[rows][kCols] (+)= A block (packed with depth lda) * B block, both of depth kc. Meanwhile `next`, the B
+  // block whose turn is next, comes into L2: in the recurrence a block is used for one batch only, and
+  // waiting for L3 would cost a fifth of the time.
+  static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
+                            bool accumulate) {
+    constexpr int kAheadCalls = 4;  // calls that fetch it, a line for each k
+    for (int r = 0, call = 0; r < rows; r += kRows, ++call, a += kRows * lda, c += kRows * kCols) {
+      const T* from = call < kAheadCalls ? next + call * kc * kCols / kAheadCalls : b;  // b: here already
+      micro(rows - r, kc, a, lda, b, c, accumulate, reinterpret_cast<const char*>(from));
     }
   }
 
  private:
+  static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
+                    const char* ahead) {
+    switch (m) {
+      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate, ahead);
+      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate, ahead);
+      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate, ahead);
+      case 4: return micro_m<(kRows >= 4 ? 4 : 3)>(kc, a, lda, b, c, accumulate, ahead);
+      case 5: return micro_m<(kRows >= 5 ? 5 : 3)>(kc, a, lda, b, c, accumulate, ahead);
+      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate, ahead);
+    }
+  }
   template <int M>
   static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
                       const char* ahead) {
-    Vec<T> acc[M][kVecs];
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kVecs; ++v) acc[m][v] = accumulate ? load(c + m * kCols + v * L) : Vec<T>{};
+    // From zero, and c added at the end: a sum over a whole vocabulary keeps more of its low bits in blocks.
+    Vec<T> acc[M][kVecs] = {};
     for (int64_t k = 0; k < kc; ++k, b += kCols) {
       __builtin_prefetch(ahead + k * 64, 0, 2);
       Vec<T> bv[kVecs];
@@ -97,7 +101,10 @@ struct FmaTile {
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kVecs; ++v) store(c + m * kCols + v * L, acc[m][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        T* to = c + m * kCols + v * L;
+        store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
+      }
   }
 };
 
@@ -206,20 +213,6 @@ struct PackedRows {
   int64_t depth;
 };
 
-// c[rows][kCols] (+)= a block of A * a block of a B panel, while `next`, the B block whose turn is next,
-// comes into L2.
-template <class Tile, class T = typename Tile::Compute>
-inline void block_product(int64_t kc, const typename Tile::Packed* a, int64_t lda, int rows,
-                          const typename Tile::Packed* b, const typename Tile::Packed* next, T* c,
-                          bool accumulate) {
-  const int64_t share = Tile::b_elements(kc) / Tile::kAheadCalls;
-  for (int r = 0, call = 0; r < rows; r += Tile::kRows, ++call) {
-    const int m = rows - r < Tile::kRows ? rows - r : Tile::kRows;
-    const void* ahead = call < Tile::kAheadCalls ? next + call * share : b;  // b: here already, costs nothing
-    Tile::micro(kc, a, lda, r, m, b, c + r * Tile::kCols, accumulate, static_cast<const char*>(ahead));
-  }
-}
-
 // c[panel][rows][kCols] (+)= A (packed with its whole padded depth K, from its row 0 on) * `panels` panels of
 // B. Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
 template <class Tile, class T = typename Tile::Compute>
@@ -230,23 +223,24 @@ inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, c
   for (int64_t k = 0; k < K; k += depth)
     for (int64_t p = 0; p < panels; ++p) {
       const auto* after = p + 1 < panels ? block_b(p + 1, k) : k + depth < K ? block_b(0, k + depth) : next;
-      block_product<Tile>(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, block_b(p, k), after,
+      Tile::block_product(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, block_b(p, k), after,
                           c + p * rows * Tile::kCols, accumulate || k > 0);
     }
 }
 
-// C (M x panels * kCols) = A (M x K) * B (packed).
+// C (M x panels * kCols) = A (M x K) * B (packed; a panel every b_stride elements).
 // A is PackedRows, or a function (a, row0, rows, k0, kc) that packs a block of it; store(row0, rows, panel,
 // c) takes a finished [rows][kCols] tile.
 template <class Tile, class A, class Store>
 void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
-          const A& rows_of_a, Store&& store_tile) {
+          const A& rows_of_a, Store&& store_tile, int64_t b_stride = 0) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
   constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB
   constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
+  if (b_stride == 0) b_stride = panel_elements<Tile>(K);
   const int64_t groups = ceil_div(panels, kGroup), group = ceil_div(panels, groups);
   const int64_t blocks = ceil_div(M, Tile::kBlockRows);
   const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
@@ -277,11 +271,9 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
           if (!whole || packed_row != row0) rows_of_a(block, row0, rows, k0, kc);
           a = block;
         }
-        const auto block_b = [&](int64_t p) {
-          return b + p * panel_elements<Tile>(K) + Tile::b_elements(k0);
-        };
+        const auto block_b = [&](int64_t p) { return b + p * b_stride + Tile::b_elements(k0); };
         for (int64_t p = p0; p < p1; ++p)
-          block_product<Tile>(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
+          Tile::block_product(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
                               c + (p - p0) * block_rows * Tile::kCols, k0 > 0);
       }
       packed_row = row0;

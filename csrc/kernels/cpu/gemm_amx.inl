@@ -32,9 +32,9 @@ struct AmxTile {
   static constexpr int kCols = 64;   // four tile registers' columns
   static constexpr int kDepth = 32;  // a tile row: 32 bf16
   static constexpr int kRows = 32;   // two tile registers' rows
-  // A block 192 KB, B blocks 96 KB each, in L2 together.
-  static constexpr int kBlockRows = 128, kBlockDepth = 768;
-  static constexpr int kAheadCalls = 2;
+  // An A block 288 KB, B blocks 144 KB each: in L2 together, and a result is loaded and stored for 36 steps
+  // of multiplication, which hides it.
+  static constexpr int kBlockRows = 128, kBlockDepth = 1152;
   static constexpr int kTile = 16 * 32;  // elements of one operand tile, 1 KB
 
   struct Session {
@@ -84,49 +84,32 @@ struct AmxTile {
   // tmp = [n = 32 depths][ld rows]; rows up to a multiple of 16 are there.
   static void store_a_columns(uint16_t* a, int64_t K, int rows, int64_t k, int n, const uint16_t* tmp,
                               int64_t ld) {
-    alignas(64) uint32_t pairs[16 * 16];
-    for (int64_t r = 0; r < rows; r += 16) {
-      for (int j = 0; j < n; j += 2) store(pairs + j / 2 * 16, pair_rows(tmp + j * ld + r, ld));
-      transpose_block(pairs, 16, reinterpret_cast<uint32_t*>(a + r * K + k / 32 * kTile), 16);
-    }
+    for (int64_t r = 0; r < rows; r += 16) columns_to_tile(tmp + r, ld, a + r * K + k / 32 * kTile);
   }
   // B panel: tiles [k / 32][column / 16] of [16 pairs of k][16 columns][2].
   static int64_t b_elements(int64_t K) { return K * kCols; }
   static void store_b_columns(uint16_t* b, int64_t k0, int n, const uint16_t* tmp, int64_t ld) {
     for (int k = 0; k < n; k += 32)
       for (int c = 0; c < kCols; c += 16)
-        transpose_block(reinterpret_cast<const uint32_t*>(tmp + c * ld + k), ld / 2,
-                        reinterpret_cast<uint32_t*>(b + (k0 + k) / 32 * 4 * kTile + c / 16 * kTile), 16);
+        rows_to_pairs_tile(tmp + c * ld + k, ld, b + (k0 + k) / 32 * 4 * kTile + c / 16 * kTile);
   }
   static void store_b_rows(uint16_t* b, int64_t k, const uint16_t* rows) {
-    for (int r = 0; r < kDepth; r += 2)
-      for (int c = 0; c < kCols; c += 16)
-        store(reinterpret_cast<uint32_t*>(b + k / 32 * 4 * kTile + c / 16 * kTile + r / 2 * 32),
-              pair_rows(rows + r * kCols + c, kCols));
+    for (int c = 0; c < kCols; c += 16) pairs_tile(rows + c, kCols, b + k / 32 * 4 * kTile + c / 16 * kTile);
   }
 
-  static void micro(int64_t kc, const uint16_t* a, int64_t lda, int64_t row0, int m, const uint16_t* b,
-                    float* c, bool accumulate, const char* ahead) {
-    const uint16_t* a0 = a + row0 * lda;
-    if (m <= 16) return micro_16(kc, a0, b, c, m, accumulate, ahead);
-    const uint16_t* a1 = a0 + 16 * lda;
-    // The caller's tile has room for m rows alone; the last, partial one goes through a buffer.
-    alignas(64) float edge[16 * kCols];
-    float* c1 = m == 32 ? c + 16 * kCols : edge;
-    if (accumulate && m < 32) std::memcpy(edge, c + 16 * kCols, (m - 16) * kCols * sizeof(float));
-    for (int half = 0; half < 2; ++half)
-      micro_2x2(kc, a0, a1, b + 2 * half * kTile, c + 32 * half, c1 + 32 * half, accumulate,
-                ahead + half * kc * 32);
-    if (m < 32) std::memcpy(c + 16 * kCols, edge, (m - 16) * kCols * sizeof(float));
+  // Three ways to fill a tile: out[row][k] = in[k][row]; out[k / 2][column][k % 2] = in[column][k], and the
+  // same = in[k][column].
+  static void columns_to_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
+    alignas(64) uint32_t pairs[16 * 16];
+    for (int j = 0; j < 16; ++j) store(pairs + 16 * j, pair_rows(in + 2 * j * ld, ld));
+    transpose_block(pairs, 16, reinterpret_cast<uint32_t*>(out), 16);
   }
-
- private:
-  static void copy_run(uint16_t* to, const uint16_t* from, int64_t n) {
-    if (n == 32) {  // a constant size, so a move; the other is a call
-      std::memcpy(to, from, 64);
-    } else {
-      std::memcpy(to, from, n * 2);
-    }
+  static void rows_to_pairs_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
+    transpose_block(reinterpret_cast<const uint32_t*>(in), ld / 2, reinterpret_cast<uint32_t*>(out), 16);
+  }
+  static void pairs_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
+    for (int j = 0; j < 16; ++j)
+      store(reinterpret_cast<uint32_t*>(out + 32 * j), pair_rows(in + 2 * j * ld, ld));
   }
   // 16 columns of two rows, side by side.
   static VU pair_rows(const uint16_t* rows, int64_t ld) {
@@ -135,9 +118,50 @@ struct AmxTile {
     std::memcpy(&high, rows + ld, sizeof high);
     return __builtin_convertvector(low, VU) | (__builtin_convertvector(high, VU) << 16);
   }
-  static void micro_2x2(int64_t kc, const uint16_t* a0, const uint16_t* a1, const uint16_t* b, float* c0,
-                        float* c1, bool accumulate, const char* ahead) {
+
+  static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
+                            const uint16_t* next, float* c, bool accumulate) {
+    // Two tiles by two: 32 rows and half a panel. All rows meet a half before the other one's turn, because
+    // that half then comes from L1 at least in part: with both operands from L2, loading takes longer than
+    // multiplying.
+    const int whole = rows / kRows, tail = rows % kRows;
+    Ahead ahead{reinterpret_cast<const char*>(next), (2 * whole + (tail > 0 ? 2 : 0))};
+    for (int half = 0; half < 2; ++half)
+      for (int r = 0; r < whole * kRows; r += kRows)
+        micro_2x2(kc, a + r * lda, lda, b + 2 * half * kTile, c + r * kCols + 32 * half,
+                  c + (r + 16) * kCols + 32 * half, accumulate, ahead);
+    if (tail == 0) return;
+    a += whole * kRows * lda;
+    c += whole * kRows * kCols;
+    if (tail <= 16) return micro_1x4(kc, a, b, c, tail, accumulate, ahead);
+    // The caller's tile has room for `tail` rows alone; the last, partial one goes through a buffer.
+    alignas(64) float edge[16 * kCols];
+    if (accumulate) std::memcpy(edge, c + 16 * kCols, (tail - 16) * kCols * sizeof(float));
+    for (int half = 0; half < 2; ++half)
+      micro_2x2(kc, a, lda, b + 2 * half * kTile, c + 32 * half, edge + 32 * half, accumulate, ahead);
+    std::memcpy(c + 16 * kCols, edge, (tail - 16) * kCols * sizeof(float));
+  }
+
+ private:
+  // The next B block, 4 KB for every 32 of depth, fetched into L2 in even shares by the calls on this one.
+  struct Ahead {
+    const char* at;
+    int calls;
+    void fetch(int lines) {
+      for (int line = 0; line < lines; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+  static void copy_run(uint16_t* to, const uint16_t* from, int64_t n) {
+    if (n == 32) {  // a constant size, so a move; the other is a call
+      std::memcpy(to, from, 64);
+    } else {
+      std::memcpy(to, from, n * 2);
+    }
+  }
+  static void micro_2x2(int64_t kc, const uint16_t* a, int64_t lda, const uint16_t* b, float* c0, float* c1,
+                        bool accumulate, Ahead& ahead) {
     constexpr int64_t ld = kCols * sizeof(float);
+    const int lines = 64 / ahead.calls;
     if (accumulate) {
       tile_load<0>(c0, ld);
       tile_load<1>(c0 + 16, ld);
@@ -149,14 +173,14 @@ struct AmxTile {
       tile_zero<2>();
       tile_zero<3>();
     }
-    for (int64_t k = 0; k < kc; k += 32, a0 += kTile, a1 += kTile, b += 4 * kTile) {
-      for (int line = 0; line < 16; ++line) __builtin_prefetch(ahead + k * 32 + line * 64, 0, 2);
-      tile_load<4>(a0, 64);
+    for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile) {
+      ahead.fetch(lines);
+      tile_load<4>(a, 64);
       tile_load<5>(b, 64);
       tile_load<6>(b + kTile, 64);
       tile_dot<0, 4, 5>();
       tile_dot<1, 4, 6>();
-      tile_load<7>(a1, 64);
+      tile_load<7>(a + 16 * lda, 64);
       tile_dot<2, 7, 5>();
       tile_dot<3, 7, 6>();
     }
@@ -165,9 +189,10 @@ struct AmxTile {
     tile_store<2>(c1, ld);
     tile_store<3>(c1 + 16, ld);
   }
-  static void micro_16(int64_t kc, const uint16_t* a, const uint16_t* b, float* out, int m, bool accumulate,
-                       const char* ahead) {
+  static void micro_1x4(int64_t kc, const uint16_t* a, const uint16_t* b, float* out, int m, bool accumulate,
+                        Ahead& ahead) {
     constexpr int64_t ld = kCols * sizeof(float);
+    const int lines = 2 * (64 / ahead.calls);
     alignas(64) float edge[16 * kCols];
     float* c = m == 16 ? out : edge;
     if (accumulate) {
@@ -183,7 +208,7 @@ struct AmxTile {
       tile_zero<3>();
     }
     for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile) {
-      for (int line = 0; line < 32; ++line) __builtin_prefetch(ahead + k * 64 + line * 64, 0, 2);
+      ahead.fetch(lines);
       tile_load<4>(a, 64);
       tile_load<5>(b, 64);
       tile_dot<0, 4, 5>();

@@ -8,33 +8,37 @@
 #include "embedding_dropout.inl"
 #include "variational_dropout.inl"
 #ifdef ULMFIT_AMX
-#include "gemm_amx.inl"
+#include "gemm_split.inl"
 #endif
 
 ULMFIT_BEGIN
 
 #ifdef ULMFIT_AMX
 using Bf16Tile = AmxTile;
+using HighTile = SplitTile;
 #else
 using Bf16Tile = FmaTile<float>;  // 16-bit storage, fp32 arithmetic
+using HighTile = FmaTile<float>;
 #endif
 
 // Calls kernel with the tile to compute with, which follows the activations' storage type.
 template <class Kernel>
-inline void with_tile(DType dtype, Kernel&& kernel) {
+inline void with_tile(DType dtype, bool high, Kernel&& kernel) {
   if (dtype == DType::f64) return kernel(FmaTile<double>());
   if (dtype == DType::bf16) return kernel(Bf16Tile());
+  if (dtype == DType::f32 && high) return kernel(HighTile());
   return kernel(FmaTile<float>());
 }
 
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
-  with_tile(args.x.dtype, [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
+  with_tile(args.x.dtype, args.shape.high, [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
 }
 inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel) {
-  with_tile(args.x.dtype, [&](auto tile) { lstm_backward<decltype(tile)>(args, parallel); });
+  with_tile(args.x.dtype, args.shape.high, [&](auto tile) { lstm_backward<decltype(tile)>(args, parallel); });
 }
 inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
-  with_tile(args.h.dtype, [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
+  with_tile(args.h.dtype, args.high,
+            [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
 }
 
 #define ULMFIT_STRING_(x) #x

@@ -56,6 +56,7 @@ struct LstmShape {
       lengths;    // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out
   uint64_t seed;  // of the DropConnect mask of w_hh, element index row * H + column
   double weight_p;
+  bool high = false;  // fp32: products of torch's "high" precision will do, where they are faster
 };
 
 struct LstmForward {
@@ -91,6 +92,7 @@ struct LinearCrossEntropy {
   const int64_t* target;  // (N), 0..V-1 or ignore_index
   int64_t ignore_index;
   double label_smoothing;
+  bool high = false;  // as LstmShape's
   const void*
       row_gradient;  // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64); nullptr: none wanted
   void* loss;        // (N) fp32 (fp64): each row's loss, 0 where ignored

@@ -1,8 +1,10 @@
 // Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
 // memory, and turn into their own gradient in place.
 //
-// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and, for the FMA
-// tile, already the packed operand that dW = dlogits^T @ h multiplies by.
+// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and where the packed
+// operand of dW = dlogits^T @ h takes their place (for the FMA tile it is the same thing). Four passes see
+// them: the product with its row maxima, the exponentials with their sums, and one that makes the gradient
+// and packs it for both products that follow.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -17,7 +19,7 @@ class LinearCrossEntropyPass {
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
-  static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a chunk of logits needs no repacking
+  static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
   // 32 MB of logits at most, but enough rows to pay for a pass over the gradient of the weight.
   static constexpr int64_t kChunkBytes = 32 << 20, kMinRows = 4 * Tile::kBlockRows, kMaxRows = 512;
@@ -31,8 +33,11 @@ class LinearCrossEntropyPass {
         chunk(chunk_rows(p.N, p.V)),
         w_forward(panels * panel_elements<Tile>(p.E)),
         w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),
-        logits(panels * chunk * kCols),
-        packed(gradient && !kPlain ? panels * panel_elements<Tile>(chunk) : 0),
+        logits(panels * padded_depth<Tile>(chunk) * kCols),
+        dlogits(gradient && !kPlain ? Tile::a_elements(chunk, panels * kCols) : 0),
+        top(panels * chunk * L),
+        scale(chunk),
+        shift(chunk),
         dw(gradient ? panels * p.E * kCols : 0),
         bias(panels * kCols),
         db(gradient ? panels * kCols : 0) {}
@@ -43,6 +48,9 @@ class LinearCrossEntropyPass {
       const int64_t rows = p.N - row0 < chunk ? p.N - row0 : chunk;
       forward(row0, rows);
       if (!gradient) continue;
+      parallel(panels, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) logit_gradient(row0, rows, panel);
+      });
       hidden_gradient(row0, rows);
       weight_gradient(row0, rows);
     }
@@ -56,7 +64,9 @@ class LinearCrossEntropyPass {
     rows = rows / Tile::kBlockRows * Tile::kBlockRows;
     return N < rows ? N : rows;
   }
-  T* run_of(int64_t panel, int64_t row, int64_t rows) const { return logits + (panel * rows + row) * kCols; }
+  T* run_of(int64_t panel, int64_t row, int64_t rows) const {
+    return logits + (panel * padded_depth<Tile>(rows) + row) * kCols;
+  }
   int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
 
   void pack_weights() {
@@ -97,106 +107,143 @@ class LinearCrossEntropyPass {
           });
         },
         [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-          for (int r = 0; r < n_rows; ++r)
-            for (int j = 0; j < kCols; j += L)
-              store(run_of(panel, r0 + r, rows) + j,
-                    load(tile + r * kCols + j) + load(bias + panel * kCols + j));
+          const int there = static_cast<int>(width(panel));
+          for (int r = 0; r < n_rows; ++r) {
+            V max = broadcast(-std::numeric_limits<T>::infinity());
+            for (int j = 0; j < kCols; j += L) {
+              const V z = load(tile + r * kCols + j) + load(bias + panel * kCols + j);
+              store(run_of(panel, r0 + r, rows) + j, z);
+              if (j < there) max = larger(max, first_n(z, there - j, max));
+            }
+            store(top + (panel * chunk + r0 + r) * L, max);
+          }
         });
     parallel(ceil_div(rows, kBundle), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         softmax(row0, i * kBundle, (i + 1) * kBundle < rows ? (i + 1) * kBundle : rows, rows);
     });
   }
-
-  // f(row, vector of logits, lanes that are there) over rows r0..r1, panel by panel: neighbouring rows' runs
-  // lie side by side, and a row's own runs are pages apart.
-  template <class F>
-  void for_logits(int64_t r0, int64_t r1, int64_t rows, F&& f) const {
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int n = static_cast<int>(width(panel));
-      for (int64_t r = r0; r < r1; ++r)
-        for (int j = 0; j < n; j += L) f(r - r0, run_of(panel, r, rows) + j, n - j);
-    }
+  static V larger(V a, V b) {  // a NaN stays
+    const V max = b > a ? b : a;
+    return a != a ? a : b != b ? b : max;
   }
 
-  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; its gradient replaces the logits:
-  // upstream * (softmax - (1 - e) onehot - e / V). Ignored rows: zeros.
+  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing. exp(z - max) replaces the logits,
+  // and scale and shift are what makes the gradient of them. Rows r0..r1 together, panel by panel:
+  // neighbouring rows' runs lie side by side, and a row's own runs are pages apart.
   void softmax(int64_t row0, int64_t r0, int64_t r1, int64_t rows) const {
-    V top[kBundle], sum[kBundle] = {}, total[kBundle] = {};
-    T max[kBundle], z_target[kBundle], scale[kBundle], shift[kBundle];
-    bool ignored[kBundle];
+    V maxima[kBundle], sum[kBundle] = {}, total[kBundle] = {};
+    T max[kBundle], z_target[kBundle];
     const T smooth = static_cast<T>(p.label_smoothing);
-    for (V& v : top) v = broadcast(-std::numeric_limits<T>::infinity());
-    for_logits(r0, r1, rows, [&](int64_t i, const T* z, int there) {
-      V v = first_n(load(z), there, top[i]);
-      v = v > top[i] ? v : top[i];
-      top[i] = top[i] == top[i] ? v : top[i];  // a NaN stays
-    });
+    for (V& v : maxima) v = broadcast(-std::numeric_limits<T>::infinity());
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t r = r0; r < r1; ++r)
+        maxima[r - r0] = larger(maxima[r - r0], load(top + (panel * chunk + r) * L));
     for (int64_t i = 0; i < r1 - r0; ++i) {
-      max[i] = top[i][0];
-      for (int l = 1; l < L; ++l) max[i] = top[i][l] > max[i] || top[i][l] != top[i][l] ? top[i][l] : max[i];
+      max[i] = maxima[i][0];
+      for (int l = 1; l < L; ++l)
+        max[i] = maxima[i][l] > max[i] || maxima[i][l] != maxima[i][l] ? maxima[i][l] : max[i];
       const int64_t target = p.target[row0 + r0 + i];
-      ignored[i] = target == p.ignore_index;
-      z_target[i] = ignored[i] ? T(0) : run_of(target / kCols, r0 + i, rows)[target % kCols];
+      z_target[i] = ignored(row0 + r0 + i) ? T(0) : run_of(target / kCols, r0 + i, rows)[target % kCols];
     }
-    for_logits(r0, r1, rows, [&](int64_t i, T* z, int there) {
-      const V v = load(z), e = first_n(exp_(v - max[i]), there, V{});
-      sum[i] += e;
-      total[i] += first_n(v, there, V{});
-      if (gradient) store(z, e);
-    });
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int there = static_cast<int>(width(panel));
+      for (int64_t r = r0; r < r1; ++r)
+        for (int j = 0; j < there; j += L) {
+          T* z = run_of(panel, r, rows) + j;
+          const V v = load(z), e = first_n(exp_(v - max[r - r0]), there - j, V{});
+          sum[r - r0] += e;
+          if (smooth != 0) total[r - r0] += first_n(v, there - j, V{});
+          if (gradient) store(z, e);
+        }
+    }
     for (int64_t i = 0; i < r1 - r0; ++i) {
       const int64_t n = row0 + r0 + i;
       const T exp_sum = sum_lanes<T>(sum[i]), lse = max[i] + std::log(exp_sum);
       T loss = lse - (1 - smooth) * z_target[i];
       if (smooth != 0) loss -= smooth * sum_lanes<T>(total[i]) / static_cast<T>(p.V);
-      static_cast<T*>(p.loss)[n] = ignored[i] ? T(0) : loss;
+      static_cast<T*>(p.loss)[n] = ignored(n) ? T(0) : loss;
       if (!gradient) continue;
       const T upstream = static_cast<const T*>(p.row_gradient)[n];
-      scale[i] = upstream / exp_sum;
-      shift[i] = upstream * smooth / static_cast<T>(p.V);
+      scale[r0 + i] = upstream / exp_sum;
+      shift[r0 + i] = upstream * smooth / static_cast<T>(p.V);
     }
-    if (!gradient) return;
-    for_logits(r0, r1, rows, [&](int64_t i, T* z, int there) {
-      store(z, ignored[i] ? V{} : first_n(load(z) * scale[i] - shift[i], there, V{}));
-    });
-    for (int64_t r = r0; r < r1; ++r) {
-      const int64_t target = p.target[row0 + r];
-      if (target == p.ignore_index) continue;
-      run_of(target / kCols, r, rows)[target % kCols] -=
-          static_cast<const T*>(p.row_gradient)[row0 + r] * (1 - smooth);
+  }
+  bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
+
+  // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows,
+  // packed for dlogits @ W and, in their own place, for dlogits^T @ h.
+  void logit_gradient(int64_t row0, int64_t rows, int64_t panel) const {
+    alignas(64) T gradients[Tile::kDepth * kCols];
+    alignas(64) Element elements[Tile::kDepth * kCols];
+    const int there = static_cast<int>(width(panel));
+    const int64_t first = panel * kCols;
+    const T target_share = 1 - static_cast<T>(p.label_smoothing);
+    for (int64_t r0 = 0; r0 < rows; r0 += Tile::kDepth) {
+      const int count = static_cast<int>(rows - r0 < Tile::kDepth ? rows - r0 : Tile::kDepth);
+      for (int i = 0; i < count; ++i) {
+        const int64_t r = r0 + i, target = p.target[row0 + r];
+        T* out = gradients + i * kCols;
+        if (ignored(row0 + r)) {
+          std::memset(out, 0, kCols * sizeof(T));
+          continue;
+        }
+        for (int j = 0; j < kCols; j += L)
+          store(out + j, first_n(load(run_of(panel, r, rows) + j) * scale[r] - shift[r],
+                                 there - j > 0 ? there - j : 0, V{}));
+        if (target >= first && target < first + kCols)
+          out[target - first] -= static_cast<const T*>(p.row_gradient)[row0 + r] * target_share;
+        T* sum = db + first;
+        for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(out + j));
+      }
+      std::memset(gradients + count * kCols, 0, (Tile::kDepth - count) * kCols * sizeof(T));
+      T* place = run_of(panel, r0, rows);
+      if constexpr (kPlain) {
+        std::memcpy(place, gradients, sizeof gradients);
+      } else {
+        store_row(Tile::kElement, elements, 0, Tile::kDepth * kCols, gradients);
+        for (int i = 0; i < count; ++i)
+          Tile::store_a(dlogits, panels * kCols, r0 + i, first, elements + i * kCols, kCols);
+        Tile::store_b_rows(reinterpret_cast<Packed*>(run_of(panel, 0, rows)), r0, elements);
+      }
     }
   }
 
   // dh = dlogits @ W
   void hidden_gradient(int64_t row0, int64_t rows) {
-    gemm<Tile>(
-        rows, p.V, ceil_div(p.E, kCols), w_backward.get(), parallel,
-        [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-            for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
-              const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
-              store_row(Tile::kElement, out, j, run, run_of((k + j) / kCols, r, rows) + (k + j) % kCols);
-              j += run;
-            }
-          });
-        },
-        [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-          const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
-          for (int r = 0; r < n_rows; ++r)
-            store_row(p.h.dtype, p.dh, (row0 + r0 + r) * p.E + col, n, tile + r * kCols);
-        });
+    const auto store_rows = [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
+      const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
+      for (int r = 0; r < n_rows; ++r)
+        store_row(p.h.dtype, p.dh, (row0 + r0 + r) * p.E + col, n, tile + r * kCols);
+    };
+    const int64_t e_panels = ceil_div(p.E, kCols);
+    if constexpr (!kPlain) {
+      gemm<Tile>(rows, p.V, e_panels, w_backward.get(), parallel, PackedRows<Tile>{dlogits, panels * kCols},
+                 store_rows);
+    } else {
+      gemm<Tile>(
+          rows, p.V, e_panels, w_backward.get(), parallel,
+          [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
+            pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+              for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
+                const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
+                std::memcpy(out + j, run_of((k + j) / kCols, r, rows) + (k + j) % kCols, run * sizeof(T));
+                j += run;
+              }
+            });
+          },
+          store_rows);
+    }
   }
 
-  // dW^T += h^T @ dlogits, and db += column sums of dlogits. Transposed, because then the wide operand is
-  // already packed.
+  // dW^T += h^T @ dlogits. Transposed, because then the wide operand is the packed one.
   void weight_gradient(int64_t row0, int64_t rows) {
-    const Packed* dlogits = pack_dlogits(rows);
+    const int64_t panel_size = padded_depth<Tile>(rows) * kCols;
     gemm<Tile>(
-        p.E, rows, panels, dlogits, parallel,
+        p.E, rows, panels, reinterpret_cast<const Packed*>(logits.get()), parallel,
         [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
           pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, Element* out) {
-            if (p.target[row0 + r] == p.ignore_index) return no_elements<Tile>(n, out);
+            if (ignored(row0 + r)) return no_elements<Tile>(n, out);
             load_elements<Tile>(p.h.dtype, p.h.row(row0 + r), e, n, out);
           });
         },
@@ -204,36 +251,16 @@ class LinearCrossEntropyPass {
           T* sum = dw + (panel * p.E + e0) * kCols;
           for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L)
             store(sum + j, load(sum + j) + load(tile + j));
-        });
-  }
-  const Packed* pack_dlogits(int64_t rows) {
-    parallel(panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        T* sum = db + panel * kCols;
-        for (int64_t r = 0; r < rows; ++r)
-          for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(run_of(panel, r, rows) + j));
-        if constexpr (!kPlain)
-          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, kCols,
-                            [&](int64_t r, Element* out) {
-                              store_row(Tile::kElement, out, 0, kCols, run_of(panel, r, rows));
-                            });
-      }
-    });
-    if constexpr (kPlain) {
-      return logits;
-    } else {
-      return packed;
-    }
+        },
+        panel_size * static_cast<int64_t>(sizeof(T) / sizeof(Packed)));
   }
 
   void store_weight_gradient() {
     parallel(panels, [&](int64_t begin, int64_t end) {
-      Scratch<T> line(p.E);
+      Scratch<T> lines(kCols * p.E);
       for (int64_t panel = begin; panel < end; ++panel) {
-        for (int64_t c = 0; c < width(panel); ++c) {
-          for (int64_t e = 0; e < p.E; ++e) line[e] = dw[(panel * p.E + e) * kCols + c];
-          store_row(p.weight.dtype, p.dweight, (panel * kCols + c) * p.E, p.E, line.get());
-        }
+        transpose(dw + panel * p.E * kCols, kCols, p.E, width(panel), lines.get(), p.E);
+        store_row(p.weight.dtype, p.dweight, panel * kCols * p.E, width(panel) * p.E, lines.get());
         if (p.dbias != nullptr)
           store_row(p.weight.dtype, p.dbias, panel * kCols, width(panel), db + panel * kCols);
       }
@@ -247,8 +274,9 @@ class LinearCrossEntropyPass {
   const int64_t chunk;
   Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
   Scratch<T> logits;
-  Scratch<Packed> packed;   // dlogits as the packed operand, where it is not the logits themselves
-  Scratch<T> dw, bias, db;  // dw: [panel][E][kCols], summed over chunks
+  Scratch<Packed> dlogits;       // packed as A, where the logits' own panels cannot be read as that
+  Scratch<T> top, scale, shift;  // of a chunk: each panel's row maxima, and the gradient's two factors
+  Scratch<T> dw, bias, db;       // dw: [panel][E][kCols], summed over chunks
 };
 
 template <class Tile>
