@@ -1,7 +1,8 @@
-# make demo, make test: everything from nothing, in ./.venv. What each variable does:
+# make demo, make test, make bench: everything from nothing, in ./.venv. What each variable does:
 #   TORCH=torch==2.13.0   what pip installs as torch
 #   USE_ACTIVE=1          use the active environment, which has torch, instead of ./.venv
 #   PYTHON=python3        the interpreter that makes ./.venv
+#   QUICK=1               make bench: small sizes, two rounds
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ifdef USE_ACTIVE
@@ -28,9 +29,14 @@ demo: $(STAMPS)/built
 test: $(STAMPS)/built
 	$(PY) -m pytest
 
-# one layer against torch.nn.LSTM; the quality of the stages takes hours: benchmarks/README.md
+# the speed programs and their report, into benchmarks/results: under 15 minutes on two cores, QUICK=1 under 3;
+# the quality of the stages takes hours: benchmarks/README.md
 bench: $(STAMPS)/built
-	$(PY) -m benchmarks.lstm
+	$(PY) -m benchmarks.lstm $(if $(QUICK),--quick)
+	$(PY) -m benchmarks.linear_cross_entropy $(if $(QUICK),--quick)
+	$(PY) -m benchmarks.dropout_mask $(if $(QUICK),--quick)
+	$(PY) -m benchmarks.train_step $(if $(QUICK),--quick)
+	$(PY) -m benchmarks.report
 
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
@@ -52,7 +58,7 @@ asan: build/cmake-tool
 cuda-check: $(STAMPS)/built
 	tools/cuda_check.sh $(PY)
 
-# the table of benchmarks/results into README.md
+# the tables of benchmarks/results into README.md
 readme: $(STAMPS)/built
 	$(PY) tools/readme_numbers.py
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "ulmfit_fast", "fastai", "tokenizers", "scikit-learn")
 _PATH_OPTIONS = ("--data", "--work", "--fastai-python", "--results")
 
 
@@ -30,22 +31,29 @@ def provenance(threads):
         "load_average_1min": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "ulmfit_fast", "tokenizers", "scikit-learn")},
+            **{name: _version(name) for name in _PACKAGES},
         },
     }
 
 
-def save(path, record):
-    """Written aside and renamed, so that an interrupted run leaves whole records alone."""
+def save(path, record, show=True):
+    """Writes the record, and prints it where `show` says so."""
+    write(path, (json.dumps(record, indent=1, sort_keys=False, default=str) + "\n").encode())
+    figures = {k: v for k, v in record.items() if show and not isinstance(v, dict)}
+    print(f"wrote {path.name}" + (": " + json.dumps(figures) if show else ""))
+
+
+def write(path, data):
+    """Writes the bytes aside and renames, so that an interrupted run leaves whole files alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(record, indent=1, sort_keys=False, default=str) + "\n", encoding="utf-8")
+    aside.write_bytes(data)
     os.replace(aside, path)
-    print(f"wrote {path.name}: " + json.dumps({k: v for k, v in record.items() if not isinstance(v, dict)}))
 
 
-def load_all(results):
-    paths = sorted(Path(results).glob("quality-*.json"))
+def load_all(results, kind="quality"):
+    """The records of one kind, "quality" or "speed"."""
+    paths = sorted(Path(results).glob(f"{kind}-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 

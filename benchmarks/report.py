@@ -1,0 +1,213 @@
+"""Tables and a plot of the speed records: python -m benchmarks.report
+
+Writes RESULTS/speed.md, all records with their tables, and RESULTS/speed.png, how many times as fast ours is
+than each peer in the main record of every benchmark. README.md gets its part by `make readme`.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+from .harness import UNITS, comparisons, describe, ratio
+from .record import RESULTS, load_all, write
+
+PLOT, TABLES = "speed.png", "speed.md"
+NOTHING = "Not measured yet."
+WRONG = 0.1  # a relative error of a gradient that no rounding explains
+COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b"}
+TITLES = {
+    "train_step-lm": "Training step of the language model",
+    "train_step-classifier": "Training step of the classifier",
+    "lstm": "LSTM layers",
+    "linear_cross_entropy": "Softmax and loss",
+    "dropout_mask": "Dropout",
+}
+HEADINGS = {
+    "tokens_per_s": "tokens/s",
+    "gflops": "GFLOP/s",
+    "gb_s": "GB/s",
+    "roof_share": "of the roof",
+    "peak_mb": "peak MB",
+    "loss_error": "error of the loss",
+    "gradient_error": "error of the gradient",
+}
+
+
+def main_records(records):
+    """The record that stands for each benchmark: ULMFiT's sizes, batch 64, 30000 words, most threads."""
+
+    def rank(r):
+        near = -abs(r["batch"] - 64), -abs(r.get("vocab", 30000) - 30000)
+        return not r["quick"], ("tiny", "small", "ulmfit").index(r["preset"]), *near, r["threads"]
+
+    ranked = sorted(records, key=rank)
+    return [found[-1] for name in TITLES if (found := [r for r in ranked if r["benchmark"] == name])]
+
+
+def pairs(record):
+    """(case, side of ours, side of the peer, their names) of all that compare in a record."""
+    for case, content in record["cases"].items():
+        sides = content["sides"]
+        for ours, peer in comparisons(sides, cross=record["benchmark"].startswith("train_step")):
+            yield case, sides[ours], sides[peer], (ours, peer)
+
+
+def ratio_table(records):
+    """Markdown, a row a comparison."""
+    rows = []
+    for record in records:
+        for case, ours, peer, names in pairs(record):
+            low, middle, high = ratio(ours, peer)
+            forward = f"{ratio(ours, peer, 'forward_ms')[1]:.2f}" if "forward_ms" in ours else ""
+            both = ours.get("peak_mb") and peer.get("peak_mb")
+            memory = f"{ours['peak_mb']:,.0f}, {peer['peak_mb']:,.0f} MB" if both else ""
+            errors = [f"{s['gradient_error']:.0e}" for s in (ours, peer) if "gradient_error" in s]
+            times = f"{ours['total_ms']['median']:,.1f}, {peer['total_ms']['median']:,.1f} ms"
+            speed = f"**{middle:.2f}** ({low:.2f}-{high:.2f})"
+            what = f"{case} ({_sizes(record)})"
+            rows.append([what, *names, times, speed, forward, memory, ", ".join(errors)])
+    head = ["what", "ours", "peer", "median: ours, peer", "times as fast (p20-p80)", "forward only"]
+    return _markdown([*head, "peak memory: ours, peer", "gradient error: ours, peer"], rows)
+
+
+def side_table(record):
+    """Markdown, a row a side of each case; columns that nothing fills are left out."""
+    sides = [(c, n, s) for c, content in record["cases"].items() for n, s in content["sides"].items()]
+    keys = [key for key in HEADINGS if any(s.get(key) is not None for _, _, s in sides)]
+    rows = []
+    for case, name, side in sides:
+        total = side["total_ms"]
+        times = f"{total['median']:,.1f} ({total['p20']:,.1f}-{total['p80']:,.1f})"
+        forward = f"{side['forward_ms']['median']:,.1f}" if "forward_ms" in side else ""
+        cells = ["" if side.get(key) is None else f"{side[key]:{UNITS[key][1]}}" for key in keys]
+        rows.append([case, name, times, forward, *cells])
+    return _markdown(["case", "side", "ms (p20-p80)", "forward ms", *(HEADINGS[key] for key in keys)], rows)
+
+
+def _markdown(head, rows):
+    """A table without its empty columns; the first column does not repeat what the row above says."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    shown = [
+        ["" if i == 0 and k and rows[k - 1][0] == row[0] else row[i] for i in used]
+        for k, row in enumerate(rows)
+    ]
+    lines = [[head[i] for i in used], ["---"] * len(used), *shown]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _sizes(record):
+    sizes = {key: record[key] for key in ("preset", "batch", "bptt", "vocab") if key in record}
+    return f"{describe(sizes)}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+
+
+def places(records):
+    """Where records were measured, a line each place."""
+    loads = {}
+    for r in records:
+        versions = ", ".join(f"{k} {r['versions'][k]}" for k in ("torch", "fastai") if r["versions"].get(k))
+        commit, _, changes = str(r["commit"]).partition(" ")
+        commit = " ".join([commit[:12], changes]).strip()
+        line = f"{r['device']}, {r['isa']}, {versions}, commit {commit}, {r['date']}"
+        line += ", --quick: two rounds" if r["quick"] else ""
+        loads.setdefault(line, []).append(r["load_average_1min"])
+    return [
+        f"{line}; load average {min(seen):g}" + (f" to {max(seen):g}" if len(seen) > 1 else "")
+        for line, seen in loads.items()
+    ]
+
+
+def summary(records, folder=""):
+    """Markdown of the main records, with the plot from `folder`; without records a sentence."""
+    main = main_records(records)
+    if not main:
+        return NOTHING
+    plot = f"![Times as fast as the peers]({folder}{PLOT})"
+    tables = f"All records, with rates and errors: [{TABLES}]({folder}{TABLES}). Measured on:"
+    return "\n\n".join([plot, ratio_table(main), tables, "\n".join(f"- {place}" for place in places(main))])
+
+
+def full(records):
+    """Markdown of every record."""
+    parts = ["# Speed", summary(records)]
+    for record in sorted(records, key=lambda r: list(TITLES).index(r["benchmark"])):
+        roof = record["roof"]
+        rates = ", ".join(f"{p} {roof[f'{p}_gflops']:,.0f} GFLOP/s" for p in COLOURS)
+        parts += [
+            f"## {TITLES[record['benchmark']]}: {_sizes(record)}",
+            side_table(record),
+            ratio_table([record]),
+            f"The roof: {rates}, copy {roof['copy_gb_s']:,.1f} GB/s.",
+            f"Measured on {places([record])[0]}: `{record['command']}`",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(records):
+    """PNG bytes: for each record a panel of bars, peer's time over ours, with the 20th to 80th percentile."""
+    from matplotlib.figure import Figure  # no pyplot: no global state
+
+    main = main_records(records)
+    steps = [r for r in main if r["benchmark"].startswith("train_step")]
+    columns = [column for column in (steps, [r for r in main if r not in steps]) if column]
+    bars = [
+        [len(list(pairs(r))) + 3 for r in column] for column in columns
+    ]  # 3: a title's and a scale's room
+    tallest = max(map(sum, bars))
+    figure = Figure(figsize=(8.5 * len(columns), 0.27 * tallest + 0.6), layout="constrained")
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column, heights in zip(parts, columns, bars, strict=True):
+        empty = tallest - sum(heights) or 0.01  # below the last panel, so that all bars are of one height
+        axes = part.subplots(len(column) + 1, 1, height_ratios=[*heights, empty])
+        for axis, record in zip(axes, column, strict=False):
+            _panel(axis, record)
+        axes[-1].axis("off")
+    figure.suptitle("The peer's time over ours: times as fast (bar: median, line: p20 to p80)", fontsize=12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _panel(axis, record):
+    labels, colours, ratios = [], [], []
+    for case, ours, peer, names in pairs(record):
+        prefix = f"{case}: " if len(record["cases"]) > 1 else ""
+        wrong = ", wrong gradients" if peer.get("gradient_error", 0) > WRONG else ""
+        labels.append(f"{prefix}{names[0]} against {names[1]}{wrong}")
+        colours.append(COLOURS[ours["precision"]])
+        ratios.append(ratio(ours, peer))
+    middles = [middle for _, middle, _ in ratios]
+    reach = [[m - low for low, m, _ in ratios], [high - m for _, m, high in ratios]]
+    axis.barh(labels, middles, xerr=reach, color=colours, height=0.7, error_kw={"lw": 1, "capsize": 2})
+    for row, (_, middle, high) in enumerate(ratios):
+        axis.annotate(
+            f"{middle:.2f}", (high, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axis.axvline(1, color="#444444", linewidth=1, linestyle="--")
+    axis.set_xlim(0, 1.12 * max(1.0, *(high for _, _, high in ratios)))
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{TITLES[record['benchmark']]} ({_sizes(record)})", fontsize=9, loc="left")
+
+
+def write_report(results):
+    """Writes the tables, and the plot if there is a record; -> the records."""
+    records = load_all(results, "speed")
+    write(Path(results) / TABLES, full(records).encode())
+    if records:
+        write(Path(results) / PLOT, plot(records))
+    return records
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    args = parser.parse_args()
+    records = write_report(args.results)
+    print(f"{len(records)} speed records: wrote {TABLES}" + (f" and {PLOT}" if records else ""))
+
+
+if __name__ == "__main__":
+    main()

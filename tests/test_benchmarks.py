@@ -1,0 +1,166 @@
+"""The speed programs run, say where they were measured, and their report shows it. Nothing asserts a time."""
+
+import functools
+import json
+import operator
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+from benchmarks import harness, report, steps  # noqa: E402
+from benchmarks.harness import Side  # noqa: E402
+
+TINY = ["--quick", "--preset", "tiny", "--batch", "3", "--bptt", "5", "--threads", "1"]
+PROGRAMS = {
+    "lstm": ["--slow-peers"],
+    "linear_cross_entropy": ["--vocab", "50"],
+    "dropout_mask": ["--vocab", "50"],
+    "train_step": ["--vocab", "50", "--slow-peers"],
+}
+CASE = dict(preset="tiny", batch=3, bptt=5, vocab=50)
+
+
+def run(program, *options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", f"benchmarks.{program}", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder that all programs wrote into."""
+    folder = tmp_path_factory.mktemp("results")
+    for program, options in PROGRAMS.items():
+        done = run(program, *TINY, *options, "--results", str(folder))
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_records_say_where_and_what(results):
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("speed-*.json"))]
+    assert {r["benchmark"] for r in records} == set(report.TITLES)
+    for record in records:
+        assert record["isa"] and record["device"] and record["versions"]["torch"] == torch.__version__
+        assert record["command"].startswith("python -m benchmarks.") and str(results) not in record["command"]
+        assert {"commit", "date", "load_average_1min"} <= set(record)
+        assert (record["threads"], record["preset"], record["batch"], record["bptt"]) == (1, "tiny", 3, 5)
+        assert set(record["dtype"]) == {"float32", "bfloat16"}
+        assert record["roof"]["fp32_gflops"] > 0 and record["roof"]["copy_gb_s"] > 0
+        for case in record["cases"].values():
+            assert case["shapes"]
+            assert {"ours fp32", "ours bf16"} <= set(case["sides"])
+            for side in case["sides"].values():
+                samples = side["total_ms"]["samples"]
+                assert len(samples) in (1, 2) and min(samples) > 0
+                assert min(samples) <= side["total_ms"]["median"] <= max(samples)
+
+
+def test_errors_and_memory_are_recorded(results):
+    for name in ("lstm", "linear_cross_entropy", "train_step-lm"):
+        record = json.loads(next(results.glob(f"speed-{name}-*.json")).read_text())
+        for case in record["cases"].values():
+            for side in case["sides"].values():
+                # not a test of torch's bf16: only a fault in the wiring is as large as this
+                assert side["gradient_error"] < {"fp32": 1e-4, "high": 1e-3, "bf16": 0.2}[side["precision"]]
+                assert name == "lstm" or "peak_mb" in side
+
+
+def test_report_shows_every_benchmark(results):
+    done = run("report", "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    assert (results / "speed.png").read_bytes().startswith(b"\x89PNG")
+    text = (results / "speed.md").read_text()
+    for title in report.TITLES.values():
+        assert f"## {title}: tiny, batch 3, bptt 5" in text
+    for shown in ("torch bf16 without oneDNN", "embedding_dropout", "all layers", "tokens/s", "--quick"):
+        assert shown in text
+    assert not list(results.glob("*.part"))
+
+
+def test_report_without_records(tmp_path):
+    assert report.summary([]) == "Not measured yet."
+    assert report.write_report(tmp_path) == []
+    assert "Not measured yet." in (tmp_path / "speed.md").read_text()
+
+
+def test_main_record_is_that_of_the_largest_preset_measured_with_care():
+    def record(**changes):
+        base = {"benchmark": "lstm", "quick": False, "preset": "ulmfit", "batch": 64, "threads": 1}
+        return base | changes
+
+    records = [
+        record(threads=2),
+        record(threads=2, quick=True),
+        record(),
+        record(batch=128),
+        record(preset="small"),
+    ]
+    assert report.main_records(records) == [records[0]]
+
+
+def test_option_that_is_no_size_is_refused():
+    done = run("lstm", "--batch", "0")
+    assert done.returncode == 2
+    assert "argument --batch: must be an integer of at least 1, got '0'" in done.stderr
+
+
+def test_sides_take_turns_after_a_warm_up():
+    calls = []
+
+    def side(library, onednn=True):
+        return Side(library, "fp32", lambda: calls.append(library) or len(calls), onednn)
+
+    samples = harness.interleave([side("a"), side("b"), side("slow", onednn=False)], repeats=2)
+    assert calls == ["slow", "b", "a", "a", "b", "slow", "b", "a"]
+    assert samples == {"a fp32": [4, 8], "b fp32": [5, 7], "slow fp32 without oneDNN": [6]}
+
+
+def test_settings_of_a_side_end_with_it():
+    seen = []
+    side = Side("ours", "high", lambda: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    with side.settings():
+        side.run()
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == before
+
+
+def test_peak_memory_sees_what_a_call_holds():
+    build = functools.partial(functools.partial, operator.mul, b"x")
+    peak = harness.peak_memory(build, 1, 64 << 20, threads=1)
+    assert peak is None or 63 < peak < 72
+
+
+def test_ratio_pairs_rounds():
+    ours, peer = ({"total_ms": {"samples": s}} for s in ([1, 2, 4], [2, 6, 8, 100]))
+    assert harness.ratio(ours, peer)[1] == 2
+
+
+@pytest.mark.parametrize("library", ["torch", "fastai"])
+def test_peers_of_the_classifier_have_our_numbers(library):
+    """Without dropout and with the same weights, documents of mixed lengths give the same loss and logits."""
+    if library == "fastai":
+        pytest.importorskip("fastai")
+    case = steps.Case("classifier", **CASE)
+    assert len(set(case.lengths)) == case.batch and max(case.lengths) > case.bptt
+    ours, peer = (steps.build(case, name, dropout=False) for name in ("ours", library))
+    for step in (ours, peer):
+        step.model.train()
+    torch.testing.assert_close(peer.loss().item(), ours.loss().item(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["torch", "fastai"])
+def test_peers_of_the_language_model_have_our_numbers(library):
+    if library == "fastai":
+        pytest.importorskip("fastai")
+    case = steps.Case("lm", **CASE)
+    ours, peer = (steps.build(case, name, dropout=False) for name in ("ours", library))
+    for _ in range(2):  # the second goes on from the first one's state
+        torch.testing.assert_close(peer.loss().item(), ours.loss().item(), rtol=1e-4, atol=1e-5)
