@@ -29,6 +29,7 @@ struct FmaTile {
   // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
   // block is used for so many rows that fetching it from L3 does not show.
   static constexpr int kBlockRows = 24 * kRows, kBlockDepth = 384;
+  static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
@@ -112,6 +113,12 @@ template <class Tile>
 inline int64_t padded_depth(int64_t K) {
   return round_up(K, Tile::kDepth);
 }
+// Depth of the blocks that a product of depth K is done in: even ones, none deeper than the tile's.
+template <class Tile>
+inline int64_t block_depth(int64_t K) {
+  const int64_t blocks = ceil_div(K, Tile::kBlockDepth);
+  return blocks > 1 ? round_up(ceil_div(K, blocks), Tile::kDepth) : K;
+}
 template <class Tile>
 inline int64_t panel_elements(int64_t K) {
   return Tile::b_elements(padded_depth<Tile>(K));
@@ -192,18 +199,18 @@ template <class Tile, class Load>
 inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
                            Load&& load_column) {
   constexpr int kChunk = 32;
-  alignas(64) typename Tile::Element tmp[kChunk * Tile::kBlockRows] = {};
+  alignas(64) typename Tile::Element tmp[kChunk * Tile::kMostRows] = {};
   const int64_t ld = padded_depth<Tile>(kc);
   for (int64_t k = 0; k < ld; k += kChunk) {
     const int n = static_cast<int>(ld - k < kChunk ? ld - k : kChunk);
     for (int j = 0; j < n; ++j) {
       if (k + j < kc) {
-        load_column(k0 + k + j, row0, rows, tmp + j * Tile::kBlockRows);
+        load_column(k0 + k + j, row0, rows, tmp + j * Tile::kMostRows);
       } else {
-        no_elements<Tile>(rows, tmp + j * Tile::kBlockRows);
+        no_elements<Tile>(rows, tmp + j * Tile::kMostRows);
       }
     }
-    Tile::store_a_columns(a, ld, rows, k, n, tmp, Tile::kBlockRows);
+    Tile::store_a_columns(a, ld, rows, k, n, tmp, Tile::kMostRows);
   }
 }
 // A that lies packed already, with its whole padded depth.
@@ -218,7 +225,7 @@ struct PackedRows {
 template <class Tile, class T = typename Tile::Compute>
 inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
                           int64_t panels, const typename Tile::Packed* next, T* c, bool accumulate) {
-  constexpr int64_t depth = Tile::kBlockDepth;
+  const int64_t depth = block_depth<Tile>(K);
   const auto block_b = [&](int64_t p, int64_t k) { return b + Tile::b_elements(p * K + k); };
   for (int64_t k = 0; k < K; k += depth)
     for (int64_t p = 0; p < panels; ++p) {
@@ -228,23 +235,28 @@ inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, c
     }
 }
 
-// C (M x panels * kCols) = A (M x K) * B (packed; a panel every b_stride elements).
+// C (M x panels * kCols) = A (M x K) * B (packed).
 // A is PackedRows, or a function (a, row0, rows, k0, kc) that packs a block of it; store(row0, rows, panel,
 // c) takes a finished [rows][kCols] tile.
 template <class Tile, class A, class Store>
 void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
-          const A& rows_of_a, Store&& store_tile, int64_t b_stride = 0) {
+          const A& rows_of_a, Store&& store_tile) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
-  constexpr int64_t kGroup = 8;  // panels whose C tiles a thread holds at once: 8 x 144 x 64 floats, 288 KB
   constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
-  if (b_stride == 0) b_stride = panel_elements<Tile>(K);
-  const int64_t groups = ceil_div(panels, kGroup), group = ceil_div(panels, groups);
-  const int64_t blocks = ceil_div(M, Tile::kBlockRows);
+  const int64_t depth = block_depth<Tile>(K);
+  // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 144 x 64
+  // floats, 288 KB, and the next block of A serves them all.
+  const int64_t groups = ceil_div(panels, depth < K ? 8 : 1), group = ceil_div(panels, groups);
+  // A shallow block of A is a high one: each panel is read once for all its rows.
+  const int64_t room = Tile::kBlockRows * Tile::kBlockDepth / (depth > 0 ? depth : 1);
+  const int64_t most_rows = room < Tile::kBlockRows  ? Tile::kBlockRows
+                            : room < Tile::kMostRows ? room
+                                                     : Tile::kMostRows;
+  const int64_t blocks = ceil_div(M, most_rows / Tile::kRows * Tile::kRows);
   const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
-  const int64_t depth = K < Tile::kBlockDepth ? K : Tile::kBlockDepth;
   // A row block that several groups of panels meet is packed once for all of them, if that is not too large.
   const int64_t row_bytes = Tile::a_elements(block_rows, K) * static_cast<int64_t>(sizeof(Packed));
   const bool whole = groups > 1 && row_bytes <= kWholeBytes;
@@ -271,7 +283,9 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
           if (!whole || packed_row != row0) rows_of_a(block, row0, rows, k0, kc);
           a = block;
         }
-        const auto block_b = [&](int64_t p) { return b + p * b_stride + Tile::b_elements(k0); };
+        const auto block_b = [&](int64_t p) {
+          return b + p * panel_elements<Tile>(K) + Tile::b_elements(k0);
+        };
         for (int64_t p = p0; p < p1; ++p)
           Tile::block_product(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
                               c + (p - p0) * block_rows * Tile::kCols, k0 > 0);

@@ -35,6 +35,7 @@ struct AmxTile {
   // An A block 288 KB, B blocks 144 KB each: in L2 together, and a result is loaded and stored for 36 steps
   // of multiplication, which hides it.
   static constexpr int kBlockRows = 128, kBlockDepth = 1152;
+  static constexpr int kMostRows = 384;  // of a block that is not as deep
   static constexpr int kTile = 16 * 32;  // elements of one operand tile, 1 KB
 
   struct Session {

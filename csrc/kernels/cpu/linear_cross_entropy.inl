@@ -1,10 +1,11 @@
 // Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
 // memory, and turn into their own gradient in place.
 //
-// A chunk's logits lie in panels, [panel][row][kCols]: that is what the product writes, and where the packed
-// operand of dW = dlogits^T @ h takes their place (for the FMA tile it is the same thing). Four passes see
-// them: the product with its row maxima, the exponentials with their sums, and one that makes the gradient
-// and packs it for both products that follow.
+// Logits lie in panels, [panel][row][kCols]: that is what the product writes and, for the FMA tile, what the
+// packed operand of dW = dlogits^T @ h looks like. Three passes see them, a slice of rows at a time, which
+// stays in L3: the product with its row maxima, the exponentials with their sums, and one that makes the
+// gradient and packs it for both products that follow. Those take a chunk of several slices, because dW,
+// which is summed in fp32, is read and written for each.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -21,8 +22,7 @@ class LinearCrossEntropyPass {
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
-  // 32 MB of logits at most, but enough rows to pay for a pass over the gradient of the weight.
-  static constexpr int64_t kChunkBytes = 32 << 20, kMinRows = 4 * Tile::kBlockRows, kMaxRows = 512;
+  static constexpr int64_t kSliceRows = Tile::kBlockRows, kChunkRows = 4 * kSliceRows;
 
  public:
   LinearCrossEntropyPass(const LinearCrossEntropy& args, const Parallel& parallel)
@@ -30,12 +30,14 @@ class LinearCrossEntropyPass {
         parallel(parallel),
         panels(ceil_div(p.V, kCols)),
         gradient(p.row_gradient != nullptr),
-        chunk(chunk_rows(p.N, p.V)),
+        chunk(p.N < kChunkRows ? p.N : kChunkRows),
+        slice(p.N < kSliceRows ? p.N : kSliceRows),
         w_forward(panels * panel_elements<Tile>(p.E)),
         w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),
-        logits(panels * padded_depth<Tile>(chunk) * kCols),
-        dlogits(gradient && !kPlain ? Tile::a_elements(chunk, panels * kCols) : 0),
-        top(panels * chunk * L),
+        logits(panels * (kPlain ? chunk : slice) * kCols),
+        dlogits_rows(gradient && !kPlain ? Tile::a_elements(chunk, panels * kCols) : 0),
+        dlogits_panels(gradient && !kPlain ? panels * panel_elements<Tile>(chunk) : 0),
+        top(panels * slice * L),
         scale(chunk),
         shift(chunk),
         dw(gradient ? panels * p.E * kCols : 0),
@@ -46,11 +48,15 @@ class LinearCrossEntropyPass {
     pack_weights();
     for (int64_t row0 = 0; row0 < p.N; row0 += chunk) {
       const int64_t rows = p.N - row0 < chunk ? p.N - row0 : chunk;
-      forward(row0, rows);
+      for (int64_t r0 = 0; r0 < rows; r0 += slice) {
+        const Slice now{row0 + r0, r0, rows - r0 < slice ? rows - r0 : slice, rows};
+        forward(now);
+        if (!gradient) continue;
+        parallel(panels, [&](int64_t begin, int64_t end) {
+          for (int64_t panel = begin; panel < end; ++panel) logit_gradient(now, panel);
+        });
+      }
       if (!gradient) continue;
-      parallel(panels, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel) logit_gradient(row0, rows, panel);
-      });
       hidden_gradient(row0, rows);
       weight_gradient(row0, rows);
     }
@@ -58,14 +64,13 @@ class LinearCrossEntropyPass {
   }
 
  private:
-  static int64_t chunk_rows(int64_t N, int64_t vocabulary) {
-    int64_t rows = kChunkBytes / (vocabulary * static_cast<int64_t>(sizeof(T)));
-    rows = rows < kMinRows ? kMinRows : rows > kMaxRows ? kMaxRows : rows;
-    rows = rows / Tile::kBlockRows * Tile::kBlockRows;
-    return N < rows ? N : rows;
-  }
-  T* run_of(int64_t panel, int64_t row, int64_t rows) const {
-    return logits + (panel * padded_depth<Tile>(rows) + row) * kCols;
+  struct Slice {
+    int64_t first, in_chunk;  // its first row, counted in all and in its chunk
+    int64_t rows, chunk_rows;
+  };
+  T* run_of(int64_t panel, int64_t row, const Slice& now) const {
+    if constexpr (kPlain) return logits + (panel * now.chunk_rows + now.in_chunk + row) * kCols;
+    return logits + (panel * slice + row) * kCols;
   }
   int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
 
@@ -98,13 +103,14 @@ class LinearCrossEntropyPass {
     });
   }
 
-  void forward(int64_t row0, int64_t rows) {
+  void forward(const Slice& now) {
     gemm<Tile>(
-        rows, p.E, panels, w_forward.get(), parallel,
+        now.rows, p.E, panels, w_forward.get(), parallel,
         [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, row0 + r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-            load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
-          });
+          pack_a_rows<Tile>(a, now.first + r0, n_rows, k0, kc,
+                            [&](int64_t r, int64_t k, int64_t n, Element* out) {
+                              load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
+                            });
         },
         [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
           const int there = static_cast<int>(width(panel));
@@ -112,15 +118,15 @@ class LinearCrossEntropyPass {
             V max = broadcast(-std::numeric_limits<T>::infinity());
             for (int j = 0; j < kCols; j += L) {
               const V z = load(tile + r * kCols + j) + load(bias + panel * kCols + j);
-              store(run_of(panel, r0 + r, rows) + j, z);
+              store(run_of(panel, r0 + r, now) + j, z);
               if (j < there) max = larger(max, first_n(z, there - j, max));
             }
-            store(top + (panel * chunk + r0 + r) * L, max);
+            store(top + (panel * slice + r0 + r) * L, max);
           }
         });
-    parallel(ceil_div(rows, kBundle), [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(now.rows, kBundle), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        softmax(row0, i * kBundle, (i + 1) * kBundle < rows ? (i + 1) * kBundle : rows, rows);
+        softmax(now, i * kBundle, (i + 1) * kBundle < now.rows ? (i + 1) * kBundle : now.rows);
     });
   }
   static V larger(V a, V b) {  // a NaN stays
@@ -131,26 +137,26 @@ class LinearCrossEntropyPass {
   // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing. exp(z - max) replaces the logits,
   // and scale and shift are what makes the gradient of them. Rows r0..r1 together, panel by panel:
   // neighbouring rows' runs lie side by side, and a row's own runs are pages apart.
-  void softmax(int64_t row0, int64_t r0, int64_t r1, int64_t rows) const {
+  void softmax(const Slice& now, int64_t r0, int64_t r1) const {
     V maxima[kBundle], sum[kBundle] = {}, total[kBundle] = {};
     T max[kBundle], z_target[kBundle];
     const T smooth = static_cast<T>(p.label_smoothing);
     for (V& v : maxima) v = broadcast(-std::numeric_limits<T>::infinity());
     for (int64_t panel = 0; panel < panels; ++panel)
       for (int64_t r = r0; r < r1; ++r)
-        maxima[r - r0] = larger(maxima[r - r0], load(top + (panel * chunk + r) * L));
+        maxima[r - r0] = larger(maxima[r - r0], load(top + (panel * slice + r) * L));
     for (int64_t i = 0; i < r1 - r0; ++i) {
       max[i] = maxima[i][0];
       for (int l = 1; l < L; ++l)
         max[i] = maxima[i][l] > max[i] || maxima[i][l] != maxima[i][l] ? maxima[i][l] : max[i];
-      const int64_t target = p.target[row0 + r0 + i];
-      z_target[i] = ignored(row0 + r0 + i) ? T(0) : run_of(target / kCols, r0 + i, rows)[target % kCols];
+      const int64_t target = p.target[now.first + r0 + i];
+      z_target[i] = ignored(now.first + r0 + i) ? T(0) : run_of(target / kCols, r0 + i, now)[target % kCols];
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int there = static_cast<int>(width(panel));
       for (int64_t r = r0; r < r1; ++r)
         for (int j = 0; j < there; j += L) {
-          T* z = run_of(panel, r, rows) + j;
+          T* z = run_of(panel, r, now) + j;
           const V v = load(z), e = first_n(exp_(v - max[r - r0]), there - j, V{});
           sum[r - r0] += e;
           if (smooth != 0) total[r - r0] += first_n(v, there - j, V{});
@@ -158,7 +164,7 @@ class LinearCrossEntropyPass {
         }
     }
     for (int64_t i = 0; i < r1 - r0; ++i) {
-      const int64_t n = row0 + r0 + i;
+      const int64_t n = now.first + r0 + i;
       const T exp_sum = sum_lanes<T>(sum[i]), lse = max[i] + std::log(exp_sum);
       T loss = lse - (1 - smooth) * z_target[i];
       if (smooth != 0) loss -= smooth * sum_lanes<T>(total[i]) / static_cast<T>(p.V);
@@ -173,38 +179,39 @@ class LinearCrossEntropyPass {
 
   // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows,
   // packed for dlogits @ W and, in their own place, for dlogits^T @ h.
-  void logit_gradient(int64_t row0, int64_t rows, int64_t panel) const {
+  void logit_gradient(const Slice& now, int64_t panel) const {
     alignas(64) T gradients[Tile::kDepth * kCols];
     alignas(64) Element elements[Tile::kDepth * kCols];
     const int there = static_cast<int>(width(panel));
     const int64_t first = panel * kCols;
     const T target_share = 1 - static_cast<T>(p.label_smoothing);
-    for (int64_t r0 = 0; r0 < rows; r0 += Tile::kDepth) {
-      const int count = static_cast<int>(rows - r0 < Tile::kDepth ? rows - r0 : Tile::kDepth);
+    for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
+      const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
       for (int i = 0; i < count; ++i) {
-        const int64_t r = r0 + i, target = p.target[row0 + r];
+        const int64_t r = r0 + i, target = p.target[now.first + r];
         T* out = gradients + i * kCols;
-        if (ignored(row0 + r)) {
+        if (ignored(now.first + r)) {
           std::memset(out, 0, kCols * sizeof(T));
           continue;
         }
         for (int j = 0; j < kCols; j += L)
-          store(out + j, first_n(load(run_of(panel, r, rows) + j) * scale[r] - shift[r],
+          store(out + j, first_n(load(run_of(panel, r, now) + j) * scale[r] - shift[r],
                                  there - j > 0 ? there - j : 0, V{}));
         if (target >= first && target < first + kCols)
-          out[target - first] -= static_cast<const T*>(p.row_gradient)[row0 + r] * target_share;
+          out[target - first] -= static_cast<const T*>(p.row_gradient)[now.first + r] * target_share;
         T* sum = db + first;
         for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(out + j));
       }
       std::memset(gradients + count * kCols, 0, (Tile::kDepth - count) * kCols * sizeof(T));
-      T* place = run_of(panel, r0, rows);
       if constexpr (kPlain) {
-        std::memcpy(place, gradients, sizeof gradients);
+        std::memcpy(run_of(panel, r0, now), gradients, sizeof gradients);
       } else {
         store_row(Tile::kElement, elements, 0, Tile::kDepth * kCols, gradients);
         for (int i = 0; i < count; ++i)
-          Tile::store_a(dlogits, panels * kCols, r0 + i, first, elements + i * kCols, kCols);
-        Tile::store_b_rows(reinterpret_cast<Packed*>(run_of(panel, 0, rows)), r0, elements);
+          Tile::store_a(dlogits_rows, panels * kCols, now.in_chunk + r0 + i, first, elements + i * kCols,
+                        kCols);
+        Tile::store_b_rows(dlogits_panels + panel * panel_elements<Tile>(now.chunk_rows), now.in_chunk + r0,
+                           elements);
       }
     }
   }
@@ -218,8 +225,8 @@ class LinearCrossEntropyPass {
     };
     const int64_t e_panels = ceil_div(p.E, kCols);
     if constexpr (!kPlain) {
-      gemm<Tile>(rows, p.V, e_panels, w_backward.get(), parallel, PackedRows<Tile>{dlogits, panels * kCols},
-                 store_rows);
+      gemm<Tile>(rows, p.V, e_panels, w_backward.get(), parallel,
+                 PackedRows<Tile>{dlogits_rows, panels * kCols}, store_rows);
     } else {
       gemm<Tile>(
           rows, p.V, e_panels, w_backward.get(), parallel,
@@ -227,7 +234,8 @@ class LinearCrossEntropyPass {
             pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
               for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
                 const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
-                std::memcpy(out + j, run_of((k + j) / kCols, r, rows) + (k + j) % kCols, run * sizeof(T));
+                std::memcpy(out + j, logits + ((k + j) / kCols * rows + r) * kCols + (k + j) % kCols,
+                            run * sizeof(T));
                 j += run;
               }
             });
@@ -238,9 +246,14 @@ class LinearCrossEntropyPass {
 
   // dW^T += h^T @ dlogits. Transposed, because then the wide operand is the packed one.
   void weight_gradient(int64_t row0, int64_t rows) {
-    const int64_t panel_size = padded_depth<Tile>(rows) * kCols;
+    const Packed* dlogits;
+    if constexpr (kPlain) {
+      dlogits = logits;
+    } else {
+      dlogits = dlogits_panels;
+    }
     gemm<Tile>(
-        p.E, rows, panels, reinterpret_cast<const Packed*>(logits.get()), parallel,
+        p.E, rows, panels, dlogits, parallel,
         [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
           pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, Element* out) {
             if (ignored(row0 + r)) return no_elements<Tile>(n, out);
@@ -251,8 +264,7 @@ class LinearCrossEntropyPass {
           T* sum = dw + (panel * p.E + e0) * kCols;
           for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L)
             store(sum + j, load(sum + j) + load(tile + j));
-        },
-        panel_size * static_cast<int64_t>(sizeof(T) / sizeof(Packed)));
+        });
   }
 
   void store_weight_gradient() {
@@ -271,11 +283,11 @@ class LinearCrossEntropyPass {
   const Parallel& parallel;
   const int64_t panels;
   const bool gradient;
-  const int64_t chunk;
+  const int64_t chunk, slice;             // rows
   Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
   Scratch<T> logits;
-  Scratch<Packed> dlogits;       // packed as A, where the logits' own panels cannot be read as that
-  Scratch<T> top, scale, shift;  // of a chunk: each panel's row maxima, and the gradient's two factors
+  Scratch<Packed> dlogits_rows, dlogits_panels;  // a chunk, packed as A and as B, where logits are neither
+  Scratch<T> top, scale, shift;  // of a slice: each panel's row maxima, and the gradient's two factors
   Scratch<T> dw, bias, db;       // dw: [panel][E][kCols], summed over chunks
 };
 

@@ -193,7 +193,7 @@ class LstmBackwardPass {
           pack_a_columns<Tile>(a, row0, rows, k0, kc, load_input);
         },
         [&](int64_t row0, int rows, int64_t panel, const T* tile) {
-          constexpr int ld = Tile::kBlockRows;
+          constexpr int ld = Tile::kMostRows;
           alignas(64) T lines[kCols * ld];
           const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
           transpose(tile, kCols, rows, n, lines, ld);
