@@ -163,7 +163,12 @@ OTHERS = [
         ValueError,
         r"lengths must have shape \(B,\) = \(3,\), got \(2,\)",
     ),
-    (lstm, {"precision": "low"}, ValueError, "precision must be None, 'highest', 'high' or 'medium', got 'low'"),
+    (
+        lstm,
+        {"precision": "low"},
+        ValueError,
+        "precision must be None, 'highest', 'high' or 'medium', got 'low'",
+    ),
     (lstm, {"reverse": "yes"}, TypeError, "reverse must be True or False, got 'yes'"),
     (lstm, {"seed": 0.5, "weight_p": 0.5}, TypeError, "seed must be None, an int or .*, got float"),
     (linear_cross_entropy, {"h": torch.tensor(1.0)}, ValueError, r"h must have shape \(..., E\), got \(\)"),

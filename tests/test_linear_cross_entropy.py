@@ -190,7 +190,9 @@ def test_opcheck():
     leaves = [t.requires_grad_() for t in inputs]
     for reduction, high, grad in ((2, False, True), (0, True, False)):
         torch.library.opcheck(op, (*leaves, target, -100, 0.1, reduction, high, grad))
-    torch.library.opcheck(op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False, False))
+    torch.library.opcheck(
+        op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False, False)
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -108,9 +108,18 @@ def autocast_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
+def _torch_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+# A constant to torch.compile, which guards on this setting. `torch.compiler.assume_constant_result` says the
+# same, but imports the whole compiler to do so.
+_torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
     """Whether float32 products may be made of bfloat16 ones: asked for here, or by torch's own setting."""
-    chosen = torch.get_float32_matmul_precision() if precision is None else precision
+    chosen = _torch_precision() if precision is None else precision
     if chosen not in ("highest", "high", "medium"):
         raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
     return chosen != "highest" and value.dtype == torch.float32

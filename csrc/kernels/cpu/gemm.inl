@@ -237,13 +237,15 @@ inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, c
 
 // C (M x panels * kCols) = A (M x K) * B (packed).
 // A is PackedRows, or a function (a, row0, rows, k0, kc) that packs a block of it; store(row0, rows, panel,
-// c) takes a finished [rows][kCols] tile.
-template <class Tile, class A, class Store>
+// c) takes a finished [rows][kCols] tile. With place(row0, panel), which gives a tile's memory, tiles grow
+// where they belong, and are added to what is there if `accumulate` says so.
+template <class Tile, class A, class Store, class Place = std::nullptr_t>
 void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
-          const A& rows_of_a, Store&& store_tile) {
+          const A& rows_of_a, Store&& store_tile, Place&& place = nullptr, bool accumulate = false) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
+  constexpr bool kPlaced = !std::is_same_v<std::decay_t<Place>, std::nullptr_t>;
   constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
   const int64_t depth = block_depth<Tile>(K);
@@ -264,13 +266,20 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   parallel(blocks * groups, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename Tile::Session session;
     Scratch<Packed> scratch(Tile::a_elements(block_rows, scratch_depth));
-    Scratch<T> c(group * block_rows * Tile::kCols);
+    Scratch<T> scratch_c(kPlaced ? 0 : group * block_rows * Tile::kCols);
     int64_t packed_row = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row0 = item / groups * block_rows, p0 = item % groups * group;
       const int64_t p1 = p0 + group < panels ? p0 + group : panels;
       const int rows = static_cast<int>(M - row0 < block_rows ? M - row0 : block_rows);
       if (rows <= 0 || p0 >= p1) continue;
+      const auto tile_of = [&](int64_t p) {
+        if constexpr (kPlaced) {
+          return place(row0, p);
+        } else {
+          return scratch_c + (p - p0) * block_rows * Tile::kCols;
+        }
+      };
       for (int64_t k0 = 0; k0 < K; k0 += depth) {
         const int64_t kc = K - k0 < depth ? K - k0 : depth, ld = padded_depth<Tile>(kc);
         const Packed* a;
@@ -287,12 +296,14 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
           return b + p * panel_elements<Tile>(K) + Tile::b_elements(k0);
         };
         for (int64_t p = p0; p < p1; ++p)
-          Tile::block_product(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p),
-                              c + (p - p0) * block_rows * Tile::kCols, k0 > 0);
+          Tile::block_product(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p), tile_of(p),
+                              accumulate || k0 > 0);
       }
       packed_row = row0;
-      if (K == 0) std::memset(c.get(), 0, group * block_rows * Tile::kCols * sizeof(T));
-      for (int64_t p = p0; p < p1; ++p) store_tile(row0, rows, p, c + (p - p0) * block_rows * Tile::kCols);
+      for (int64_t p = p0; p < p1; ++p) {
+        if (K == 0 && !accumulate) std::memset(tile_of(p), 0, rows * Tile::kCols * sizeof(T));
+        store_tile(row0, rows, p, tile_of(p));
+      }
     }
   });
 }

@@ -128,9 +128,11 @@ struct AmxTile {
     const int whole = rows / kRows, tail = rows % kRows;
     Ahead ahead{reinterpret_cast<const char*>(next), (2 * whole + (tail > 0 ? 2 : 0))};
     for (int half = 0; half < 2; ++half)
-      for (int r = 0; r < whole * kRows; r += kRows)
-        micro_2x2(kc, a + r * lda, lda, b + 2 * half * kTile, c + r * kCols + 32 * half,
-                  c + (r + 16) * kCols + 32 * half, accumulate, ahead);
+      for (int r = 0; r < whole * kRows; r += kRows) {
+        float* out = c + r * kCols + 32 * half;
+        if (r + kRows < whole * kRows) expect(out + kRows * kCols);
+        micro_2x2(kc, a + r * lda, lda, b + 2 * half * kTile, out, out + 16 * kCols, accumulate, ahead);
+      }
     if (tail == 0) return;
     a += whole * kRows * lda;
     c += whole * kRows * kCols;
@@ -157,6 +159,13 @@ struct AmxTile {
       std::memcpy(to, from, 64);
     } else {
       std::memcpy(to, from, n * 2);
+    }
+  }
+  // Results that are about to be stored, or read and stored, and may lie far away.
+  static void expect(const float* c) {
+    for (int row = 0; row < kRows; ++row, c += kCols) {
+      __builtin_prefetch(c, 1);
+      __builtin_prefetch(c + 16, 1);
     }
   }
   static void micro_2x2(int64_t kc, const uint16_t* a, int64_t lda, const uint16_t* b, float* c0, float* c1,

@@ -116,19 +116,18 @@ class LinearCrossEntropyPass {
           const int there = static_cast<int>(width(panel));
           for (int r = 0; r < n_rows; ++r) {
             V max = broadcast(-std::numeric_limits<T>::infinity());
-            for (int j = 0; j < kCols; j += L) {
-              const V z = load(tile + r * kCols + j) + load(bias + panel * kCols + j);
-              store(run_of(panel, r0 + r, now) + j, z);
-              if (j < there) max = larger(max, first_n(z, there - j, max));
-            }
+            for (int j = 0; j < there; j += L)
+              max = larger(max, first_n(logit(tile + r * kCols, panel, j), there - j, max));
             store(top + (panel * slice + r0 + r) * L, max);
           }
-        });
+        },
+        [&](int64_t r0, int64_t panel) { return run_of(panel, r0, now); });
     parallel(ceil_div(now.rows, kBundle), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         softmax(now, i * kBundle, (i + 1) * kBundle < now.rows ? (i + 1) * kBundle : now.rows);
     });
   }
+  V logit(const T* run, int64_t panel, int j) const { return load(run + j) + load(bias + panel * kCols + j); }
   static V larger(V a, V b) {  // a NaN stays
     const V max = b > a ? b : a;
     return a != a ? a : b != b ? b : max;
@@ -150,14 +149,16 @@ class LinearCrossEntropyPass {
       for (int l = 1; l < L; ++l)
         max[i] = maxima[i][l] > max[i] || maxima[i][l] != maxima[i][l] ? maxima[i][l] : max[i];
       const int64_t target = p.target[now.first + r0 + i];
-      z_target[i] = ignored(now.first + r0 + i) ? T(0) : run_of(target / kCols, r0 + i, now)[target % kCols];
+      z_target[i] = ignored(now.first + r0 + i)
+                        ? T(0)
+                        : run_of(target / kCols, r0 + i, now)[target % kCols] + bias[target];
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int there = static_cast<int>(width(panel));
       for (int64_t r = r0; r < r1; ++r)
         for (int j = 0; j < there; j += L) {
           T* z = run_of(panel, r, now) + j;
-          const V v = load(z), e = first_n(exp_(v - max[r - r0]), there - j, V{});
+          const V v = logit(z - j, panel, j), e = first_n(exp_(v - max[r - r0]), there - j, V{});
           sum[r - r0] += e;
           if (smooth != 0) total[r - r0] += first_n(v, there - j, V{});
           if (gradient) store(z, e);
@@ -180,27 +181,29 @@ class LinearCrossEntropyPass {
   // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows,
   // packed for dlogits @ W and, in their own place, for dlogits^T @ h.
   void logit_gradient(const Slice& now, int64_t panel) const {
+    constexpr int kRuns = kCols / L;
     alignas(64) T gradients[Tile::kDepth * kCols];
     alignas(64) Element elements[Tile::kDepth * kCols];
     const int there = static_cast<int>(width(panel));
     const int64_t first = panel * kCols;
     const T target_share = 1 - static_cast<T>(p.label_smoothing);
+    V sums[kRuns];
+    for (int j = 0; j < kRuns; ++j) sums[j] = load(db + first + j * L);
     for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
       const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
       for (int i = 0; i < count; ++i) {
         const int64_t r = r0 + i, target = p.target[now.first + r];
         T* out = gradients + i * kCols;
-        if (ignored(now.first + r)) {
+        if (target == p.ignore_index) {
           std::memset(out, 0, kCols * sizeof(T));
           continue;
         }
-        for (int j = 0; j < kCols; j += L)
-          store(out + j, first_n(load(run_of(panel, r, now) + j) * scale[r] - shift[r],
-                                 there - j > 0 ? there - j : 0, V{}));
+        const T* e = run_of(panel, r, now);
+        for (int j = 0; j < kCols; j += L) store(out + j, load(e + j) * scale[r] - shift[r]);
+        for (int j = there; j < kCols; ++j) out[j] = 0;
         if (target >= first && target < first + kCols)
           out[target - first] -= static_cast<const T*>(p.row_gradient)[now.first + r] * target_share;
-        T* sum = db + first;
-        for (int j = 0; j < kCols; j += L) store(sum + j, load(sum + j) + load(out + j));
+        for (int j = 0; j < kRuns; ++j) sums[j] += load(out + j * L);
       }
       std::memset(gradients + count * kCols, 0, (Tile::kDepth - count) * kCols * sizeof(T));
       if constexpr (kPlain) {
@@ -214,6 +217,7 @@ class LinearCrossEntropyPass {
                            elements);
       }
     }
+    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, sums[j]);
   }
 
   // dh = dlogits @ W
@@ -260,11 +264,8 @@ class LinearCrossEntropyPass {
             load_elements<Tile>(p.h.dtype, p.h.row(row0 + r), e, n, out);
           });
         },
-        [&](int64_t e0, int n_e, int64_t panel, const T* tile) {
-          T* sum = dw + (panel * p.E + e0) * kCols;
-          for (int64_t j = 0; j < static_cast<int64_t>(n_e) * kCols; j += L)
-            store(sum + j, load(sum + j) + load(tile + j));
-        });
+        [](int64_t, int, int64_t, const T*) {},
+        [&](int64_t e0, int64_t panel) { return dw + (panel * p.E + e0) * kCols; }, true);
   }
 
   void store_weight_gradient() {

@@ -1,0 +1,77 @@
+"""float32 products: strict unless "high" is asked for, and then never worse than three bfloat16 ones."""
+
+import pytest
+import torch
+from checks import linear_cross_entropy_case, lstm_case, with_gradients
+
+import ulmfit_fast as uf
+
+# Each operand is two bfloat16 numbers, 2^-9 * 2^-9 of it lost; the product's error, a few layers of sums on.
+HIGH = 2e-5
+
+
+@pytest.fixture
+def high():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def lstm(precision=None):
+    return lambda *inputs: uf.lstm(*inputs, weight_p=0.3, seed=5, precision=precision)
+
+
+def loss(target, precision=None):
+    return lambda h, w, b: uf.linear_cross_entropy(h, w, b, target, precision=precision)
+
+
+def assert_within_high(ours, inputs, function):
+    exact = with_gradients(function, [t.double() for t in inputs])
+    for a, b in zip(ours, exact, strict=True):
+        assert (a.double() - b).norm() <= HIGH * b.norm() + 1e-12
+
+
+# (T, B, I, H): edges of the 16-row, 32-deep, 64-column tiles, and batches above a block of rows
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 7, 33), (4, 7, 20, 100), (2, 17, 40, 64), (3, 48, 64, 48), (2, 150, 5, 20), (1, 1, 5, 4)]
+)
+def test_lstm(shape):
+    inputs, _, _ = lstm_case(torch.float32, *shape)
+    assert_within_high(with_gradients(lstm("high"), inputs), inputs, lstm())
+
+
+@pytest.mark.parametrize("rows, features, words", [(9, 21, 50), (130, 40, 333), (600, 33, 100)])
+def test_linear_cross_entropy(rows, features, words):
+    inputs, _, _ = linear_cross_entropy_case(torch.float32, (rows,), features, words)
+    target = torch.arange(rows) % words
+    assert_within_high(with_gradients(loss(target, "high"), inputs), inputs, loss(target))
+
+
+def test_follows_torch(high):
+    inputs, _, _ = lstm_case(torch.float32, batch=20)
+    for a, b in zip(with_gradients(lstm(), inputs), with_gradients(lstm("high"), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strict_unless_asked(high):
+    inputs, _, _ = lstm_case(torch.float32, batch=20)
+    strict = with_gradients(lstm("highest"), inputs)
+    torch.set_float32_matmul_precision("highest")
+    for a, b in zip(with_gradients(lstm(), inputs), strict, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_function_follows_a_changed_setting(high):
+    inputs, _, _ = lstm_case(torch.float32, batch=20)
+    compiled = torch.compile(lstm(), fullgraph=True, backend="aot_eager")
+    for setting in ("high", "highest"):
+        torch.set_float32_matmul_precision(setting)
+        for a, b in zip(with_gradients(compiled, inputs), with_gradients(lstm(), inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_other_dtypes_are_untouched(high):
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs, _, _ = lstm_case(dtype, batch=20)
+        for a, b in zip(with_gradients(lstm(), inputs), with_gradients(lstm("highest"), inputs), strict=True):
+            assert torch.equal(a, b)
