@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
-    allows_high,
     Seed,
+    allows_high,
     autocast_dtype,
     check_flag,
     check_input,
@@ -153,9 +153,10 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
     if not ctx.saved:
         raise RuntimeError("ulmfit_fast::lstm was called with save=False, so it has no gradient")
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_ = ctx.needs_input_grad
+    need_w = need_w_ih or need_w_hh or need_b_ih or need_b_hh
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.ulmfit_fast.lstm_backward(
-        dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, need_x, need_w_ih or need_w_hh or need_b_ih or need_b_hh,
-    )  # fmt: skip
+        dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, need_x, need_w
+    )
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db)
     return (
         tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)) + (None,) * 7
