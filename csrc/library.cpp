@@ -37,8 +37,9 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
       "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor weight, Tensor? bias, Tensor target, "
       "int ignore_index, float label_smoothing, bool high) -> (Tensor dh, Tensor dweight, Tensor dbias)");
 
-  m.def("cpu_isa() -> str");   // the instruction set in use
-  m.def("cpu_isas() -> str");  // those this machine can run, best first, comma-separated
+  m.def("cpu_isa() -> str");            // the instruction set in use
+  m.def("release_workspace() -> int");  // scratch memory kept for the next call: bytes given back
+  m.def("cpu_isas() -> str");           // those this machine can run, best first, comma-separated
 }
 
 #ifndef ULMFIT_FAST_NO_PYTHON

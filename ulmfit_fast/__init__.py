@@ -10,6 +10,7 @@ what this copy was built for and what it runs with.
 from importlib import import_module
 
 from ._info import __version__, info
+from ._workspace import release_workspace
 from .model import AWDLSTM, LanguageModel, TextClassifier
 from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
 from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "lstm",
     "pretrain_lm",
+    "release_workspace",
     "train_classifier",
     "variational_dropout",
 ]

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
+#include "../kernels/cpu/workspace.h"
 
 namespace ulmfit_fast {
 
@@ -19,6 +20,12 @@ inline Parallel torch_pool() {
 }
 
 inline void* data_of(const Tensor& t) { return t.numel() == 0 ? nullptr : t.data_ptr(); }
+
+// A tensor that was just allocated and will be written whole.
+inline Tensor with_huge_pages(Tensor t) {
+  if (t.numel() > 0) prefer_huge_pages(t.data_ptr(), t.numel() * t.element_size());
+  return t;
+}
 
 inline const int64_t* ids_of(const Tensor& t) { return static_cast<const int64_t*>(data_of(t)); }
 

@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, 
   const int64_t nothing[] = {0}, h_shape[] = {N, E}, weight_shape[] = {V, E},
                 bias_shape[] = {bias.has_value() ? V : 0};
   const auto shaped = [&](const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-    return torch::stable::new_empty(like,
-                                    grad ? shape : torch::headeronly::IntHeaderOnlyArrayRef(nothing, 1));
+    return with_huge_pages(
+        torch::stable::new_empty(like, grad ? shape : torch::headeronly::IntHeaderOnlyArrayRef(nothing, 1)));
   };
   Tensor dh = shaped(h, {h_shape, 2}), dweight = shaped(weight, {weight_shape, 2}),
          dbias = shaped(weight, {bias_shape, 1});

@@ -58,7 +58,7 @@ struct Inputs {
     return {data_of(t), dtype_of(op, name, t), t.size(0) > 1 ? t.stride(0) : t.size(1)};
   }
   Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+    return with_huge_pages(torch::stable::new_empty(like, {sizes.begin(), sizes.size()}));
   }
 };
 
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
   const Tensor gates = save ? in.empty(x, {T, B, 4 * padded_units(H)}) : in.empty(x, {0});
   const auto cell_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t cells_shape[] = {T, B, padded_units(H)}, nothing[] = {0};
-  const Tensor cells = save ? torch::stable::new_empty(x, cells_shape, cell_type)
+  const Tensor cells = save ? with_huge_pages(torch::stable::new_empty(x, cells_shape, cell_type))
                             : torch::stable::new_empty(x, nothing, cell_type);
   LstmForward a;
   a.shape = in.shape;

@@ -187,8 +187,7 @@ class LinearCrossEntropyPass {
     const int there = static_cast<int>(width(panel));
     const int64_t first = panel * kCols;
     const T target_share = 1 - static_cast<T>(p.label_smoothing);
-    V sums[kRuns];
-    for (int j = 0; j < kRuns; ++j) sums[j] = load(db + first + j * L);
+    V sums[kRuns] = {};  // of a slice: added up in two levels, db keeps its low bits
     for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
       const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
       for (int i = 0; i < count; ++i) {
@@ -217,7 +216,7 @@ class LinearCrossEntropyPass {
                            elements);
       }
     }
-    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, sums[j]);
+    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, load(db + first + j * L) + sums[j]);
   }
 
   // dh = dlogits @ W

@@ -14,8 +14,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "kernels.h"
+#include "workspace.h"

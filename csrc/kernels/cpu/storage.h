@@ -5,6 +5,7 @@
 // multiply the templates.
 #pragma once
 #include "simd.h"
+#include "workspace.h"
 
 ULMFIT_BEGIN
 
@@ -110,30 +111,18 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
   if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
 }
 
-// Uninitialised scratch memory, 64-byte aligned. Large blocks ask for huge pages: a first touch of 4 KB pages
-// costs more than the arithmetic done on them.
+// Uninitialised scratch memory, 64-byte aligned.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(allocate(n * static_cast<int64_t>(sizeof(T))))) {}
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(workspace_take(n * static_cast<int64_t>(sizeof(T))))) {}
+  ~Scratch() { workspace_give(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return data_; }
   T* get() const { return data_; }
 
  private:
-  static void* allocate(int64_t bytes) {
-    constexpr int64_t huge = 2 << 20;
-    const int64_t unit = bytes >= 4 * huge ? huge : 64;
-    const int64_t size = (bytes + unit) / unit * unit;
-    void* p = std::aligned_alloc(unit, size);
-    if (p == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (unit == huge) madvise(p, size, MADV_HUGEPAGE);
-#endif
-    return p;
-  }
   T* data_;
 };
 

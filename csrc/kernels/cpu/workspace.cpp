@@ -1,0 +1,104 @@
+#include "workspace.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace ulmfit_fast {
+namespace {
+
+constexpr int64_t kHuge = 2 << 20;
+constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks: malloc reuses them well
+constexpr int64_t kKeepBytes = 256 << 20;  // in all; what one LSTM layer of ULMFiT's size needs at a time
+constexpr int kSlots = 32;
+
+struct Header {  // before each block, in a cache line of its own
+  int64_t bytes;
+};
+constexpr int64_t kHeader = 64;
+
+Header* kept[kSlots] = {};
+int64_t kept_bytes = 0;
+// Only ever tried: where another thread holds it, or held it when the process forked, malloc serves.
+std::mutex mutex;
+
+Header* take_kept(int64_t bytes) {
+  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return nullptr;
+  Header** best = nullptr;
+  for (Header*& block : kept) {
+    if (block == nullptr || block->bytes < bytes || block->bytes / 2 > bytes) continue;
+    if (best == nullptr || block->bytes < (*best)->bytes) best = &block;
+  }
+  if (best == nullptr) return nullptr;
+  kept_bytes -= (*best)->bytes;
+  return std::exchange(*best, nullptr);
+}
+
+// Keeps the block if there is room, where the smallest ones kept make room for a larger one.
+bool keep(Header* block) {
+  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock() || block->bytes > kKeepBytes) return false;
+  for (;;) {
+    Header **room = nullptr, **smallest = nullptr;
+    for (Header*& other : kept) {
+      if (other == nullptr) {
+        room = &other;
+      } else if (smallest == nullptr || other->bytes < (*smallest)->bytes) {
+        smallest = &other;
+      }
+    }
+    if (room != nullptr && kept_bytes + block->bytes <= kKeepBytes) {
+      *room = block;
+      kept_bytes += block->bytes;
+      return true;
+    }
+    if (smallest == nullptr || (*smallest)->bytes >= block->bytes) return false;
+    kept_bytes -= (*smallest)->bytes;
+    std::free(std::exchange(*smallest, nullptr));
+  }
+}
+
+}  // namespace
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+void* workspace_take(int64_t bytes) {
+  Header* block = bytes >= kKeepFrom ? take_kept(bytes) : nullptr;
+  if (block == nullptr) {
+    const int64_t unit = bytes >= 4 * kHuge ? kHuge : kHeader;
+    const int64_t size = (bytes + kHeader + unit - 1) / unit * unit;
+    void* memory = std::aligned_alloc(unit, size);
+    if (memory == nullptr) throw std::bad_alloc();
+    if (unit == kHuge) prefer_huge_pages(memory, size);
+    block = new (memory) Header{size - kHeader};
+  }
+  return reinterpret_cast<char*>(block) + kHeader;
+}
+
+void workspace_give(void* data) noexcept {
+  Header* block = reinterpret_cast<Header*>(static_cast<char*>(data) - kHeader);
+  if (block->bytes < kKeepFrom || !keep(block)) std::free(block);
+}
+
+int64_t workspace_release() {
+  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return 0;
+  const int64_t released = kept_bytes;
+  for (Header*& block : kept) std::free(std::exchange(block, nullptr));
+  kept_bytes = 0;
+  return released;
+}
+
+}  // namespace ulmfit_fast

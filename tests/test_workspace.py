@@ -1,0 +1,72 @@
+"""Scratch memory kept between calls: reused, bounded, given back, and safe with threads and after fork."""
+
+import os
+import threading
+
+import pytest
+import torch
+from checks import lstm_case
+
+import ulmfit_fast as uf
+
+KEPT_AT_MOST = 256 << 20
+
+
+def step(batch=64, hidden=512):
+    (x, h0, c0, *weights), _, _ = lstm_case(torch.float32, 6, batch, 20, hidden)
+    leaves = [w.requires_grad_() for w in weights]
+    y, _, _ = uf.lstm(x, h0, c0, *leaves, weight_p=0.5, seed=1)
+    return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
+
+
+def test_is_kept_and_given_back():
+    step()
+    assert 1 << 20 <= uf.release_workspace() <= KEPT_AT_MOST
+    assert uf.release_workspace() == 0
+
+
+def test_stays_bounded():
+    for batch in (1, 7, 64, 160, 300):
+        step(batch, 300 + batch)
+    assert uf.release_workspace() <= KEPT_AT_MOST
+
+
+def test_what_is_left_in_it_does_not_matter():
+    uf.release_workspace()
+    fresh = step(16)
+    step(64, 600)
+    for a, b in zip(fresh, step(16), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_at_once():
+    expected, failures = step(), []
+
+    def work():
+        for _ in range(3):
+            if not all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True)):
+                failures.append("differs")
+            uf.release_workspace()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork():
+    """The child computes the same with one thread: OpenMP's own pool does not survive a fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = step()
+        child = os.fork()
+        if child == 0:
+            same = all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,16 @@
+"""The scratch memory that the CPU kernels keep between calls."""
+
+import torch
+
+from . import ops  # noqa: F401  (registers the op)
+
+
+def release_workspace() -> int:
+    """Give the scratch memory that the CPU kernels keep for their next call back to the system.
+
+    No more than 256 MB is kept in a process, and no tensor lies in it.
+
+    Returns:
+        bytes given back.
+    """
+    return torch.ops.ulmfit_fast.release_workspace()
