@@ -17,7 +17,7 @@ else:
     hypothesis.settings.register_profile("ulmfit", deadline=None, derandomize=True, max_examples=25)
     hypothesis.settings.load_profile("ulmfit")
 
-ISAS = ("amx", "avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 
 
 @pytest.fixture(autouse=True)

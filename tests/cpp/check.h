@@ -53,7 +53,7 @@ inline ulmfit_fast::Parallel threads(int n) {
 
 inline std::vector<const ulmfit_fast::Kernels*> every_isa() {
   std::vector<const ulmfit_fast::Kernels*> tables;
-  for (const char* name : {"amx", "avx512", "avx2", "baseline"})
+  for (const char* name : {"amx", "avx512bf16", "avx512", "avx2", "baseline"})
     if (const ulmfit_fast::Kernels* table = ulmfit_fast::kernels_for(name)) tables.push_back(table);
   return tables;
 }

@@ -112,14 +112,6 @@ struct AmxTile {
     for (int j = 0; j < 16; ++j)
       store(reinterpret_cast<uint32_t*>(out + 32 * j), pair_rows(in + 2 * j * ld, ld));
   }
-  // 16 columns of two rows, side by side.
-  static VU pair_rows(const uint16_t* rows, int64_t ld) {
-    VH low, high;
-    std::memcpy(&low, rows, sizeof low);
-    std::memcpy(&high, rows + ld, sizeof high);
-    return __builtin_convertvector(low, VU) | (__builtin_convertvector(high, VU) << 16);
-  }
-
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
                             const uint16_t* next, float* c, bool accumulate) {
     // Two tiles by two: 32 rows and half a panel. All rows meet a half before the other one's turn, because

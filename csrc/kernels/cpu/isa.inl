@@ -1,5 +1,6 @@
 // Everything one instruction set needs: an ISA file defines ULMFIT_ISA and ULMFIT_LANES, opens its target
-// region and includes this. ULMFIT_AMX adds the AMX tile for bf16.
+// region and includes this. ULMFIT_BF16 says that it has AVX-512's bf16 instructions, ULMFIT_AMX that it has
+// AMX tiles besides.
 #pragma once
 #include "lstm_forward.inl"
 #include "lstm_backward.inl"
@@ -7,15 +8,20 @@
 #include "concat_pool.inl"
 #include "embedding_dropout.inl"
 #include "variational_dropout.inl"
-#ifdef ULMFIT_AMX
+#if defined(ULMFIT_AMX)
 #include "gemm_split.inl"
+#elif defined(ULMFIT_BF16)
+#include "gemm_dot.inl"
 #endif
 
 ULMFIT_BEGIN
 
-#ifdef ULMFIT_AMX
+#if defined(ULMFIT_AMX)
 using Bf16Tile = AmxTile;
 using HighTile = SplitTile;
+#elif defined(ULMFIT_BF16)
+using Bf16Tile = DotTile;
+using HighTile = FmaTile<float>;
 #else
 using Bf16Tile = FmaTile<float>;  // 16-bit storage, fp32 arithmetic
 using HighTile = FmaTile<float>;

@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__)
 #define ULMFIT_AMX
+#define ULMFIT_BF16
 #define ULMFIT_ISA amx
 #define ULMFIT_LANES 16
 #ifdef __clang__

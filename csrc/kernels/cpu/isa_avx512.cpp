@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL: Skylake-SP (2017), Zen 4, and since.
+// AVX-512 F, BW, DQ, VL: Skylake-SP (2017) and since.
 #include "std.h"
 
 #if defined(__x86_64__)

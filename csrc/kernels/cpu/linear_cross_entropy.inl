@@ -22,6 +22,7 @@ class LinearCrossEntropyPass {
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
+  static_assert(Tile::kBlockRows % Tile::kDepth == 0, "a slice begins where a square of packed rows does");
   static constexpr int64_t kSliceRows = Tile::kBlockRows, kChunkRows = 4 * kSliceRows;
 
  public:

@@ -17,7 +17,7 @@ ULMFIT_HD VU bf16_bits(VF v) {
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return v == v ? rounded : (bits >> 16) | 0x40u;
 }
-#ifdef ULMFIT_AMX  // every machine with AMX rounds to bf16 in one instruction (subnormals become zero)
+#ifdef ULMFIT_BF16  // rounds in one instruction; subnormals become zero
 ULMFIT_HD VH to_bf16(VF v) { return (VH)_mm512_cvtneps_pbh((__m512)v); }
 #else
 ULMFIT_HD VH to_bf16(VF v) { return __builtin_convertvector(bf16_bits(v), VH); }
@@ -52,6 +52,14 @@ ULMFIT_HD VH to_f16(VF v) {
   return __builtin_convertvector(bits | (sign >> 16), VH);
 }
 #endif
+
+// A vector of each of two rows of 16-bit elements, side by side: the pairs that bf16 products take.
+ULMFIT_HD VU pair_rows(const uint16_t* rows, int64_t ld) {
+  VH low, high;
+  std::memcpy(&low, rows, sizeof low);
+  std::memcpy(&high, rows + ld, sizeof high);
+  return __builtin_convertvector(low, VU) | (__builtin_convertvector(high, VU) << 16);
+}
 
 // One vector of compute type T at element `at` of storage p; `n` lanes are there.
 template <class T>
