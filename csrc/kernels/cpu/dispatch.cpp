@@ -54,8 +54,8 @@ struct Isa {
   const char* name;
   bool (*available)();
   const Kernels& (*table)();
-  // Whether to use it unasked. On Sapphire Rapids a layer takes 1.2 times as long with the bf16 dot product as
-  // with FMA; AMD documents twice FMA's rate for it.
+  // Whether to use it unasked. On Sapphire Rapids a layer takes 1.2 times as long with the bf16 dot product
+  // as with FMA; AMD documents twice FMA's rate for it.
   bool preferred = true;
 };
 const Isa kIsas[] = {// best first

@@ -39,7 +39,7 @@ template <class Tile>
 inline bool split_by_batch(const LstmShape& s, int threads) {
   constexpr int64_t kL2 = 1 << 20, kRowsToHide = 4 * Tile::kRows;
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
-  return ceil_div(s.B, Tile::kRows) >= threads && (bytes <= kL2 || s.B >= kRowsToHide * threads);
+  return 2 * s.B >= Tile::kRows * threads && (bytes <= kL2 || s.B >= kRowsToHide * threads);
 }
 
 // Calls step(i, items_begin, items_end, row_begin, row_end) for i = 0..steps-1 in order, for all items and
@@ -48,9 +48,10 @@ template <class Tile, class Step>
 inline void run_steps(const LstmShape& s, const Parallel& parallel, int64_t steps, int64_t items,
                       Step&& step) {
   if (split_by_batch<Tile>(s, parallel.threads)) {
-    parallel(ceil_div(s.B, Tile::kRows), [&](int64_t begin, int64_t end) {
-      const int64_t row_end = end * Tile::kRows < s.B ? end * Tile::kRows : s.B;
-      for (int64_t i = 0; i < steps; ++i) step(i, int64_t{0}, items, begin * Tile::kRows, row_end);
+    constexpr int64_t group = Tile::kRowGroup;
+    parallel(ceil_div(s.B, group), [&](int64_t begin, int64_t end) {
+      const int64_t row_end = end * group < s.B ? end * group : s.B;
+      for (int64_t i = 0; i < steps; ++i) step(i, int64_t{0}, items, begin * group, row_end);
     });
   } else {
     for (int64_t i = 0; i < steps; ++i)
