@@ -26,9 +26,9 @@ struct FmaTile {
   // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
   // otherwise 16.
   static constexpr int kRows = kLanes == 16 ? 6 : 3;
-  // A block of A (144 x 384 floats, 216 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
-  // block is used for so many rows that fetching it from L3 does not show.
-  static constexpr int kBlockRows = 24 * kRows, kBlockDepth = 384;
+  // A block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
+  // block is used for so many rows that fetching it from memory does not show.
+  static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
   static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
@@ -249,8 +249,8 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   constexpr int64_t kWholeBytes = 4 << 20;
   if (M == 0 || panels == 0) return;
   const int64_t depth = block_depth<Tile>(K);
-  // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 144 x 64
-  // floats, 288 KB, and the next block of A serves them all.
+  // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 288 x 64
+  // floats, 576 KB, and the next block of A serves them all.
   const int64_t groups = ceil_div(panels, depth < K ? 8 : 1), group = ceil_div(panels, groups);
   // A shallow block of A is a high one: each panel is read once for all its rows.
   const int64_t room = Tile::kBlockRows * Tile::kBlockDepth / (depth > 0 ? depth : 1);

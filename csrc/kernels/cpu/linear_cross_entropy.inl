@@ -22,8 +22,9 @@ class LinearCrossEntropyPass {
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
-  static_assert(Tile::kBlockRows % Tile::kDepth == 0, "a slice begins where a square of packed rows does");
-  static constexpr int64_t kSliceRows = Tile::kBlockRows, kChunkRows = 4 * kSliceRows;
+  // Rows of a slice (15 MB of logits over 30,000 words: half of what a core has of L3) and of a chunk.
+  static constexpr int64_t kSliceRows = 128, kChunkRows = 4 * kSliceRows;
+  static_assert(kSliceRows % Tile::kDepth == 0, "a slice begins where a square of packed rows does");
 
  public:
   LinearCrossEntropyPass(const LinearCrossEntropy& args, const Parallel& parallel)
