@@ -14,6 +14,7 @@ from .record import RESULTS, load_all, write
 PLOT, TABLES = "speed.png", "speed.md"
 NOTHING = "Not measured yet."
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
+PARTS = ("->", "_dropout", "dropout_mask")  # cases that a summary leaves to the plot and the other tables
 COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b"}
 TITLES = {
     "train_step-lm": "Training step of the language model",
@@ -52,11 +53,13 @@ def pairs(record):
             yield case, sides[ours], sides[peer], (ours, peer)
 
 
-def ratio_table(records):
-    """Markdown, a row a comparison."""
+def ratio_table(records, without=()):
+    """Markdown, a row a comparison, of the cases whose name holds none of `without`."""
     rows = []
     for record in records:
         for case, ours, peer, names in pairs(record):
+            if any(part in case for part in without):
+                continue
             low, middle, high = ratio(ours, peer)
             forward = f"{ratio(ours, peer, 'forward_ms')[1]:.2f}" if "forward_ms" in ours else ""
             both = ours.get("peak_mb") and peer.get("peak_mb")
@@ -86,6 +89,8 @@ def side_table(record):
 
 def _markdown(head, rows):
     """A table without its empty columns; the first column does not repeat what the row above says."""
+    if not rows:
+        return ""
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     shown = [
         ["" if i == 0 and k and rows[k - 1][0] == row[0] else row[i] for i in used]
@@ -123,7 +128,10 @@ def summary(records, folder=""):
         return NOTHING
     plot = f"![Times as fast as the peers]({folder}{PLOT})"
     tables = f"All records, with rates and errors: [{TABLES}]({folder}{TABLES}). Measured on:"
-    return "\n\n".join([plot, ratio_table(main), tables, "\n".join(f"- {place}" for place in places(main))])
+    table = ratio_table(main, PARTS)
+    return "\n\n".join(
+        [plot, *([table] if table else []), tables, "\n".join(f"- {place}" for place in places(main))]
+    )
 
 
 def full(records):
