@@ -10,10 +10,14 @@
 using namespace ulmfit_fast;
 using namespace ulmfit_fast::gemm_test;
 
-// C = A * B' with A (M, K), B (N, K); `by_columns` packs both from their transposes instead.
+// How the operands come: as they are, from their transposes, or A packed already and C added to what is
+// there.
+enum Form { kRows, kColumns, kPlaced };
+
+// C = A * B' with A (M, K), B (N, K).
 template <class T>
 std::vector<T> product(int64_t M, int64_t N, int64_t K, const std::vector<T>& A, const std::vector<T>& B,
-                       bool by_columns, int count) {
+                       Form form, int count) {
   using Tile = FmaTile<T>;
   const int64_t panels = ceil_div(N, Tile::kCols);
   std::vector<T> transposed_a(M * K), transposed_b(N * K), C(M * N, T(-1));
@@ -24,8 +28,8 @@ std::vector<T> product(int64_t M, int64_t N, int64_t K, const std::vector<T>& A,
   Scratch<T> packed(panels * panel_elements<Tile>(K));
   for (int64_t p = 0; p < panels; ++p) {
     T* panel = packed.get() + p * panel_elements<Tile>(K);
-    if (by_columns) {
-      pack_b_rows<Tile>(panel, K, [&](int64_t k, T* out) {
+    if (form == kColumns) {
+      pack_b_rows<Tile>(panel, K, Tile::kCols, [&](int64_t k, T* out) {
         for (int c = 0; c < Tile::kCols; ++c) {
           const int64_t n = p * Tile::kCols + c;
           out[c] = n < N ? transposed_b[k * N + n] : T(0);
@@ -38,10 +42,21 @@ std::vector<T> product(int64_t M, int64_t N, int64_t K, const std::vector<T>& A,
       });
     }
   }
+  if (form == kPlaced) {
+    std::vector<T> tiles(panels * M * Tile::kCols, T(1));
+    gemm<Tile>(
+        M, K, panels, packed.get(), threads(count), PackedRows<Tile>{A.data(), K},
+        [](int64_t, int, int64_t, const T*) {},
+        [&](int64_t row0, int64_t panel) { return tiles.data() + (panel * M + row0) * Tile::kCols; }, true);
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n)
+        C[m * N + n] = tiles[(n / Tile::kCols * M + m) * Tile::kCols + n % Tile::kCols] - 1;
+    return C;
+  }
   gemm<Tile>(
       M, K, panels, packed.get(), threads(count),
       [&](T* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-        if (by_columns) {
+        if (form == kColumns) {
           pack_a_columns<Tile>(a, row0, rows, k0, kc, [&](int64_t k, int64_t first, int n, T* out) {
             for (int r = 0; r < n; ++r) out[r] = transposed_a[k * M + first + r];
           });
@@ -63,10 +78,10 @@ template <class T>
 void check(int64_t M, int64_t N, int64_t K) {
   const std::vector<T> A = random_values<T>(M * K, 1), B = random_values<T>(N * K, 2);
   // K rounded products of magnitude <= 1, summed one after the other: error below K * K/2 * epsilon, in
-  // practice about K * epsilon
-  const double tolerance = 2 * K * std::numeric_limits<T>::epsilon();
-  for (bool by_columns : {false, true}) {
-    const std::vector<T> C = product<T>(M, N, K, A, B, by_columns, 1);
+  // practice about K * epsilon; and 1 more, where C is added to
+  const double tolerance = 2 * (K + 1) * std::numeric_limits<T>::epsilon();
+  for (Form form : {kRows, kColumns, kPlaced}) {
+    const std::vector<T> C = product<T>(M, N, K, A, B, form, 1);
     for (int64_t m = 0; m < M; ++m)
       for (int64_t n = 0; n < N; ++n) {
         double expected = 0;
@@ -76,7 +91,7 @@ void check(int64_t M, int64_t N, int64_t K) {
               static_cast<long long>(m), static_cast<long long>(n), static_cast<double>(C[m * N + n]),
               expected);
       }
-    CHECK(C == product<T>(M, N, K, A, B, by_columns, 3), "3 threads give other bits than 1");
+    CHECK(C == product<T>(M, N, K, A, B, form, 3), "3 threads give other bits than 1");
   }
 }
 
