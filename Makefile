@@ -29,7 +29,7 @@ demo: $(STAMPS)/built
 test: $(STAMPS)/built
 	$(PY) -m pytest
 
-# the speed programs and their report, into benchmarks/results: under 15 minutes on two cores, QUICK=1 under 3;
+# the speed programs and their report, into benchmarks/results; QUICK=1: small sizes, minutes;
 # the quality of the stages takes hours: benchmarks/README.md
 bench: $(STAMPS)/built
 	$(PY) -m benchmarks.lstm $(if $(QUICK),--quick)

@@ -30,14 +30,14 @@ QUICK = {"preset": "small", "batch": [16], "repeats": 2}
 class Side:
     """One contestant: run() works once and returns its seconds, or (forward, forward + backward)."""
 
-    library: str
+    package: str
     precision: str
     run: Callable
     onednn: bool = True
 
     @property
     def name(self):
-        return f"{self.library} {self.precision}" + ("" if self.onednn else " without oneDNN")
+        return f"{self.package} {self.precision}" + ("" if self.onednn else " without oneDNN")
 
     @contextlib.contextmanager
     def settings(self):
@@ -108,7 +108,7 @@ def _ms(seconds):
 
 def figures(side, seconds, **more):
     """The record of one side: its samples (see `interleave`) and whatever else was found out about it."""
-    record = {"library": side.library, "precision": side.precision}
+    record = {"library": side.package, "precision": side.precision}
     record["dtype"] = str(DTYPES[side.precision]).removeprefix("torch.")
     if isinstance(seconds[0], tuple):
         forward, seconds = zip(*seconds, strict=True)

@@ -51,7 +51,7 @@ class Softmax:
     def errors(self, side):
         """(error of the loss, largest error of a gradient), relative, against float64."""
         with side.settings():
-            loss = getattr(self, side.library)()
+            loss = getattr(self, side.package)()
             found = torch.autograd.grad(loss, self.tensors)
         exact = self.doubled()
         truth = exact.torch()
@@ -86,7 +86,7 @@ def measure(batch, words, args, threads, roof):
     for side in sides:
         few = min(sizes[0], ERROR_POSITIONS), words, features
         loss_error, gradient_error = Softmax(*few, DTYPES[side.precision]).errors(side)
-        specs = [(side.library, side.precision, s) for s in (SMALL, sizes)]
+        specs = [(side.package, side.precision, s) for s in (SMALL, sizes)]
         figures = harness.figures(
             side,
             seconds[side.name],

@@ -63,7 +63,7 @@ class Layer:
         x, dy = (t[:ERROR_STEPS].detach() for t in (self.x, self.dy))
         x.requires_grad_()
         with side.settings():
-            ours = torch.autograd.grad(getattr(self, side.library)(x, 0.0), [x, *self.weights], dy)
+            ours = torch.autograd.grad(getattr(self, side.package)(x, 0.0), [x, *self.weights], dy)
         exact = [t.detach().double().requires_grad_() for t in (x, *self.weights)]
         y = stock_lstm(exact[0], self.h0.double(), *exact[1:])
         wanted = torch.autograd.grad(y, exact, dy.double())

@@ -207,7 +207,7 @@ def _load(model, ours):
 def memory_call(spec):
     """One step, for harness.peak_memory. spec: (Case, harness.Side whose run is not set)."""
     case, side = spec
-    step = build(case, side.library)
+    step = build(case, side.package)
     step.make_optimizer_state()
 
     def call():
@@ -230,7 +230,7 @@ def gradient_errors(case, sides):
     truth = _gradients(exact.model)
     errors = {}
     for side in sides:
-        step = build(case, side.library, dropout=False)
+        step = build(case, side.package, dropout=False)
         with side.settings():
             step.backward(side.precision)
         found = _gradients(step.model)

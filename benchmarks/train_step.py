@@ -45,8 +45,8 @@ def measure(case, args, threads, roof):
         if side.onednn  # the slow peers would run twice more
     }
     errors = steps.gradient_errors(case, sides) if case.task == "lm" else {}
-    built = {library: steps.build(case, library) for library in dict.fromkeys(s.library for s in sides)}
-    running = [dataclasses.replace(s, run=partial(built[s.library].run, s.precision)) for s in sides]
+    built = {library: steps.build(case, library) for library in dict.fromkeys(s.package for s in sides)}
+    running = [dataclasses.replace(s, run=partial(built[s.package].run, s.precision)) for s in sides]
     seconds = harness.interleave(running, args.repeats, args.slow_repeats)
     flops = step_flops(case)
     shapes = {"tokens": case.tokens, **dataclasses.asdict(case.sizes), "vocab": case.vocab}

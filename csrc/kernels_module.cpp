@@ -213,7 +213,7 @@ py::tuple linear_cross_entropy(const std::string& isa, const py::array& h, const
 
 PYBIND11_MODULE(_kernels, m) {
   m.doc() = "The torch-free CPU kernels on numpy arrays, one thread, instruction set by name.";
-  m.def("isas", &available_isas, "Comma-separated names of what this machine can run, best first.");
+  m.def("isas", &available_isas, "Comma-separated names of what this machine can run, newest first.");
   m.def("dropout_mask", &dropout_mask, py::arg("isa"), py::arg("seed"), py::arg("p"), py::arg("n"),
         py::arg("dtype") = py::dtype::of<float>());
   m.def("lstm", &lstm, py::arg("isa"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("w_ih"),

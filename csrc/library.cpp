@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
 
   m.def("cpu_isa() -> str");            // the instruction set in use
   m.def("release_workspace() -> int");  // scratch memory kept for the next call: bytes given back
-  m.def("cpu_isas() -> str");           // those this machine can run, best first, comma-separated
+  m.def("cpu_isas() -> str");           // those this machine can run, newest first, comma-separated
 }
 
 #ifndef ULMFIT_FAST_NO_PYTHON

@@ -27,7 +27,7 @@ class Info:
     architectures: tuple[str, ...]  # of our CUDA kernels, as TORCH_CUDA_ARCH_LIST writes them
     gpus: tuple[str, ...]
     isa: str  # CPU instruction set in use; ULMFIT_FAST_ISA names another
-    isas: tuple[str, ...]  # those this machine can run, best first
+    isas: tuple[str, ...]  # those this machine can run, newest first
     threads: int  # torch.get_num_threads()
     missing: tuple[str, ...]  # one sentence for each thing that is not there: what it is and how to get it
 

@@ -58,7 +58,7 @@ struct Isa {
   // as with FMA; AMD documents twice FMA's rate for it.
   bool preferred = true;
 };
-const Isa kIsas[] = {// best first
+const Isa kIsas[] = {// newest first
 #if defined(__x86_64__)
                      {"amx", has_amx, amx_kernels},
                      {"avx512bf16", has_avx512bf16, avx512bf16_kernels, __builtin_cpu_is("amd") != 0},

@@ -10,7 +10,7 @@ struct SplitTile : AmxTile {
   using Element = float;
   static constexpr DType kElement = DType::f32;
   // An A block and two B blocks of these, 288 KB each, stay in L2 together.
-  static constexpr int kBlockRows = 128, kBlockDepth = 576;
+  static constexpr int kBlockDepth = 576;
 
   // A: as AmxTile's, each tile with its low part after it. B: [k / 32][column / 16][high, low].
   static int64_t a_elements(int64_t rows, int64_t K) { return 2 * AmxTile::a_elements(rows, K); }

@@ -139,7 +139,7 @@ struct Kernels {
 const Kernels& kernels();
 // The table of one instruction set, nullptr where the machine cannot run it: for tests and benchmarks.
 const Kernels* kernels_for(const char* isa);
-// Comma-separated names of the instruction sets this machine can run, best first.
+// Comma-separated names of the instruction sets this machine can run, newest first.
 const char* available_isas();
 
 }  // namespace ulmfit_fast

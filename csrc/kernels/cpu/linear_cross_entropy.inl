@@ -1,5 +1,5 @@
 // Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
-// memory, and turn into their own gradient in place.
+// memory.
 //
 // Logits lie in panels, [panel][row][kCols]: that is what the product writes and, for the FMA tile, what the
 // packed operand of dW = dlogits^T @ h looks like. Three passes see them, a slice of rows at a time, which
@@ -22,7 +22,7 @@ class LinearCrossEntropyPass {
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
-  // Rows of a slice (15 MB of logits over 30,000 words: half of what a core has of L3) and of a chunk.
+  // Rows of a slice (15 MB of logits over 30,000 words) and of a chunk.
   static constexpr int64_t kSliceRows = 128, kChunkRows = 4 * kSliceRows;
   static_assert(kSliceRows % Tile::kDepth == 0, "a slice begins where a square of packed rows does");
 
@@ -40,8 +40,8 @@ class LinearCrossEntropyPass {
         dlogits_rows(gradient && !kPlain ? Tile::a_elements(chunk, panels * kCols) : 0),
         dlogits_panels(gradient && !kPlain ? panels * panel_elements<Tile>(chunk) : 0),
         top(panels * slice * L),
-        scale(chunk),
-        shift(chunk),
+        scale(slice),
+        shift(slice),
         dw(gradient ? panels * p.E * kCols : 0),
         bias(panels * kCols),
         db(gradient ? panels * kCols : 0) {}
@@ -181,7 +181,7 @@ class LinearCrossEntropyPass {
   bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
 
   // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows,
-  // packed for dlogits @ W and, in their own place, for dlogits^T @ h.
+  // packed for dlogits @ W and for dlogits^T @ h.
   void logit_gradient(const Slice& now, int64_t panel) const {
     constexpr int kRuns = kCols / L;
     alignas(64) T gradients[Tile::kDepth * kCols];

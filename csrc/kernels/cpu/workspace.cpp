@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kHuge = 2 << 20;
 constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks: malloc reuses them well
-constexpr int64_t kKeepBytes = 256 << 20;  // in all; what one LSTM layer of ULMFiT's size needs at a time
+constexpr int64_t kKeepBytes = 256 << 20;  // in all
 constexpr int kSlots = 32;
 
 struct Header {  // before each block, in a cache line of its own
