@@ -20,6 +20,7 @@ from torch.utils import cpp_extension  # noqa: E402  (after the plan: it reads C
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-restrict"]  # GCC 12 on its own headers: its bugs 105593, 105651
+NVCC = ["-O3", "-std=c++20", "--resource-usage"]  # into the build log: registers, spills
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10: the floor; nothing newer is used
 LINK = ["-Wl,--as-needed", "-ltorch_cpu", "-lc10"]  # in this order, or as-needed comes too late to matter
 if plan.cuda:
@@ -50,19 +51,19 @@ class Build(cpp_extension.BuildExtension):
         plan.write_build_info(os.path.join(where, "_build_info.py"))
 
 
-def extension(name, sources, link, **more):
+def extension(name, sources, link, abi, **more):
     return setuptools.Extension(
         f"ulmfit_fast.{name}", sources, language="c++", extra_link_args=link,
         include_dirs=[os.path.abspath("csrc"), *cpp_extension.include_paths("cuda" if plan.cuda else "cpu")],
         library_dirs=cpp_extension.library_paths("cuda" if plan.cuda else "cpu"),
-        extra_compile_args={"cxx": FLAGS + ABI, "nvcc": ["-O3", "-std=c++20", *ABI]}, **more,
+        extra_compile_args={"cxx": FLAGS + abi, "nvcc": NVCC + abi}, **more,
     )  # fmt: skip
 
 
 setuptools.setup(
     ext_modules=[
-        extension("_C", plan.sources, LINK, py_limited_api=True),
-        extension("_kernels", [build_plan.NUMPY_MODULE], []),
+        extension("_C", plan.sources, LINK, ABI, py_limited_api=True),
+        extension("_kernels", [build_plan.NUMPY_MODULE], [], []),  # torch's pybind11 refuses the stable ABI
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,49 +1,52 @@
-"""What the speed programs share: sides that take turns, spread, memory, the machine's own rates, records."""
+"""What the speed programs share: sides that take turns, spread, the machine's own rates, records."""
 
-import argparse
 import contextlib
-import ctypes
-import gc
-import multiprocessing
-import os
+import functools
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from .record import RESULTS, provenance, save
+from . import clocks, floors, gpu
+from .record import provenance, save
 
+AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 # high: float32 tensors, products rounded as torch.set_float32_matmul_precision("high") allows
-DTYPES = {"fp32": torch.float32, "high": torch.float32, "bf16": torch.bfloat16}
-# The peer's precision for each of ours. torch's CPU operators compute "high" as they do strict float32.
-PEER = {"fp32": "fp32", "high": "fp32", "bf16": "bf16"}
-QUICK = {"preset": "small", "batch": [16], "repeats": 2}
+DTYPES = {"fp32": torch.float32, "high": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES |= dict.fromkeys(AUTOCAST, torch.float32)
 
 
 @dataclass
 class Side:
-    """One contestant: run() works once and returns its seconds, or (forward, forward + backward)."""
+    """One contestant: run(mark) works once and returns the clock's marks, see `clocks`.
+
+    variant: what else tells it from another side. plan: the clock's. error: why it failed on a GPU.
+    """
 
     package: str
     precision: str
     run: Callable
     onednn: bool = True
+    device: str = "cpu"
+    variant: str = ""
+    plan: clocks.Plan | None = None
+    error: str | None = None
 
     @property
     def name(self):
-        return f"{self.package} {self.precision}" + ("" if self.onednn else " without oneDNN")
+        variant = "" if self.onednn else " without oneDNN"
+        return f"{self.package} {self.precision}{variant}" + (f", {self.variant}" if self.variant else "")
 
     @contextlib.contextmanager
     def settings(self):
         """The global settings this side is measured with."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.precision == "high" else "highest")
+        if self.device != "cpu":  # or cuDNN's float32 would be TF32, its default
+            tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, self.precision == "high"
         try:
             if self.onednn:
                 yield
@@ -54,35 +57,75 @@ class Side:
                         yield
         finally:
             torch.set_float32_matmul_precision(before)
+            if self.device != "cpu":
+                torch.backends.cudnn.allow_tf32 = tf32
+
+    def attempt(self, call):
+        """call() under the side's settings. On a GPU a failure becomes the side's error, and the result None:
+        a measurement there is dear, and the other sides go on without this one.
+        """
+        if self.error:
+            return None
+        try:
+            with self.settings():
+                return call()
+        except Exception as error:
+            if self.device == "cpu":
+                raise
+            self.error = f"{type(error).__name__}: {error}"[:1000]
+            return None
 
 
-def timed(forward, tensors, gradient=None):
-    """Seconds of (forward, forward + backward): y = forward(), then the gradients of `tensors`."""
-    begin = time.perf_counter()
+def under_autocast(forward, precision, device):
+    """`forward`, under autocast where that is what the precision means."""
+    if precision not in AUTOCAST:
+        return forward
+
+    @functools.wraps(forward)
+    def cast(*arguments):
+        with torch.autocast(device, AUTOCAST[precision]):
+            return forward(*arguments)
+
+    return cast
+
+
+def timed(mark, forward, tensors, gradient=None):
+    """Marks at the begin, after y = forward(), and after the gradients of `tensors`.
+
+    gradient: y's; or a function of y that has it ready, where its dtype is not known before.
+    """
+    begin = mark()
     y = forward()
-    middle = time.perf_counter()
-    gradients = torch.autograd.grad(y, tensors, gradient)
-    end = time.perf_counter()
+    middle = mark()
+    gradients = torch.autograd.grad(y, tensors, gradient(y) if callable(gradient) else gradient)
+    end = mark()
     del gradients
-    return middle - begin, end - begin
+    return begin, middle, end
 
 
-def interleave(sides, repeats, slow_repeats=1):
-    """{side.name: what its run returned in each counted round}, the sides taking turns.
+def interleave(sides, repeats, slow_repeats=1, clock=None):
+    """{side.name: its seconds, or (forward, forward + backward), of each counted round}, taking turns.
 
     A machine whose speed drifts is then as unkind to one side as to the others. Each round goes the other way
     round than the one before it, so that no side always finds the caches that the same other one has left.
-    The first round is the warm-up. Sides without oneDNN stop after slow_repeats counted rounds.
+    The first round is the warm-up. Sides without oneDNN stop after slow_repeats counted rounds; sides that
+    fail on a GPU are left out.
     """
+    clock = clock or clocks.WallClock()
     samples = {side.name: [] for side in sides}
     for turn in range(repeats + 1):
         for side in sides if turn % 2 else reversed(sides):
             if not side.onednn and turn > slow_repeats:
                 continue
-            with side.settings():
-                seconds = side.run()
             if turn:
-                samples[side.name].append(seconds)
+                samples[side.name].append(
+                    side.attempt(functools.partial(clock.sample, side.run, side.plan))
+                )
+            else:
+                side.plan = side.attempt(functools.partial(clock.warm_up, side.run))
+    for side in sides:
+        if side.error:
+            del samples[side.name]
     return samples
 
 
@@ -113,7 +156,18 @@ def figures(side, seconds, **more):
     if isinstance(seconds[0], tuple):
         forward, seconds = zip(*seconds, strict=True)
         record["forward_ms"] = spread(forward)
-    return record | {"total_ms": spread(seconds)} | more
+    record["total_ms"] = spread(seconds)
+    if side.plan:
+        record |= {"calls_per_round": side.plan.calls, "host_ms": _ms(side.plan.host)}
+        if side.plan.back_to_back is not None:
+            record["back_to_back_ms"] = _ms(side.plan.back_to_back)
+    return record | more
+
+
+def failures(sides):
+    """What a record says about the sides that failed: {} or {"failed": {side name: error}}."""
+    failed = {side.name: side.error for side in sides if side.error}
+    return {"failed": failed} if failed else {}
 
 
 def add_rates(record, roof, flops=None, traffic=None):
@@ -121,19 +175,26 @@ def add_rates(record, roof, flops=None, traffic=None):
     seconds = record["total_ms"]["median"] / 1e3
     if flops:
         record["gflops"] = round(flops / seconds / 1e9, 1)
-        record["roof_share"] = round(record["gflops"] / roof[f"{record['precision']}_gflops"], 3)
+        record["roof_share"] = round(
+            record["gflops"] / roof[f"{floors.base(record['precision'])}_gflops"], 3
+        )
     if traffic:
         record["gb_s"] = round(traffic / seconds / 1e9, 2)
         record["roof_share"] = round(record["gb_s"] / roof["copy_gb_s"], 3)
     return record
 
 
-def measure_roof(quick):
+def measure_roof(args, shapes):
     """The machine's own rates, best of several: torch.mm of large matrices in each precision, and a copy.
 
-    "high" is three bf16 products for one; where those are slower than a float32 product, that is the roof.
+    On the CPU "high" is three bf16 products for one; where those are slower than a float32 product, that is
+    the roof. A GPU's are in `gpu.measure_roof`, also at the product shapes given.
     """
-    rates, size, repeats = {}, 1024 if quick else 2048, 3 if quick else 10
+    if args.device != "cpu":
+        names = dict.fromkeys(["fp32", "bf16", *map(floors.base, args.precision)])
+        settings = {p: (DTYPES[p], Side("torch", p, None, device=args.device).settings()) for p in names}
+        return gpu.measure_roof(args.quick, settings, shapes)
+    rates, size, repeats = {}, 1024 if args.quick else 2048, 3 if args.quick else 10
     for name in ("fp32", "bf16"):
         a, b, out = (torch.rand(size, size).to(DTYPES[name]) for _ in range(3))
         rates[f"{name}_gflops"] = (
@@ -155,49 +216,32 @@ def _best(call, repeats):
     return min(seconds[1:])
 
 
-def peak_memory(build, small, full, threads):
-    """MB that one call adds at its peak to the resident memory of a fresh process; None where Linux hides it.
-
-    build(sizes) returns the call; build and sizes can be pickled. A call with the sizes `small` comes first,
-    so that code and thread stacks are there already. What a library keeps between calls counts as its own:
-    nothing of the full size ran in that process before.
-    """
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    # forked from a server that has imported torch and run nothing of it: as good as a new one, and sooner
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.steps"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_memory, build, small, full, threads).result()
+def places(args):
+    """(threads, roof) of each place to measure in: numbers of threads of the CPU, or the one GPU."""
+    shapes = floors.products(args.preset, args.batch[0] * args.bptt, max(getattr(args, "vocab", [0])))
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        yield threads, measure_roof(args, shapes)
 
 
-def _peak_memory(build, small, full, threads):
-    torch.set_num_threads(threads)
-    build(small)()
-    call = build(full)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps would hide as much of the growth
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, to the present VmRSS
-    before = _status("VmRSS")
-    call()
-    return round((_status("VmHWM") - before) / 1024, 1)
-
-
-def _status(field):
-    """A field of /proc/self/status in kB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+def peer_precisions(args):
+    """The precisions of the peers. torch's CPU operators compute "high" as they do strict float32."""
+    names = {"fp32" if p == "high" and args.device == "cpu" else p for p in args.precision}
+    return sorted(names, reverse=True)
 
 
 def comparisons(sides, cross=False):
-    """Names (ours, peer) of a case's sides that compare: of like precision; with `cross` any against fp32."""
+    """Names (ours, peer) of a case's sides that compare: of like precision; with `cross` any against fp32.
+
+    Where no peer has "high", because torch has it not there, strict float32 is its like.
+    """
+    peers = {name: side["precision"] for name, side in sides.items() if side["library"] != "ours"}
     for name, ours in sides.items():
         if ours["library"] != "ours":
             continue
-        wanted = {PEER[ours["precision"]], *(["fp32"] if cross else [])}
-        yield from (
-            (name, other) for other, s in sides.items() if s["library"] != "ours" and s["precision"] in wanted
-        )
+        alone = ours["precision"] == "high" and "high" not in peers.values()
+        wanted = {"fp32" if alone else ours["precision"], *(["fp32"] if cross else [])}
+        yield from ((name, other) for other, precision in peers.items() if precision in wanted)
 
 
 def ratio(ours, peer, key="total_ms"):
@@ -206,78 +250,57 @@ def ratio(ours, peer, key="total_ms"):
     return quantiles([theirs / mine for mine, theirs in pairs])
 
 
-def options(doc, **defaults):
-    """The options that every speed program has. `defaults` replaces some of their values."""
-    p = argparse.ArgumentParser(
-        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument("--preset", choices=["ulmfit", "small", "tiny"], default="ulmfit", help="model sizes")
-    p.add_argument(
-        "--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="of ours and the peers"
-    )
-    p.add_argument("--batch", nargs="+", type=positive, default=[64], help="sequences")
-    p.add_argument("--bptt", type=positive, default=72, help="time steps")
-    p.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
-    p.add_argument("--repeats", type=positive, default=5, help="counted rounds")
-    p.add_argument("--quick", action="store_true", help="preset small, batch 16, two rounds, unless given")
-    p.add_argument("--results", type=Path, default=RESULTS, help="where the records go")
-    p.set_defaults(**defaults)
-    return p
-
-
-def add_slow_peers(parser):
-    parser.add_argument(
-        "--slow-peers", action="store_true", help="torch's bf16 LSTM without oneDNN too: minutes a call"
-    )
-    parser.add_argument("--slow-repeats", type=positive, default=1, help="counted rounds of the slow peers")
-
-
-def parse(parser, argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "--quick" in argv:
-        parser.set_defaults(**{k: v for k, v in QUICK.items() if parser.get_default(k) is not None})
-    return parser.parse_args(argv)
-
-
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def publish(args, benchmark, threads, sizes, roof, cases):
+def publish(args, benchmark, threads, sizes, roof, cases, clock=None):
     """Prints the cases and writes them with where they were measured to RESULTS/speed-BENCHMARK-SIZES.json.
 
+    The file's name ends with the number of threads, or with the GPU.
     sizes: {"preset": ..., "batch": ...}. cases: {name: {"shapes": ..., "sides": {side name: figures}}}.
     """
-    print(f"{benchmark}, {describe(sizes)}, {threads} threads: ms, median (p20-p80)")
+    place = provenance(threads, args.device)
+    end = f"threads{threads}" if args.device == "cpu" else gpu.short_name(place["device"])
+    where = f"{threads} threads" if args.device == "cpu" else place["device"]
+    print(f"{benchmark}, {describe(sizes)}, {where}: ms, median (p20-p80)")
     for case, record in cases.items():
-        _print_case(case, record["sides"], cross=benchmark.startswith("train_step"))
+        _print_case(case, record, cross=crosses(benchmark), digits=1 if args.device == "cpu" else 3)
     record = {
         "benchmark": benchmark,
         "dtype": sorted({s["dtype"] for c in cases.values() for s in c["sides"].values()}),
     }
-    record |= {**sizes, "repeats": args.repeats, "quick": args.quick, **provenance(threads)}
+    record |= {**sizes, "repeats": args.repeats, "quick": args.quick, **place}
+    record |= clock.describe() if clock else {}
+    path = args.results / file_name(f"speed-{benchmark}", sizes, end)
+    save(path, record | {"roof": roof, "cases": cases}, show=False)
+
+
+def file_name(kind, sizes, end):
     parts = [str(v) if k == "preset" else f"{k}{v}" for k, v in sizes.items()]
-    name = "-".join(["speed", benchmark, *parts, f"threads{threads}"])
-    save(args.results / f"{name}.json", record | {"roof": roof, "cases": cases}, show=False)
+    return "-".join([kind, *parts, end]) + ".json"
+
+
+def crosses(benchmark):
+    """Whether all of ours are compared with strict float32 too."""
+    return benchmark.startswith("train_step")
 
 
 def describe(sizes):
     return ", ".join(str(v) if k == "preset" else f"{k} {v}" for k, v in sizes.items())
 
 
-def _print_case(case, sides, cross):
+def _print_case(case, record, cross, digits):
     print(f"  {case}")
+    sides = record["sides"]
     for name, side in sides.items():
         total = side["total_ms"]
-        line = f"    {name:27}{total['median']:9.1f} ({total['p20']:.1f}-{total['p80']:.1f})"
+        shown = (f"{total[key]:.{digits}f}" for key in ("median", "p20", "p80"))
+        line = "    {:32}{:>9} ({}-{})".format(name, *shown)
         if "forward_ms" in side:
-            line += f"  forward {side['forward_ms']['median']:.1f}"
+            line += f"  forward {side['forward_ms']['median']:.{digits}f}"
         for key, unit in UNITS.items():
             if side.get(key) is not None:
                 line += f"  {side[key]:{unit[1]}}{unit[0]}"
         print(line)
+    for name, error in record.get("failed", {}).items():
+        print(f"    {name:32} failed: {error.splitlines()[0]}")
     for ours, peer in comparisons(sides, cross):
         low, middle, high = ratio(sides[ours], sides[peer])
         print(f"    {ours} against {peer}: x{middle:.2f} ({low:.2f}-{high:.2f})")
@@ -289,6 +312,12 @@ UNITS = {
     "gflops": (" GFLOP/s", ",.0f"),
     "gb_s": (" GB/s", ".1f"),
     "roof_share": (" of the roof", ".0%"),
+    "us_per_step": (" us a time step", ".2f"),
+    "forward_us_per_step": (" forward", ".2f"),
+    "floor_ms": (" ms at least", ".3g"),
+    "floor_share": (" of that", ".0%"),
+    "host_ms": (" ms of the host", ".3f"),
+    "back_to_back_ms": (" ms back to back", ".3f"),
     "peak_mb": (" MB at the peak", ",.0f"),
     "loss_error": (" error of the loss", ".1e"),
     "gradient_error": (" error of the gradient", ".1e"),

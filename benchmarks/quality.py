@@ -5,7 +5,7 @@
 
 Datasets: trec-6, movie-reviews (test accuracy) and wikitext-2 (test perplexity). Arms: `scratch`, `stage1`
 (stage 3 on the general model), `full` (all three stages), `fastai` (its three stages on the same tokens),
-`svm`. Stage 1 is trained once, in --work, when the first arm needs it. A piece whose record exists is skipped
+`svm`. trec-6-few: stage 3 with 300 labels, stage 2 on the text of all questions (not for fastai). Stage 1 is trained once, in --work, when the first arm needs it. A piece whose record exists is skipped
 (--again repeats it), so an interrupted table is completed by the same command.
 """
 
@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from . import quality_arms as arms
-from .quality_data import CLASSIFICATION, DATASETS, data_folder, export_tokens
+from .quality_data import CLASSIFICATION, DATASETS, FEW, data_folder, export_tokens
 from .quality_recipes import OURS
 from .quality_report import ARMS, table
 from .record import RESULTS, load_all, provenance, record_path, save
@@ -26,7 +26,7 @@ def parse(argv=None):
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--dataset", nargs="+", choices=DATASETS, default=list(DATASETS))
+    p.add_argument("--dataset", nargs="+", choices=[*DATASETS, FEW], default=list(DATASETS))
     p.add_argument(
         "--arm",
         nargs="+",
@@ -54,6 +54,8 @@ def parse(argv=None):
     p.add_argument("--again", action="store_true", help="measure again what has a record")
     p.add_argument("--report", action="store_true", help="print the table of the records")
     args = p.parse_args(argv)
+    if FEW in args.dataset and "fastai" in args.arm:
+        p.error(f"--dataset {FEW} has no fastai arm")
     if not (args.arm or args.report or args.export_tokens):
         p.error("nothing to do: give --arm, --export-tokens or --report")
     args.max_words = {"movie-reviews": args.max_words} if args.max_words else {}
@@ -78,8 +80,9 @@ def measure(ctx, dataset, arm, run, seed=None):
 
 
 def run_arm(ctx, dataset, arm):
+    classification = (*CLASSIFICATION, FEW)
     if arm == "svm":
-        if dataset in CLASSIFICATION:
+        if dataset in classification:
             measure(ctx, dataset, arm, lambda: arms.svm(ctx, dataset))
         return
     if arm == "fastai":
@@ -89,7 +92,7 @@ def run_arm(ctx, dataset, arm):
     for seed in ctx.seeds:
         if arm == "fastai":
             measure(ctx, dataset, arm, lambda s=seed: arms.fastai(ctx, dataset, s), seed)
-        elif dataset in CLASSIFICATION:
+        elif dataset in classification:
             measure(ctx, dataset, arm, lambda s=seed: arms.ours(ctx, dataset, arm, s), seed)
         elif arm != "stage1":
             measure(ctx, dataset, arm, lambda s=seed: arms.ours_wikitext(ctx, arm, s), seed)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from . import quality_svm
-from .quality_data import GENERAL, WIKITEXT_TEST, WIKITEXT_TRAIN, cut_words, read_split, wikitext_words
+from .quality_data import FEW, GENERAL, WIKITEXT_TEST, WIKITEXT_TRAIN, cut_words, read_split, wikitext_words
 from .quality_recipes import FASTAI, OURS
 
 PRESET = "small"
@@ -72,12 +72,14 @@ def ours(ctx, dataset, arm, seed):
     timer, settings = Timer(), {}
     base = None if arm == "scratch" else ctx.work / "stage1"
     if arm == "full":
-        options = dict(OURS[dataset]["finetune"], precision=ctx.precision, seed=seed)
-        base = ctx.work / f"{dataset}-lm-seed{seed}"
+        source = "trec-6" if dataset == FEW else dataset  # whose text stage 2 reads, all of it
+        options = dict(OURS[source]["finetune"], precision=ctx.precision, seed=seed)
+        base = ctx.work / f"{source}-lm-seed{seed}"
+        unlabelled = cut_words(read_split(ctx.data, source, "train")[0], ctx.max_words.get(source))
+        # FEW takes the model that TREC-6's own arm left, where there is one
+        kept = dict(resume=True) if dataset == FEW else dict(overwrite=True)
         with timer("stage2"):
-            lm = uf.finetune_lm(
-                ctx.work / "stage1", texts, out=base, preset=PRESET, overwrite=True, **options
-            )
+            lm = uf.finetune_lm(ctx.work / "stage1", unlabelled, out=base, preset=PRESET, **kept, **options)
         settings["stage2"] = lm.config.to_dict()
     options = dict(OURS[dataset]["classify"], precision=ctx.precision, seed=seed)
     with timer("stage3"):

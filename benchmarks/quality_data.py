@@ -11,6 +11,8 @@ GENERAL = ("general/brown.txt", "general/state-of-the-union.txt", "wikitext-2/va
 WIKITEXT_TRAIN, WIKITEXT_TEST = "wikitext-2/valid.txt", "wikitext-2/test.txt"
 CLASSIFICATION = ("trec-6", "movie-reviews")
 DATASETS = (*CLASSIFICATION, "wikitext-2")
+FEW = "trec-6-few"  # TREC-6 with labels for FEW_LABELS of its training questions, the same for every arm
+FEW_LABELS = 300
 
 
 def data_folder(given=None):
@@ -28,6 +30,12 @@ def data_folder(given=None):
 
 def read_split(data, dataset, split):
     """(texts, labels) of `split` ("train" or "test")."""
+    if dataset == FEW:
+        texts, labels = read_split(data, "trec-6", split)
+        chosen = np.random.default_rng(0).permutation(len(texts))[:FEW_LABELS]
+        return (
+            (texts, labels) if split == "test" else ([texts[i] for i in chosen], [labels[i] for i in chosen])
+        )
     csv.field_size_limit(2**31 - 1)
     with open(data / dataset / f"{split}.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

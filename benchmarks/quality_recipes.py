@@ -22,6 +22,10 @@ OURS = {
         "finetune": dict(_BATCH, epochs=5, head_epochs=1, max_vocab=16000, min_freq=2, drop_mult=0.5),
         "classify": dict(batch_size=32, bptt=72, epochs=7, drop_mult=0.5, **ALL_AT_ONCE),
     },
+    # as trec-6, but epochs enough for a like number of steps (a quarter of them)
+    "trec-6-few": {
+        "classify": dict(batch_size=32, bptt=72, epochs=30, drop_mult=0.5, **ALL_AT_ONCE),
+    },
     "movie-reviews": {
         "finetune": dict(_BATCH, epochs=1, head_epochs=0, max_vocab=16000, min_freq=5, drop_mult=0.3),
         "classify": dict(batch_size=32, bptt=72, epochs=5, drop_mult=0.5, **ALL_AT_ONCE),

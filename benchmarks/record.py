@@ -18,10 +18,20 @@ def record_path(results, dataset, arm, seed=None):
     return Path(results) / f"quality-{dataset}-{arm}{'' if seed is None else f'-seed{seed}'}.json"
 
 
-def provenance(threads):
-    """Machine, versions, commit, command: what a reader needs to believe or repeat a number."""
+def provenance(threads, device="cpu"):
+    """Machine, versions, commit, command: what a reader needs to believe or repeat a number.
+
+    On a GPU `device` is its name, `host` the processor's, and `gpu` the rest about it.
+    """
+    place = {"device": cpu_name()}
+    if device != "cpu":
+        import torch  # here: who only reads records needs neither
+
+        from . import gpu
+
+        place = {"device": torch.cuda.get_device_name(), "host": cpu_name(), "gpu": gpu.description()}
     return {
-        "device": cpu_name(),
+        **place,
         "cores": os.cpu_count(),
         "isa": _isa(),
         "threads": threads,
@@ -70,7 +80,7 @@ def cpu_name():
 
 
 def _isa():
-    """What ulmfit_fast's kernels use, asked of the library; None where it is not built."""
+    """What ulmfit_fast's CPU kernels use, asked of the library; None where it is not built."""
     try:
         import ulmfit_fast
 
@@ -80,6 +90,7 @@ def _isa():
 
 
 def _commit():
+    """The checkout's commit; in a copy without .git what ULMFIT_FAST_COMMIT says."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -89,7 +100,7 @@ def _commit():
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("ULMFIT_FAST_COMMIT")
     return head + (" with local changes" if dirty else "")
 
 

@@ -1,23 +1,26 @@
 """Tables and a plot of the speed records: python -m benchmarks.report
 
 Writes RESULTS/speed.md, all records with their tables, and RESULTS/speed.png, how many times as fast ours is
-than each peer in the main record of every benchmark. README.md gets its part by `make readme`.
+than each peer in the main record of every benchmark. Records of GPUs make a section and a plot of their own.
+README.md gets its part by `make readme`.
 """
 
 import argparse
 import io
 from pathlib import Path
 
-from .harness import UNITS, comparisons, describe, ratio
+from .floors import base
+from .harness import UNITS, comparisons, crosses, describe, ratio
 from .record import RESULTS, load_all, write
 
-PLOT, TABLES = "speed.png", "speed.md"
+PLOT, GPU_PLOT, TABLES = "speed.png", "speed-cuda.png", "speed.md"
 NOTHING = "Not measured yet."
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
 PARTS = ("->", "_dropout", "dropout_mask")  # cases that a summary leaves to the plot and the other tables
-COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b"}
+COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0"}
 TITLES = {
     "train_step-lm": "Training step of the language model",
+    "graph_step": "Training step of the language model in a CUDA graph",
     "train_step-classifier": "Training step of the classifier",
     "lstm": "LSTM layers",
     "linear_cross_entropy": "Softmax and loss",
@@ -28,6 +31,12 @@ HEADINGS = {
     "gflops": "GFLOP/s",
     "gb_s": "GB/s",
     "roof_share": "of the roof",
+    "us_per_step": "µs a time step",
+    "forward_us_per_step": "µs a time step, forward",
+    "floor_ms": "floor, ms",
+    "floor_share": "floor / time",
+    "host_ms": "host, ms",
+    "back_to_back_ms": "back to back, ms",
     "peak_mb": "peak MB",
     "loss_error": "error of the loss",
     "gradient_error": "error of the gradient",
@@ -45,11 +54,16 @@ def main_records(records):
     return [found[-1] for name in TITLES if (found := [r for r in ranked if r["benchmark"] == name])]
 
 
+def apart(records):
+    """(records of CPUs, records of GPUs)."""
+    return [r for r in records if "gpu" not in r], [r for r in records if "gpu" in r]
+
+
 def pairs(record):
     """(case, side of ours, side of the peer, their names) of all that compare in a record."""
     for case, content in record["cases"].items():
         sides = content["sides"]
-        for ours, peer in comparisons(sides, cross=record["benchmark"].startswith("train_step")):
+        for ours, peer in comparisons(sides, cross=crosses(record["benchmark"])):
             yield case, sides[ours], sides[peer], (ours, peer)
 
 
@@ -64,8 +78,10 @@ def ratio_table(records, without=()):
             forward = f"{ratio(ours, peer, 'forward_ms')[1]:.2f}" if "forward_ms" in ours else ""
             both = ours.get("peak_mb") and peer.get("peak_mb")
             memory = f"{ours['peak_mb']:,.0f}, {peer['peak_mb']:,.0f} MB" if both else ""
-            errors = [f"{s['gradient_error']:.0e}" for s in (ours, peer) if "gradient_error" in s]
-            times = f"{ours['total_ms']['median']:,.1f}, {peer['total_ms']['median']:,.1f} ms"
+            errors = [f"{e:.0e}" for s in (ours, peer) if (e := s.get("gradient_error")) is not None]
+            digits = _digits(record)
+            medians = [f"{s['total_ms']['median']:,.{digits}f}" for s in (ours, peer)]
+            times = f"{', '.join(medians)} ms"
             speed = f"**{middle:.2f}** ({low:.2f}-{high:.2f})"
             what = f"{case} ({_sizes(record)})"
             rows.append([what, *names, times, speed, forward, memory, ", ".join(errors)])
@@ -76,12 +92,14 @@ def ratio_table(records, without=()):
 def side_table(record):
     """Markdown, a row a side of each case; columns that nothing fills are left out."""
     sides = [(c, n, s) for c, content in record["cases"].items() for n, s in content["sides"].items()]
+    digits = _digits(record)
     keys = [key for key in HEADINGS if any(s.get(key) is not None for _, _, s in sides)]
     rows = []
     for case, name, side in sides:
         total = side["total_ms"]
-        times = f"{total['median']:,.1f} ({total['p20']:,.1f}-{total['p80']:,.1f})"
-        forward = f"{side['forward_ms']['median']:,.1f}" if "forward_ms" in side else ""
+        median, low, high = (f"{total[key]:,.{digits}f}" for key in ("median", "p20", "p80"))
+        times = f"{median} ({low}-{high})"
+        forward = f"{side['forward_ms']['median']:,.{digits}f}" if "forward_ms" in side else ""
         cells = ["" if side.get(key) is None else f"{side[key]:{UNITS[key][1]}}" for key in keys]
         rows.append([case, name, times, forward, *cells])
     return _markdown(["case", "side", "ms (p20-p80)", "forward ms", *(HEADINGS[key] for key in keys)], rows)
@@ -100,8 +118,24 @@ def _markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _digits(record):
+    """Digits after the point of its milliseconds."""
+    return 3 if "gpu" in record else 1
+
+
+def failures(record):
+    """Markdown of the sides that failed."""
+    return "\n".join(
+        f"- {case}, {side}: `{error.splitlines()[0]}`"
+        for case, content in record["cases"].items()
+        for side, error in content.get("failed", {}).items()
+    )
+
+
 def _sizes(record):
     sizes = {key: record[key] for key in ("preset", "batch", "bptt", "vocab") if key in record}
+    if "gpu" in record:
+        return f"{describe(sizes)}, {record['device']}"
     return f"{describe(sizes)}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
 
 
@@ -112,7 +146,8 @@ def places(records):
         versions = ", ".join(f"{k} {r['versions'][k]}" for k in ("torch", "fastai") if r["versions"].get(k))
         commit, _, changes = str(r["commit"]).partition(" ")
         commit = " ".join([commit[:12], changes]).strip()
-        line = f"{r['device']}, {r['isa']}, {versions}, commit {commit}, {r['date']}"
+        where = f"{r['device']}, {_through(r['gpu']) if 'gpu' in r else r['isa']}"
+        line = f"{where}, {versions}, commit {commit}, {r['date']}"
         line += ", --quick: two rounds" if r["quick"] else ""
         loads.setdefault(line, []).append(r["load_average_1min"])
     return [
@@ -121,40 +156,65 @@ def places(records):
     ]
 
 
+def _through(gpu):
+    return f"driver {gpu['driver']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}"
+
+
 def summary(records, folder=""):
-    """Markdown of the main records, with the plot from `folder`; without records a sentence."""
+    """Markdown of the main records, with the plots from `folder`; without records a sentence."""
+    on_cpu, on_gpu = apart(records)
+    parts = [_section(on_cpu, f"{folder}{PLOT}", folder)]
+    if on_gpu:
+        parts += ["### CUDA", _section(on_gpu, f"{folder}{GPU_PLOT}", folder)]
+    return "\n\n".join(parts)
+
+
+def _section(records, picture, folder):
     main = main_records(records)
     if not main:
         return NOTHING
-    plot = f"![Times as fast as the peers]({folder}{PLOT})"
+    plot = [f"![Times as fast as the peers]({picture})"] if any(any(pairs(r)) for r in main) else []
     tables = f"All records, with rates and errors: [{TABLES}]({folder}{TABLES}). Measured on:"
     table = ratio_table(main, PARTS)
     return "\n\n".join(
-        [plot, *([table] if table else []), tables, "\n".join(f"- {place}" for place in places(main))]
+        [*plot, *([table] if table else []), tables, "\n".join(f"- {place}" for place in places(main))]
     )
 
 
 def full(records):
-    """Markdown of every record."""
+    """Markdown of every record, those of GPUs last."""
     parts = ["# Speed", summary(records)]
-    for record in sorted(records, key=lambda r: list(TITLES).index(r["benchmark"])):
-        roof = record["roof"]
-        rates = ", ".join(f"{p} {roof[f'{p}_gflops']:,.0f} GFLOP/s" for p in COLOURS)
-        parts += [
-            f"## {TITLES[record['benchmark']]}: {_sizes(record)}",
-            side_table(record),
-            ratio_table([record]),
-            f"The roof: {rates}, copy {roof['copy_gb_s']:,.1f} GB/s.",
-            f"Measured on {places([record])[0]}: `{record['command']}`",
-        ]
+    on_cpu, on_gpu = apart(records)
+    for title, some in (("", on_cpu), ("# CUDA", on_gpu)):
+        parts += [title] if title and some else []
+        for record in sorted(some, key=lambda r: list(TITLES).index(r["benchmark"])):
+            parts += _one(record)
     return "\n\n".join(parts) + "\n"
 
 
+def _one(record):
+    roof, failed = record["roof"], failures(record)
+    rates = ", ".join(f"{p} {roof[key]:,.0f} GFLOP/s" for p in COLOURS if (key := f"{p}_gflops") in roof)
+    return [
+        f"## {TITLES[record['benchmark']]}: {_sizes(record)}",
+        side_table(record),
+        ratio_table([record]),
+        *([f"Failed:\n\n{failed}"] if failed else []),
+        f"The roof: {rates}, copy {roof['copy_gb_s']:,.1f} GB/s.",
+        f"Measured on {places([record])[0]}: `{record['command']}`",
+    ]
+
+
 def plot(records):
-    """PNG bytes: for each record a panel of bars, peer's time over ours, with the 20th to 80th percentile."""
+    """PNG bytes: for each record a panel of bars, peer's time over ours, with the 20th to 80th percentile.
+
+    None where nothing compares.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state
 
-    main = main_records(records)
+    main = [r for r in main_records(records) if any(pairs(r))]
+    if not main:  # all of ours, or all peers, failed
+        return None
     steps = [r for r in main if r["benchmark"].startswith("train_step")]
     columns = [column for column in (steps, [r for r in main if r not in steps]) if column]
     bars = [
@@ -179,9 +239,9 @@ def _panel(axis, record):
     labels, colours, ratios = [], [], []
     for case, ours, peer, names in pairs(record):
         prefix = f"{case}: " if len(record["cases"]) > 1 else ""
-        wrong = ", wrong gradients" if peer.get("gradient_error", 0) > WRONG else ""
+        wrong = ", wrong gradients" if (peer.get("gradient_error") or 0) > WRONG else ""
         labels.append(f"{prefix}{names[0]} against {names[1]}{wrong}")
-        colours.append(COLOURS[ours["precision"]])
+        colours.append(COLOURS[base(ours["precision"])])
         ratios.append(ratio(ours, peer))
     middles = [middle for _, middle, _ in ratios]
     reach = [[m - low for low, m, _ in ratios], [high - m for _, m, high in ratios]]
@@ -201,11 +261,13 @@ def _panel(axis, record):
 
 
 def write_report(results):
-    """Writes the tables, and the plot if there is a record; -> the records."""
+    """Writes the tables, and the plots that there are records for; -> the records."""
     records = load_all(results, "speed")
     write(Path(results) / TABLES, full(records).encode())
-    if records:
-        write(Path(results) / PLOT, plot(records))
+    for some, name in zip(apart(records), (PLOT, GPU_PLOT), strict=True):
+        picture = plot(some)
+        if picture:
+            write(Path(results) / name, picture)
     return records
 
 
@@ -214,7 +276,8 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     args = parser.parse_args()
     records = write_report(args.results)
-    print(f"{len(records)} speed records: wrote {TABLES}" + (f" and {PLOT}" if records else ""))
+    plots = [name for name in (PLOT, GPU_PLOT) if (args.results / name).exists()]
+    print(f"{len(records)} speed records: wrote {', '.join([TABLES, *plots])}")
 
 
 if __name__ == "__main__":

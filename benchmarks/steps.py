@@ -1,7 +1,8 @@
 """A whole training step of three libraries: ours, stock torch modules wired as fastai wires them, and fastai.
 
 All three start from the same weights, read the same tokens with the same dropout probabilities, and end with
-torch's clipping and fused AdamW, as `ulmfit_fast.loop.Loop` does it: bf16 is autocast over float32 weights.
+torch's clipping and fused AdamW, as `ulmfit_fast.loop.Loop` does it: bf16 is autocast over float32 weights,
+and so is fp16, with a gradient scaler.
 That favours fastai, whose own optimizer is slower, and whose learner, callbacks and, for the classifier,
 regularisation of the activations are left out.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from .stock_classifier import StockClassifier, pad_chunks
 
 CLASSES = 6
 ERROR_STEPS = 8  # time steps of the gradient check
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Case:
     batch: int
     bptt: int
     vocab: int
+    device: str = "cpu"
 
     @property
     def sizes(self):
@@ -57,7 +61,8 @@ class Case:
 
     def draw_ids(self, *shape):
         """Token numbers as frequent as Zipf's law has them, without xxunk and xxpad (0 and 1)."""
-        return 1 + torch.rand(shape).mul(math.log(self.vocab - 1)).exp().long().clamp(max=self.vocab - 2)
+        ids = 1 + torch.rand(shape).mul(math.log(self.vocab - 1)).exp().long().clamp(max=self.vocab - 2)
+        return ids.to(self.device)
 
 
 class Step:
@@ -66,8 +71,10 @@ class Step:
     carrier: the module whose `hidden` a language model carries from step to step.
     """
 
-    def __init__(self, model, loss, config, carrier=None):
+    def __init__(self, model, loss, config, device, carrier=None):
         self.model, self.loss, self.clip = model.train(), loss, config.clip
+        # a scale so low that no first step overflows: a step that is skipped would look fast
+        self.device, self.scaler = device, torch.amp.GradScaler(device, init_scale=2.0**12)
         self.carrier, self.hidden = carrier, {}
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -79,27 +86,41 @@ class Step:
             fused=True,
         )
 
-    def run(self, precision):
-        """Seconds of one step. Each precision goes on from the state that it left itself."""
+    def run(self, precision, mark):
+        """The clock's marks around one step. Each precision goes on from the state that it left itself."""
         if self.carrier and precision in self.hidden:
             self.carrier.hidden = self.hidden[precision]
         elif self.carrier:
             self.model.reset()
-        begin = time.perf_counter()
-        self.backward(precision)
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
-        seconds = time.perf_counter() - begin
+        begin = mark()
+        self.take(precision)
+        end = mark()
         if self.carrier:
             self.hidden[precision] = self.carrier.hidden
-        return seconds
+        return begin, end
+
+    def take(self, precision):
+        """One step; -> its loss."""
+        loss = self.backward(precision)
+        if precision == "fp16":
+            self.scaler.unscale_(self.optimizer)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if precision == "fp16":
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        return loss
 
     def backward(self, precision):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        """Leaves the gradients, fp16's times the scaler's scale; -> the loss."""
+        kind = AUTOCAST.get(precision, torch.bfloat16)
+        with torch.autocast(self.device, kind, enabled=precision in AUTOCAST):
             loss = self.loss()
         self.optimizer.zero_grad()
-        loss.backward()
+        (self.scaler.scale(loss) if precision == "fp16" else loss).backward()
+        return loss.detach()
 
     def make_optimizer_state(self):
         """What every later step finds: the gradients of the step before it, and Adam's moments."""
@@ -129,7 +150,7 @@ def _dropouts(config, dropout):
 def _lm(case, library, dropout):
     config = case.config
     drops = _dropouts(config, dropout)
-    ours = build_lm(case.sizes, case.vocab, drops)
+    ours = build_lm(case.sizes, case.vocab, drops).to(case.device)
     text = case.draw_ids(case.batch, case.bptt + 1)
     ids, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     regularise = {"alpha": config.alpha, "beta": config.beta}
@@ -138,7 +159,7 @@ def _lm(case, library, dropout):
     else:
         model = ours if library == "ours" else StockLanguageModel.like(ours, **drops)
         loss = lambda: model(ids, targets, **regularise)[0]  # noqa: E731
-    return Step(model, loss, config, carrier=model if library == "torch" else model[0])
+    return Step(model, loss, config, case.device, carrier=model if library == "torch" else model[0])
 
 
 def _fastai_lm(case, drops, ours, ids, targets, alpha, beta):
@@ -147,7 +168,7 @@ def _fastai_lm(case, drops, ours, ids, targets, alpha, beta):
     from fastai.text.models.awdlstm import awd_lstm_lm_config
 
     config = awd_lstm_lm_config | dataclasses.asdict(case.sizes) | drops
-    model = ft.get_language_model(ft.AWD_LSTM, case.vocab, config)
+    model = ft.get_language_model(ft.AWD_LSTM, case.vocab, config).to(case.device)
     _load(model, ours)
     cross_entropy = ft.CrossEntropyLossFlat()
 
@@ -166,16 +187,17 @@ def _classifier(case, library, dropout):
     drops = _dropouts(config, dropout)
     if not dropout:
         config = config.replace(**drops, head_p=0.0)
-    ours = build_classifier(case.sizes, case.vocab, CLASSES, config)
+    ours = build_classifier(case.sizes, case.vocab, CLASSES, config).to(case.device)
     docs = [case.draw_ids(n) for n in case.lengths]
-    wanted = torch.randint(CLASSES, (case.batch,))
+    wanted = torch.randint(CLASSES, (case.batch,)).to(case.device)
     if library == "ours":
-        ids, lengths = pad_batch([np.asarray(d) for d in docs])
-        return Step(ours, lambda: F.cross_entropy(ours(ids, lengths).float(), wanted), config)
+        ids, lengths = pad_batch([np.asarray(d.cpu()) for d in docs])  # lengths stay on the host
+        ids = ids.to(case.device)
+        return Step(ours, lambda: F.cross_entropy(ours(ids, lengths).float(), wanted), config, case.device)
     ids = pad_chunks(docs, case.bptt)
     if library == "torch":
-        model = StockClassifier.like(ours, **drops)
-        return Step(model, lambda: F.cross_entropy(model(ids).float(), wanted), config)
+        model = StockClassifier.like(ours, **drops).to(case.device)
+        return Step(model, lambda: F.cross_entropy(model(ids).float(), wanted), config, case.device)
     ft = import_fastai()
     from fastai.text.models.awdlstm import awd_lstm_clas_config
 
@@ -188,10 +210,10 @@ def _classifier(case, library, dropout):
         lin_ftrs=[config.head_hidden],
         ps=[config.head_p],
         max_len=config.max_len,
-    )
+    ).to(case.device)
     _load(model, ours)
     cross_entropy = ft.CrossEntropyLossFlat()
-    return Step(model, lambda: cross_entropy(model(ids)[0].float(), wanted), config)
+    return Step(model, lambda: cross_entropy(model(ids)[0].float(), wanted), config, case.device)
 
 
 def _load(model, ours):
@@ -205,14 +227,14 @@ def _load(model, ours):
 
 
 def memory_call(spec):
-    """One step, for harness.peak_memory. spec: (Case, harness.Side whose run is not set)."""
+    """One step, for memory.peak. spec: (Case, harness.Side whose run is not set)."""
     case, side = spec
     step = build(case, side.package)
     step.make_optimizer_state()
 
     def call():
         with side.settings():
-            step.run(side.precision)
+            step.run(side.precision, time.perf_counter)
 
     return call
 
@@ -220,22 +242,26 @@ def memory_call(spec):
 def gradient_errors(case, sides):
     """{side name: largest relative error of a parameter's gradient} of the language model, against float64.
 
-    Nothing is dropped, as the libraries' masks differ, and the window is ERROR_STEPS long, so that float64 is
-    done in seconds; batch and sizes are the case's.
+    None for a side that failed. Nothing is dropped, as the libraries' masks differ, and the window is
+    ERROR_STEPS long, so that float64 is done in seconds; batch and sizes are the case's.
     """
     case = dataclasses.replace(case, bptt=min(case.bptt, ERROR_STEPS))
-    exact = build(case, "torch", dropout=False)
-    exact.model.double()
-    exact.backward("fp64")
-    truth = _gradients(exact.model)
-    errors = {}
-    for side in sides:
+
+    @cache
+    def truth():
+        exact = build(case, "torch", dropout=False)
+        exact.model.double()
+        exact.backward("fp64")
+        return _gradients(exact.model)
+
+    def error(side):
         step = build(case, side.package, dropout=False)
-        with side.settings():
-            step.backward(side.precision)
+        step.backward(side.precision)
         found = _gradients(step.model)
-        errors[side.name] = max(float((found[n].double() - g).norm() / g.norm()) for n, g in truth.items())
-    return errors
+        scale = step.scaler.get_scale() if side.precision == "fp16" else 1.0
+        return max(float((found[n].double() / scale - g).norm() / g.norm()) for n, g in truth().items())
+
+    return {side.name: side.attempt(partial(error, side)) for side in sides}
 
 
 def _gradients(model):

@@ -80,7 +80,7 @@ class StockClassifier(nn.Module):
         mean = out.masked_fill(padded[:, :, None], 0).sum(1) / lengths[:, None].to(out.dtype)
         largest = out.masked_fill(padded[:, :, None], -float("inf")).amax(1)
         last = out.shape[1] - 1 - padded[:, -self.bptt :].sum(1)
-        return torch.cat([out[torch.arange(len(out)), last], largest, mean], 1)
+        return torch.cat([out[torch.arange(len(out), device=out.device), last], largest, mean], 1)
 
 
 def _with_rows(state, rows):

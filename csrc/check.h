@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/views.h"
 
 namespace ulmfit_fast {
 
@@ -84,8 +84,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t,
   ULMFIT_CHECK(same, op, name, " must have shape ", shape_text(expected), ", got ", shape_text(sizes));
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  ULMFIT_CHECK(t.is_cpu(), op, name, " must be on the CPU, as the other tensors are");
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
+  ULMFIT_CHECK(t.device() == first.device(), op, name, " must be on the same device as the other tensors");
 }
 
 inline void check_probability(const char* op, const char* name, double p) {

@@ -31,11 +31,12 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
 
   m.def(
       "linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
-      "float label_smoothing, int reduction, bool high, bool grad) "
+      "float label_smoothing, int reduction, bool high, bool grad, int chunk_rows) "
       "-> (Tensor loss, Tensor dh, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor weight, Tensor? bias, Tensor target, "
-      "int ignore_index, float label_smoothing, bool high) -> (Tensor dh, Tensor dweight, Tensor dbias)");
+      "int ignore_index, float label_smoothing, bool high, int chunk_rows) "
+      "-> (Tensor dh, Tensor dweight, Tensor dbias)");
 
   m.def("cpu_isa() -> str");            // the instruction set in use
   m.def("release_workspace() -> int");  // scratch memory kept for the next call: bytes given back

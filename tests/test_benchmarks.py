@@ -15,9 +15,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
-from benchmarks import harness, report, steps  # noqa: E402
+from benchmarks import harness, memory, report, steps  # noqa: E402
 from benchmarks.harness import Side  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("the programs measure the CPU")
 TINY = ["--quick", "--preset", "tiny", "--batch", "3", "--bptt", "5", "--threads", "1"]
 PROGRAMS = {
     "lstm": ["--slow-peers"],
@@ -46,11 +47,12 @@ def results(tmp_path_factory):
 
 def test_records_say_where_and_what(results):
     records = [json.loads(path.read_text()) for path in sorted(results.glob("speed-*.json"))]
-    assert {r["benchmark"] for r in records} == set(report.TITLES)
+    assert {r["benchmark"] for r in records} == set(report.TITLES) - {"graph_step"}
     for record in records:
         assert record["isa"] and record["device"] and record["versions"]["torch"] == torch.__version__
         assert record["command"].startswith("python -m benchmarks.") and str(results) not in record["command"]
         assert {"commit", "date", "load_average_1min"} <= set(record)
+        assert "gpu" not in record
         assert (record["threads"], record["preset"], record["batch"], record["bptt"]) == (1, "tiny", 3, 5)
         assert set(record["dtype"]) == {"float32", "bfloat16"}
         assert record["roof"]["fp32_gflops"] > 0 and record["roof"]["copy_gb_s"] > 0
@@ -78,8 +80,9 @@ def test_report_shows_every_benchmark(results):
     assert done.returncode == 0, done.stderr
     assert (results / "speed.png").read_bytes().startswith(b"\x89PNG")
     text = (results / "speed.md").read_text()
-    for title in report.TITLES.values():
-        assert f"## {title}: tiny, batch 3, bptt 5" in text
+    for benchmark, title in report.TITLES.items():
+        assert (f"## {title}: tiny, batch 3, bptt 5" in text) == (benchmark != "graph_step")
+    assert "CUDA" not in text and not (results / report.GPU_PLOT).exists()
     for shown in ("torch bf16 without oneDNN", "embedding_dropout", "all layers", "tokens/s", "--quick"):
         assert shown in text
     assert not list(results.glob("*.part"))
@@ -116,7 +119,7 @@ def test_sides_take_turns_after_a_warm_up():
     calls = []
 
     def side(library, onednn=True):
-        return Side(library, "fp32", lambda: calls.append(library) or len(calls), onednn)
+        return Side(library, "fp32", lambda mark: (0, calls.append(library) or len(calls)), onednn)
 
     samples = harness.interleave([side("a"), side("b"), side("slow", onednn=False)], repeats=2)
     assert calls == ["slow", "b", "a", "a", "b", "slow", "b", "a"]
@@ -134,7 +137,7 @@ def test_settings_of_a_side_end_with_it():
 
 def test_peak_memory_sees_what_a_call_holds():
     build = functools.partial(functools.partial, operator.mul, b"x")
-    peak = harness.peak_memory(build, 1, 64 << 20, threads=1)
+    peak = memory.peak(build, 1, 64 << 20, threads=1)
     assert peak is None or 63 < peak < 72
 
 

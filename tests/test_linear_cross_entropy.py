@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from checks import (
+    DEVICE,
     DTYPES,
     ISA_CASES,
     assert_near,
+    assert_same,
     assert_same_for_all_thread_counts,
     check_case,
     linear_cross_entropy_case,
@@ -60,6 +62,7 @@ def test_master_weights(dtype, reduction):
     check(linear_cross_entropy_case(dtype, weight_dtype=torch.float32, reduction=reduction), dtype)
 
 
+@pytest.mark.cpu_only("instruction sets")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_isa(isa_results, dtype):
     case = ISA_CASES["linear_cross_entropy"](dtype)
@@ -72,6 +75,7 @@ def test_gradcheck(reduction):
     assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in inputs])
 
 
+@pytest.mark.cpu_only("thread counts")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_thread_count(dtype):
     inputs, op, _ = linear_cross_entropy_case(dtype, (300,), 50, 700)
@@ -97,7 +101,7 @@ def test_any_shape():
 
 def test_equals_torch_cross_entropy():
     h, weight, bias = (randn(*s, dtype=torch.float32) for s in ((6, 8), (11, 8), (11,)))
-    target = torch.tensor([0, 10, -100, 3, 3, -100])
+    target = torch.tensor([0, 10, -100, 3, 3, -100], device=DEVICE)
     ours = uf.linear_cross_entropy(h, weight, bias, target, label_smoothing=0.1)
     assert_near(
         ours, F.cross_entropy(F.linear(h, weight, bias), target, label_smoothing=0.1), torch.float32, 8
@@ -106,12 +110,10 @@ def test_equals_torch_cross_entropy():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_stay_finite(dtype):
-    h, weight = torch.full((4, 8), 60.0, dtype=dtype), torch.full((5, 8), 60.0, dtype=dtype)
+    h, weight = (torch.full((rows, 8), 60.0, dtype=dtype, device=DEVICE) for rows in (4, 5))
     weight[2:] = -60.0
-    inputs = [h, weight]
-    results = with_gradients(
-        lambda h, w: (uf.linear_cross_entropy(h, w, None, torch.tensor([0, 1, 2, 4])),), inputs
-    )
+    target = torch.tensor([0, 1, 2, 4], device=DEVICE)
+    results = with_gradients(lambda h, w: (uf.linear_cross_entropy(h, w, None, target),), [h, weight])
     assert all(t.isfinite().all() for t in results)
     assert results[0].item() == pytest.approx(
         (2 * 0.6931471805599453 + 2 * (57600 + 0.6931471805599453)) / 4, rel=1e-4
@@ -120,7 +122,7 @@ def test_large_logits_stay_finite(dtype):
 
 @pytest.mark.parametrize("shape, target", [((0, 3), []), ((2, 3), [-100, -100])])
 def test_a_mean_over_nothing_is_zero_with_zero_gradients(shape, target):
-    target = torch.tensor(target, dtype=torch.int64)
+    target = torch.tensor(target, dtype=torch.int64, device=DEVICE)
     results = with_gradients(
         lambda h, w: (uf.linear_cross_entropy(h, w, None, target),), [randn(*shape), randn(5, 3)]
     )
@@ -148,6 +150,7 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu_only("the process's memory; test_cuda_runtime.py has the device's")
 def test_no_more_than_a_chunk_of_logits_exists():
     """4,096 x 20,000 fp32 logits would be 328 MB; the op's peak is measured in a process of its own."""
     script = """
@@ -169,7 +172,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_autocast():
     inputs, op, ref = linear_cross_entropy_case(torch.float32, (40,), 30, 90)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         results = with_gradients(op, inputs)
     assert results[0].dtype == torch.float32
     check_case((inputs, op, ref), torch.bfloat16, FACTOR, results)
@@ -179,19 +182,18 @@ def test_strides():
     inputs, op, _ = linear_cross_entropy_case(torch.float32)
     spread = [t.repeat_interleave(2, -1)[..., ::2] for t in inputs]
     spread[1] = inputs[1].t().contiguous().t()
-    for a, b in zip(with_gradients(op, inputs), with_gradients(op, spread), strict=True):
-        assert torch.equal(a, b)
+    assert_same(with_gradients(op, spread), with_gradients(op, inputs))
 
 
 def test_opcheck():
     op = torch.ops.ulmfit_fast.linear_cross_entropy.default
     inputs, _, _ = linear_cross_entropy_case(torch.float32, (9,))
-    target = torch.arange(9)
+    target = torch.arange(9, device=DEVICE)
     leaves = [t.requires_grad_() for t in inputs]
     for reduction, high, grad in ((2, False, True), (0, True, False)):
-        torch.library.opcheck(op, (*leaves, target, -100, 0.1, reduction, high, grad))
+        torch.library.opcheck(op, (*leaves, target, -100, 0.1, reduction, high, grad, 0))
     torch.library.opcheck(
-        op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False, False)
+        op, (inputs[0].detach(), inputs[1].detach(), None, target, -100, 0.0, 2, False, False, 4)
     )
 
 
@@ -203,15 +205,17 @@ def test_compile(reduction):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (4, 7):
         inputs, _, _ = linear_cross_entropy_case(torch.float32, (n,))
-        target = torch.arange(n)
+        target = torch.arange(n, device=DEVICE)
         ours, theirs = (
             with_gradients(lambda *t, f=f, target=target: (f(*t, target),), inputs)
             for f in (compiled, function)
         )
         for a, b in zip(ours, theirs, strict=True):
             assert_near(a, b, torch.float32, 4)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: target must be in 0..49 or -100, got 50"):
-        compiled(*inputs, target + 44)
+    if DEVICE.type == "cpu":  # on CUDA an assertion of the kernel: test_cuda_runtime.py
+        message = "linear_cross_entropy: target must be in 0..49 or -100, got 50"
+        with pytest.raises(RuntimeError, match=message):
+            compiled(*inputs, target + 44)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

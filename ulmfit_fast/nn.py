@@ -15,8 +15,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in ab
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed on `device`, drawn on the CPU as the ops draw one: one `torch.manual_seed` governs all."""
-    return torch.randint(_SEED_MASK, (), device="cpu").to(device, non_blocking=True)
+    """A seed drawn by `device` itself, as the ops draw one: a CUDA graph's replay draws another."""
+    return torch.randint(_SEED_MASK, (), device=device)
 
 
 def derive_seed(seed: Seed, k: int) -> Seed:

@@ -1,10 +1,8 @@
 // From torch tensors to the plain arguments of the CPU kernels.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "../check.h"
+#include "../kernels/cpu/kernels.h"
 #include "../kernels/cpu/workspace.h"
+#include "../views.h"
 
 namespace ulmfit_fast {
 
@@ -19,40 +17,20 @@ inline Parallel torch_pool() {
   return parallel;
 }
 
-inline void* data_of(const Tensor& t) { return t.numel() == 0 ? nullptr : t.data_ptr(); }
-
 // A tensor that was just allocated and will be written whole.
-inline Tensor with_huge_pages(Tensor t) {
-  if (t.numel() > 0) prefer_huge_pages(t.data_ptr(), t.numel() * t.element_size());
-  return t;
+inline void use_huge_pages(std::initializer_list<Tensor> outputs) {
+  for (const Tensor& t : outputs)
+    if (t.numel() > 0) prefer_huge_pages(t.data_ptr(), t.numel() * t.element_size());
 }
 
-inline const int64_t* ids_of(const Tensor& t) { return static_cast<const int64_t*>(data_of(t)); }
-
-inline uint64_t seed_of(const char* op, const Tensor& seed) {
-  check_cpu(op, "seed", seed);
-  check_dtype(op, "seed", seed, ScalarType::Long);
-  check_dim(op, "seed", seed, 0);
+inline uint64_t seed_of(const char* op, const Tensor& seed, const Tensor& first) {
+  check_seed(op, seed, first);
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
-// A tensor whose last dimension lies contiguous: itself where it can be, whatever its other strides.
-inline Tensor with_contiguous_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-// A 3-D tensor with contiguous rows, in either layout. It must outlive what is returned.
-inline Sequence sequence_of(const char* op, const char* name, const Tensor& t, bool batch_first) {
-  return {data_of(t), dtype_of(op, name, t), t.stride(batch_first ? 1 : 0), t.stride(batch_first ? 0 : 1)};
-}
-
-// lengths (B), each in 0..T, contiguous; nullptr where there are none.
-inline const int64_t* lengths_of(const char* op, const Tensor& lengths, int64_t batch, int64_t time) {
-  check_cpu(op, "lengths", lengths);
-  check_dtype(op, "lengths", lengths, ScalarType::Long);
-  check_shape(op, "lengths", lengths, {batch});
-  check_range(op, "lengths", ids_of(lengths), batch, 0, time + 1);
+// lengths (B), each in 0..T, contiguous; nullptr where the batch is empty.
+inline const int64_t* lengths_of(const char* op, const Tensor& lengths, int64_t time) {
+  check_range(op, "lengths", ids_of(lengths), lengths.numel(), 0, time + 1);
   return ids_of(lengths);
 }
 

@@ -1,80 +1,33 @@
-#include <optional>
-#include <tuple>
-
+#include "../linear_cross_entropy_inputs.h"
 #include "glue.h"
 
 namespace ulmfit_fast {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-enum Reduction : int64_t { kNone = 0, kSum = 2 };  // a mean is a sum that Python divides
-
-// Checks and runs either op. row_gradient (N), or nullptr: no gradient wanted.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, const Tensor& weight,
-                                               const OptionalTensor& bias, const Tensor& target,
-                                               int64_t ignore_index, double label_smoothing, bool high,
-                                               const void* row_gradient, Tensor loss) {
-  check_cpu(op, "h", h);
-  check_cpu(op, "weight", weight);
-  check_dim(op, "h", h, 2);
-  check_dim(op, "weight", weight, 2);
-  const int64_t N = h.size(0), E = h.size(1), V = weight.size(0);
-  const DType dtype = dtype_of(op, "h", h), weight_type = dtype_of(op, "weight", weight);
-  ULMFIT_CHECK(weight_type == dtype || (weight_type == DType::f32 && size_of(dtype) == 2), op,
-               "weight must be ", name_of(h.scalar_type()), ", as h is, or float32 where h is 16-bit, got ",
-               name_of(weight.scalar_type()));
-  ULMFIT_CHECK(V > 0, op, "weight must have shape (V, E) with V > 0, got ", shape_text(weight.sizes()));
-  check_shape(op, "weight", weight, {V, E});
-  check_cpu(op, "target", target);
-  check_dtype(op, "target", target, ScalarType::Long);
-  check_shape(op, "target", target, {N});
-  ULMFIT_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing must be in [0, 1], got ",
-               label_smoothing);
-  const Tensor targets = torch::stable::contiguous(target);
-  check_range(op, "target", ids_of(targets), N, 0, V, ignore_index);
-  Tensor bias_values;
-  if (bias.has_value()) {
-    check_cpu(op, "bias", *bias);
-    check_dtype(op, "bias", *bias, weight.scalar_type());
-    check_shape(op, "bias", *bias, {V});
-    bias_values = torch::stable::contiguous(*bias);
-  }
-  const Tensor h_rows = with_contiguous_rows(h), weight_rows = with_contiguous_rows(weight);
-  const bool grad = row_gradient != nullptr;
-  const int64_t nothing[] = {0}, h_shape[] = {N, E}, weight_shape[] = {V, E},
-                bias_shape[] = {bias.has_value() ? V : 0};
-  const auto shaped = [&](const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-    return with_huge_pages(
-        torch::stable::new_empty(like, grad ? shape : torch::headeronly::IntHeaderOnlyArrayRef(nothing, 1)));
-  };
-  Tensor dh = shaped(h, {h_shape, 2}), dweight = shaped(weight, {weight_shape, 2}),
-         dbias = shaped(weight, {bias_shape, 1});
+// row_gradient (N), or nullptr: no gradient wanted.
+LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, const Tensor* row_gradient) {
+  check_range(in.op, "target", ids_of(in.target), in.N, 0, in.V, in.ignore_index);
+  const LinearCrossEntropyResults out(in, row_gradient != nullptr);
+  use_huge_pages({out.dh, out.dweight});
   LinearCrossEntropy a;
-  a.N = N;
-  a.E = E;
-  a.V = V;
-  a.h = {data_of(h_rows), dtype, N > 1 ? h_rows.stride(0) : E};
-  a.weight = {data_of(weight_rows), weight_type, V > 1 ? weight_rows.stride(0) : E};
-  a.bias = bias.has_value() ? data_of(bias_values) : nullptr;
-  a.target = ids_of(targets);
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
+  a.N = in.N;
+  a.E = in.E;
+  a.V = in.V;
+  a.h = matrix_of(in.op, "h", in.h);
+  a.weight = matrix_of(in.op, "weight", in.weight);
+  a.bias = in.bias_data();
+  a.target = ids_of(in.target);
+  a.ignore_index = in.ignore_index;
+  a.label_smoothing = in.label_smoothing;
   a.high = high;
-  a.row_gradient = row_gradient;
-  a.loss = data_of(loss);
-  a.dh = data_of(dh);
-  a.dweight = data_of(dweight);
-  a.dbias = grad && bias.has_value() ? data_of(dbias) : nullptr;
+  // An empty batch still has a gradient, zeros; any pointer says that one is wanted.
+  a.row_gradient = row_gradient == nullptr ? nullptr : in.N > 0 ? data_of(*row_gradient) : &in;
+  a.loss = data_of(out.loss);
+  a.dh = data_of(out.dh);
+  a.dweight = data_of(out.dweight);
+  a.dbias = out.dbias.numel() > 0 ? data_of(out.dbias) : nullptr;
   kernels().linear_cross_entropy(a, torch_pool());
-  return {loss, dh, dweight, dbias};
-}
-
-ScalarType statistics_type(const Tensor& h) {
-  return h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-Tensor vector_like(const Tensor& h, int64_t n) {
-  const int64_t shape[] = {n};
-  return torch::stable::new_empty(h, shape, statistics_type(h));
+  return out;
 }
 
 // In order and in double, whatever the number of threads; torch's sum splits long vectors by it.
@@ -89,39 +42,29 @@ Tensor sum_of(const Tensor& losses) {
   return torch::stable::fill_(sum, total);
 }
 
+// chunk_rows: for devices where logits lie in large memory; here a few rows do at a time, always.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h, const Tensor& weight,
                                                                 const OptionalTensor& bias,
                                                                 const Tensor& target, int64_t ignore_index,
                                                                 double label_smoothing, int64_t reduction,
-                                                                bool high, bool grad) {
-  constexpr const char* op = "linear_cross_entropy";
-  ULMFIT_CHECK(reduction == kNone || reduction == kSum, op, "reduction must be 0 (none) or 2 (sum), got ",
-               reduction);
-  ULMFIT_CHECK(!(grad && reduction == kNone), op, "grad must be False where reduction is 0 (none)");
-  Tensor loss = vector_like(h, target.numel());
-  Tensor upstream = vector_like(h, grad ? target.numel() : 0);
-  torch::stable::fill_(upstream, 1.0);
-  // An empty batch still has a gradient, zeros; any pointer says that one is wanted.
-  const void* row_gradient = !grad ? nullptr : target.numel() > 0 ? data_of(upstream) : &reduction;
-  auto result = run(op, h, weight, bias, target, ignore_index, label_smoothing, high, row_gradient, loss);
-  if (reduction == kSum) std::get<0>(result) = sum_of(loss);
-  return result;
+                                                                bool high, bool grad, int64_t chunk_rows) {
+  const LinearCrossEntropyInputs in("linear_cross_entropy", h, weight, bias, target, ignore_index,
+                                    label_smoothing);
+  check_reduction(in.op, reduction, grad);
+  Tensor ones = empty_like(h, {grad ? in.N : 0}, compute_type(h));
+  torch::stable::fill_(ones, 1.0);
+  const auto out = run(in, high, grad ? &ones : nullptr);
+  return {reduction == kSum ? sum_of(out.loss) : out.loss, out.dh, out.dweight, out.dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& h,
-                                                                 const Tensor& weight,
-                                                                 const OptionalTensor& bias,
-                                                                 const Tensor& target, int64_t ignore_index,
-                                                                 double label_smoothing, bool high) {
-  constexpr const char* op = "linear_cross_entropy_backward";
-  check_cpu(op, "dloss", dloss);
-  check_dtype(op, "dloss", dloss, statistics_type(h));
-  check_shape(op, "dloss", dloss, {target.numel()});
-  const Tensor upstream = torch::stable::contiguous(dloss);
-  const void* row_gradient = target.numel() > 0 ? data_of(upstream) : &op;
-  auto [loss, dh, dweight, dbias] = run(op, h, weight, bias, target, ignore_index, label_smoothing, high,
-                                        row_gradient, vector_like(h, target.numel()));
-  return {dh, dweight, dbias};
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& dloss, const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+    const Tensor& target, int64_t ignore_index, double label_smoothing, bool high, int64_t chunk_rows) {
+  const LinearCrossEntropyInputs in("linear_cross_entropy_backward", h, weight, bias, target, ignore_index,
+                                    label_smoothing);
+  const Tensor upstream = checked_row_gradient(in, dloss);
+  const auto out = run(in, high, &upstream);
+  return {out.dh, out.dweight, out.dbias};
 }
 
 }  // namespace

@@ -1,3 +1,5 @@
+#include "../variational_dropout_inputs.h"
+
 #include "glue.h"
 
 namespace ulmfit_fast {
@@ -5,26 +7,12 @@ namespace {
 
 Tensor apply(const char* op, const char* name, const Tensor& x, const Tensor& seed, double p,
              bool batch_first) {
-  check_probability(op, "p", p);
-  check_cpu(op, name, x);
-  dtype_of(op, name, x);
-  ULMFIT_CHECK(x.dim() >= 2, op, name, " must have at least 2 dimensions, got shape ", shape_text(x.sizes()));
-  VariationalDropout a;
-  a.seed = seed_of(op, seed);
-  a.p = p;
-  a.B = x.size(batch_first ? 0 : 1);
-  a.T = x.size(batch_first ? 1 : 0);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  if (y.numel() == 0) return y;
-  a.F = x.numel() / (a.B * a.T);
-
-  // (B, T, F) or (T, B, F); for the usual 3-D input the view is x itself, with its strides
-  const int64_t flat[] = {x.size(0), x.size(1), a.F};
-  const Tensor rows = with_contiguous_rows(x.dim() == 3 ? x : torch::stable::reshape(x, flat));
-  a.in = sequence_of(op, name, rows, batch_first);
-  a.out = sequence_of(op, name, torch::stable::view(y, flat), batch_first);
-  kernels().variational_dropout(a, torch_pool());
-  return y;
+  const VariationalDropoutInputs in(op, name, x, seed, p, batch_first);
+  if (in.F == 0) return in.result;
+  kernels().variational_dropout({in.T, in.B, in.F, sequence_of(op, name, in.x, batch_first),
+                                 sequence_of(op, name, in.y, batch_first), seed_of(op, seed, x), p},
+                                torch_pool());
+  return in.result;
 }
 
 Tensor variational_dropout(const Tensor& x, const Tensor& seed, double p, bool batch_first) {

@@ -60,11 +60,18 @@ struct Dropout {
 
   ULMFIT_HD bool active() const { return threshold != 0; }
 
+  // The four words of one counter: elements of a group that lie 16 apart.
+  ULMFIT_HD void words(uint64_t counter, uint32_t (&c)[4]) const {
+    c[0] = static_cast<uint32_t>(counter);
+    c[1] = static_cast<uint32_t>(counter >> 32);
+    c[2] = c[3] = 0u;
+    philox4x32_10(c[0], c[1], c[2], c[3], key0, key1);
+  }
+
   // One element, for code that has no lanes (edges, CUDA's scattered rows).
   ULMFIT_HD bool kept(uint64_t element) const {
-    const uint64_t counter = element / kMaskGroup * 16 + element % 16;
-    uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0u, 0u};
-    philox4x32_10(c[0], c[1], c[2], c[3], key0, key1);
+    uint32_t c[4];
+    words(element / kMaskGroup * 16 + element % 16, c);
     return c[element % kMaskGroup / 16] >= threshold;
   }
 };

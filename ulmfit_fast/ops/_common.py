@@ -22,9 +22,9 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> T
     if seed is None:
         if p == 0:
             return torch.zeros((), dtype=torch.int64, device=device)
-        # drawn on the CPU for every device: one generator, so one torch.manual_seed, governs all
-        drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-        return drawn if device is None else drawn.to(device)
+        # by the device itself, which nobody waits for; a replayed CUDA graph draws another. torch.manual_seed
+        # governs the generators of all devices.
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be None, an int or a 0-dim int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
@@ -122,6 +122,11 @@ def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
     chosen = _torch_precision() if precision is None else precision
     if chosen not in ("highest", "high", "medium"):
         raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
+    if value.device.type == "cuda" and precision == "highest" and _torch_precision() != "highest":
+        raise ValueError(
+            f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
+            "products are torch's own, and it allows TF32 now"
+        )
     return chosen != "highest" and value.dtype == torch.float32
 
 

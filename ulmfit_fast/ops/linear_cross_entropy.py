@@ -33,6 +33,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     precision: str | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the logits h @ weight.T + bias against target.
 
@@ -48,6 +49,8 @@ def linear_cross_entropy(
         label_smoothing: s in [0, 1]: the target distribution is 1-s on the target plus s/V everywhere.
         reduction: "mean" over the positions that count, "sum", or "none".
         precision: of float32 products, as in `lstm`.
+        chunk_rows: on CUDA, positions whose logits exist at once (V of them a position, in h's dtype); None
+            takes as many as 1 GiB holds.  The CPU needs a few hundred, whatever is said here.
 
     Returns:
         float32 (float64 for float64) loss: 0-dim, or the shape of target with "none".
@@ -80,6 +83,10 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
+        raise TypeError(f"{op}: chunk_rows must be None or an int, got {type(chunk_rows).__name__}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be None or at least 1, got {chunk_rows}")
     if readable(target):
         wrong = target[(target != ignore_index) & ((target < 0) | (target >= words))]
         if wrong.numel():
@@ -100,6 +107,7 @@ def linear_cross_entropy(
         code,
         allows_high(op, precision, h),
         needs_grad(h, weight, bias) and code == _SUM,
+        chunk_rows or 0,
     )[0]
     if reduction == "none":
         return loss.reshape(target.shape)
@@ -107,7 +115,7 @@ def linear_cross_entropy(
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
-def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad):  # type: ignore
+def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, chunk_rows):  # type: ignore
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
     dh = h.new_empty(h.shape if grad else (0,))
@@ -117,7 +125,7 @@ def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, g
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
-def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high):  # type: ignore
+def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, chunk_rows):  # type: ignore
     dbias = weight.new_empty((0,) if bias is None else bias.shape)
     return h.new_empty(h.shape), weight.new_empty(weight.shape), dbias
 
@@ -143,7 +151,8 @@ class _ScaleGradients(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.high, ctx.grad = inputs
+    h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.high, ctx.grad, \
+        ctx.chunk_rows = inputs  # fmt: skip
     _, dh, dweight, dbias = output
     ctx.mark_non_differentiable(dh, dweight, dbias)
     ctx.save_for_backward(h, weight, bias, *((target,) if ctx.reduction == _NONE else (dh, dweight, dbias)))
@@ -152,10 +161,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
     if dloss is None:
-        return (None,) * 9
+        return (None,) * 10
     if ctx.reduction == _NONE:
         grads = torch.ops.ulmfit_fast.linear_cross_entropy_backward(
-            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.high
+            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.high, ctx.chunk_rows
         )
     elif ctx.grad:
         grads = _ScaleGradients.apply(dloss, *ctx.saved_tensors)
@@ -163,7 +172,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
         raise RuntimeError(
             "ulmfit_fast::linear_cross_entropy was called with grad=False, so it has no gradient"
         )
-    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 6
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
 torch.library.register_autograd("ulmfit_fast::linear_cross_entropy", _backward, setup_context=_setup_context)

@@ -1,0 +1,258 @@
+// The general path of the LSTM: any size, any card. What has no order in time is one product of torch's
+// library each; the recurrence is a product and a fused kernel for every step.
+#include "../lstm_inputs.h"
+#include "glue.h"
+
+namespace ulmfit_fast::cuda {
+namespace {
+
+// The rows (T * B, width) of a contiguous sequence, in the order they lie in.
+Tensor as_rows(const Tensor& sequence) {
+  const int64_t flat[] = {sequence.size(0) * sequence.size(1), sequence.size(2)};
+  return torch::stable::view(sequence, flat);
+}
+
+// What both directions share: where a step is, and the weights as the products take them.
+struct Layer {
+  const LstmInputs& in;
+  const Device device;
+  const DType dtype;
+  const ScalarType type, sums;  // of x, and of what products give
+  const Mask mask;
+  const bool reverse;
+
+  Layer(const LstmInputs& in, const Tensor& seed, double weight_p, bool reverse)
+      : in(in),
+        device(in.x),
+        dtype(in.dtype()),
+        type(in.x.scalar_type()),
+        sums(compute_type(in.x)),
+        mask(mask_of(seed, weight_p)),
+        reverse(reverse) {}
+
+  int64_t time_of(int64_t step) const { return reverse ? in.T - 1 - step : step; }
+
+  LstmStep step(int64_t step) const {
+    const int64_t* lengths = in.lengths.has_value() ? ids_of(*in.lengths) : nullptr;
+    return {in.B, in.H, time_of(step), padded_units(in.H), dtype, lengths, step == 0, in.T};
+  }
+
+  // A weight in x's dtype, dropped if there is a mask; itself where nothing is to be done.
+  Tensor operand(const char* name, const Tensor& weight, const Mask& dropped) const {
+    if (dropped.p == 0 && weight.scalar_type() == type) return weight;
+    const Tensor result = empty_like(weight, {weight.size(0), weight.size(1)}, type);
+    masked_copy(in.matrix(name, weight), weight.size(0), weight.size(1), dropped, dtype, data_of(result),
+                device.stream);
+    return result;
+  }
+  Tensor dropped_w_hh() const { return operand("w_hh", in.w_hh, mask); }
+
+  // A (B, H) state in what sums are kept in; none gives zeros.
+  Tensor state(const char* name, const OptionalTensor& given) const {
+    if (!given.has_value()) {
+      const int64_t shape[] = {in.B, in.H};
+      return torch::stable::new_zeros(in.x, shape, sums);
+    }
+    const Tensor result = empty_like(in.x, {in.B, in.H}, sums);
+    masked_copy(in.matrix(name, *given), in.B, in.H, Mask(), dtype_of(in.op, name, result), data_of(result),
+                device.stream);
+    return result;
+  }
+
+  // (T, B, width) in the layout of x, unwritten.
+  Tensor sequence(int64_t width, ScalarType dtype) const {
+    return empty_like(in.x, {in.x.size(0), in.x.size(1), width}, dtype);
+  }
+  void* at(const Tensor& t, int64_t element) const {
+    return static_cast<char*>(t.data_ptr()) + element * t.element_size();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
+    const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, const Tensor& seed,
+    double weight_p, bool batch_first, bool reverse, bool high, bool save) {
+  const LstmInputs in("lstm", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first);
+  const ScalarType weight_type = in.w_hh.scalar_type();
+  const OptionalTensor bias_ih = in.checked("b_ih", b_ih, weight_type, {4 * in.H}),
+                       bias_hh = in.checked("b_hh", b_hh, weight_type, {4 * in.H});
+  const LstmOutputs out(in, save);
+  if (in.B == 0) return out.all();
+  const Layer layer(in, seed, weight_p, reverse);
+  void* stream = layer.device.stream;
+
+  const Tensor first_cell = layer.state("c0", in.c0);
+  Tensor h = out.h_n, recurrent = empty_like(in.x, {in.B, 4 * in.H}, layer.sums), bias;
+  masked_copy(in.matrix("h0", in.h0), in.B, in.H, Mask(), layer.dtype, data_of(h), stream);
+  if (bias_ih.has_value() || bias_hh.has_value()) {
+    const OptionalTensor& one = bias_ih.has_value() ? bias_ih : bias_hh;
+    bias = empty_like(in.x, {4 * in.H}, layer.sums);
+    add(data_of(*one), bias_ih.has_value() && bias_hh.has_value() ? data_of(*bias_hh) : nullptr,
+        dtype_of(in.op, "b_ih", *one), dtype_of(in.op, "b_ih", bias), 4 * in.H, data_of(bias), stream);
+  }
+  Tensor projected = layer.sequence(4 * in.H, layer.sums);
+  if (in.T > 0) {
+    Tensor rows = as_rows(projected);
+    multiply(as_rows(torch::stable::contiguous(in.x)), transposed(layer.operand("w_ih", in.w_ih, Mask())),
+             rows);
+  }
+  const Tensor w = transposed(layer.dropped_w_hh());
+  const int64_t units = padded_units(in.H), cell_size = in.B * units;
+  const Tensor rolling = save ? Tensor() : empty_like(in.x, {in.B, units}, layer.sums);
+  const auto cell = [&](int64_t step) {
+    if (step < 0) return data_of(first_cell);
+    return save ? layer.at(out.cells, layer.time_of(step) * cell_size) : data_of(rolling);
+  };
+  for (int64_t i = 0; i < in.T; ++i) {
+    multiply(h, w, recurrent);
+    LstmStepForward a;
+    a.step = layer.step(i);
+    a.projected = in.sequence("x", projected);
+    a.recurrent = data_of(recurrent);
+    a.bias = bias.defined() ? data_of(bias) : nullptr;
+    a.c_prev = cell(i - 1);
+    a.c_prev_stride = i == 0 ? in.H : units;
+    a.c = cell(i);
+    a.h = data_of(h);
+    a.y = in.sequence("y", out.y);
+    a.gates = save ? layer.at(out.gates, layer.time_of(i) * 4 * cell_size) : nullptr;
+    lstm_step(a, stream);
+  }
+  masked_copy({cell(in.T - 1), dtype_of(in.op, "c0", first_cell), in.T > 0 ? units : in.H}, in.B, in.H,
+              Mask(), layer.dtype, data_of(out.c_n), stream);
+  return out.all();
+}
+
+class Backward {
+ public:
+  Backward(const LstmInputs& in, const Layer& layer, const Tensor& y, const Tensor& gates,
+           const Tensor& cells, const LstmGradients& out)
+      : in(in),
+        layer(layer),
+        y(torch::stable::contiguous(y)),
+        gates(gates),
+        cells(cells),
+        out(out),
+        dgates(layer.sequence(4 * in.H, layer.type)) {}
+
+  // From the last step to the first: dgates of every step, dh0 and dc0.
+  void recurrence(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n) {
+    const Tensor dh = layer.state("dh_n", dh_n), dc = layer.state("dc_n", dc_n);
+    const Tensor first_cell = layer.state("c0", in.c0), w = layer.dropped_w_hh();
+    const Tensor dgates_step = empty_like(in.x, {in.B, 4 * in.H});
+    Tensor recurrent = empty_like(in.x, {in.B, in.H}, layer.sums);
+    const int64_t units = padded_units(in.H), cell_size = in.B * units;
+    const auto cell = [&](int64_t step) {
+      return step < 0 ? data_of(first_cell) : layer.at(cells, layer.time_of(step) * cell_size);
+    };
+    for (int64_t i = in.T - 1; i >= 0; --i) {
+      LstmStepBackward a;
+      a.step = layer.step(i);
+      if (dy.has_value()) a.dy = in.sequence("dy", *dy);
+      a.recurrent = i == in.T - 1 ? nullptr : data_of(recurrent);
+      a.dh = data_of(dh);
+      a.dc = data_of(dc);
+      a.gates = layer.at(gates, layer.time_of(i) * 4 * cell_size);
+      a.c_prev = cell(i - 1);
+      a.c_prev_stride = i == 0 ? in.H : units;
+      a.c = cell(i);
+      a.dgates = in.sequence("dgates", dgates);
+      a.dgates_step = data_of(dgates_step);
+      lstm_step_backward(a, layer.device.stream);
+      multiply(dgates_step, w, recurrent);
+    }
+    const DType sums = dtype_of(in.op, "dh_n", dh);
+    add(data_of(dh), in.T > 0 ? data_of(recurrent) : nullptr, sums, layer.dtype, in.B * in.H,
+        data_of(out.dh0), layer.device.stream);
+    add(data_of(dc), nullptr, sums, layer.dtype, in.B * in.H, data_of(out.dc0), layer.device.stream);
+  }
+
+  void input_gradient() {
+    Tensor dx = as_rows(out.dx);
+    multiply(as_rows(dgates), layer.operand("w_ih", in.w_ih, Mask()), dx);
+  }
+
+  void weight_gradients() {
+    const Tensor columns = transposed(as_rows(dgates));
+    // x's padding may hold anything, and 0 * NaN is NaN
+    const Tensor x = in.lengths.has_value() ? before(in.x, in.I, Matrix()) : torch::stable::contiguous(in.x);
+    gradient(columns, as_rows(x), out.dw_ih, Mask());
+    gradient(columns, as_rows(before(y, in.H, in.matrix("h0", in.h0))), out.dw_hh, layer.mask);
+    const int64_t rows[] = {0};
+    const Tensor db = torch::stable::sum(as_rows(dgates), rows, false, layer.sums);
+    add(data_of(db), nullptr, dtype_of(in.op, "db", db), dtype_of(in.op, "db", out.db), 4 * in.H,
+        data_of(out.db), layer.device.stream);
+  }
+
+ private:
+  // The sequence of states before each step, or without h0 the sequence itself; zeros where it is padding.
+  Tensor before(const Tensor& sequence, int64_t width, const Matrix& h0) const {
+    const Tensor result = layer.sequence(width, layer.type);
+    StatesBefore a;
+    a.T = in.T;
+    a.B = in.B;
+    a.H = width;
+    a.reverse = layer.reverse;
+    a.lengths = in.lengths.has_value() ? ids_of(*in.lengths) : nullptr;
+    a.in = in.sequence("y", sequence);
+    a.out = in.sequence("y", result);
+    a.h0 = h0;
+    states_before(a, layer.device.stream);
+    return result;
+  }
+
+  // dw = mask * (dgates^T @ inputs), rounded to dw's dtype once.
+  void gradient(const Tensor& columns, const Tensor& inputs, const Tensor& dw, const Mask& mask) const {
+    if (mask.p == 0 || dw.scalar_type() == layer.sums) {
+      Tensor result = dw;
+      multiply(columns, inputs, result);
+      if (mask.p > 0) masked(dw, mask, dw);
+    } else {
+      masked(product(columns, inputs, layer.sums), mask, dw);
+    }
+  }
+  void masked(const Tensor& from, const Mask& mask, const Tensor& to) const {
+    masked_copy(in.matrix("dw_hh", from), from.size(0), from.size(1), mask, dtype_of(in.op, "dw_hh", to),
+                data_of(to), layer.device.stream);
+  }
+
+  const LstmInputs& in;
+  const Layer& layer;
+  const Tensor y, gates, cells;
+  const LstmGradients& out;
+  const Tensor dgates;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_op(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
+    const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& lengths,
+    const Tensor& seed, const Tensor& y, const Tensor& gates, const Tensor& cells, double weight_p,
+    bool batch_first, bool reverse, bool high, bool need_dx, bool need_dw) {
+  const LstmInputs in("lstm_backward", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first);
+  const ScalarType type = x.scalar_type();
+  const LstmGradients out(in, need_dx, need_dw);
+  const Layer layer(in, seed, weight_p, reverse);
+  Backward pass(in, layer, in.checked("y", y, type, {x.size(0), x.size(1), in.H}), in.saved_gates(gates),
+                in.saved_cells(cells), out);
+  if (in.B > 0) {
+    pass.recurrence(in.checked("dy", dy, type, {x.size(0), x.size(1), in.H}),
+                    in.checked("dh_n", dh_n, type, {in.B, in.H}),
+                    in.checked("dc_n", dc_n, type, {in.B, in.H}));
+  }
+  if (in.B > 0 && in.T > 0) {
+    if (need_dx) pass.input_gradient();
+    if (need_dw) pass.weight_gradients();
+  } else {
+    for (Tensor dw : {out.dw_ih, out.dw_hh, out.db}) torch::stable::zero_(dw);
+  }
+  return out.all();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ulmfit_fast, ULMFIT_CUDA_KEY, m) {
+  m.impl("lstm", TORCH_BOX(&lstm_op));
+  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_op));
+}
+
+}  // namespace ulmfit_fast::cuda

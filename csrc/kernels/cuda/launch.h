@@ -1,0 +1,71 @@
+// Launching, checked. Without nvcc the same kernels run on the CPU, one thread block after the other: so
+// they are tested on machines that have no GPU (tests/cpp/cuda_on_cpu.h).
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#undef NDEBUG  // a wrong id or length must not pass in a release build
+#include <cassert>
+#define ULMFIT_DEVICE_CHECK(condition, message) assert((condition) && message)
+#define ULMFIT_UNROLL _Pragma("unroll 4")  // loads in flight
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+namespace ulmfit_fast::cuda {
+
+constexpr int kWarp = 32;
+constexpr int64_t kMostBlocksY = 65535;  // CUDA's limit for a grid's second and third size
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;  // no elements: CUDA would call it an error
+#ifdef __CUDACC__
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("ulmfit_fast.") + name +
+                             ": CUDA error at launch: " + cudaGetErrorString(error));
+  }
+#else
+  run_on_cpu(grid, block, [&] { kernel(static_cast<P>(arguments)...); });
+#endif
+}
+
+// One thread for each of n items.
+template <class... P, class... A>
+void launch_over(int64_t n, const char* name, void (*kernel)(P...), void* stream, A... arguments) {
+  constexpr int kThreads = 256;
+  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(n, kThreads))), dim3(kThreads), stream,
+         arguments...);
+}
+inline __device__ int64_t item_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// One warp for each of n rows: rows of hundreds of elements, which the lanes share out.
+template <class... P, class... A>
+void launch_warps(int64_t n, const char* name, void (*kernel)(P...), void* stream, A... arguments) {
+  constexpr int kWarps = 8;
+  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), dim3(kWarp, kWarps), stream,
+         arguments...);
+}
+inline __device__ int64_t warp_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
+
+// One thread for each element of a (rows, columns) matrix: no division to find its place.
+template <class... P, class... A>
+void launch_matrix(int64_t rows, int64_t columns, const char* name, void (*kernel)(P...), void* stream,
+                   A... arguments) {
+  constexpr int kThreads = 128;
+  launch(name, kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(columns, kThreads))),
+         dim3(kThreads), stream, arguments...);
+}
+inline __device__ int64_t matrix_column() {
+  return static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+}
+
+}  // namespace ulmfit_fast::cuda

@@ -1,0 +1,58 @@
+// Torch tensors as the kernels see them (kernels/views.h), on any device.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "check.h"
+
+namespace ulmfit_fast {
+
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+inline void* data_of(const Tensor& t) { return t.numel() == 0 ? nullptr : t.data_ptr(); }
+inline const int64_t* ids_of(const Tensor& t) { return static_cast<const int64_t*>(data_of(t)); }
+
+inline Tensor empty_like(const Tensor& t, Sizes sizes) {
+  return torch::stable::new_empty(t, {sizes.begin(), sizes.size()});
+}
+inline Tensor empty_like(const Tensor& t, Sizes sizes, ScalarType dtype) {
+  return torch::stable::new_empty(t, {sizes.begin(), sizes.size()}, dtype);
+}
+
+// A tensor whose last dimension lies contiguous: itself where it can be, whatever its other strides.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A 2-D tensor with contiguous rows; like the next one, it must outlive what is returned.
+inline Matrix matrix_of(const char* op, const char* name, const Tensor& t) {
+  return {data_of(t), dtype_of(op, name, t), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+// A 3-D tensor with contiguous rows, in either layout.
+inline Sequence sequence_of(const char* op, const char* name, const Tensor& t, bool batch_first) {
+  return {data_of(t), dtype_of(op, name, t), t.stride(batch_first ? 1 : 0), t.stride(batch_first ? 0 : 1)};
+}
+
+inline void check_seed(const char* op, const Tensor& seed, const Tensor& first) {
+  check_device(op, "seed", seed, first);
+  check_dtype(op, "seed", seed, ScalarType::Long);
+  check_dim(op, "seed", seed, 0);
+}
+
+// lengths (B) as int64; that each is in 0..T is for the device to check.
+inline void check_lengths(const char* op, const Tensor& lengths, int64_t batch, const Tensor& first) {
+  check_device(op, "lengths", lengths, first);
+  check_dtype(op, "lengths", lengths, ScalarType::Long);
+  check_shape(op, "lengths", lengths, {batch});
+}
+
+// What sums, states and losses of x are kept in.
+inline ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace ulmfit_fast
