@@ -9,7 +9,7 @@ ifdef USE_ACTIVE
 PY := $(PYTHON)
 BIN :=
 STAMPS := build/active
-TORCH_STAMP := $(TORCH_STAMP)
+TORCH_STAMP := $(STAMPS)/torch
 else
 PY := .venv/bin/python
 BIN := .venv/bin/
@@ -21,7 +21,7 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test bench lint cpp-test asan cuda-check readme wheel clean
+.PHONY: demo test bench lint cpp-test asan cuda-on-cpu cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
@@ -53,6 +53,19 @@ asan: build/cmake-tool
 	$(CMAKE_BIN)/cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=Debug -DULMFIT_FAST_SANITIZE=ON
 	$(CMAKE_BIN)/cmake --build build/asan -j "$$(nproc)"
 	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure
+
+# the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other, and
+# put through the tests of the ops; what reads threads, instruction sets or positions in a message is the CPU's
+ON_CPU := build/cuda_on_cpu
+FULL_PY = $(shell $(PY) -c "import sys; print(sys.executable)")
+cuda-on-cpu: $(STAMPS)/built build/cmake-tool
+	$(CMAKE_BIN)/cmake -S . -B $(ON_CPU) -DULMFIT_FAST_CUDA_ON_CPU=ON -DPython_EXECUTABLE="$(FULL_PY)" \
+	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(CMAKE_BIN)/cmake --build $(ON_CPU) -j "$$(nproc)"
+	rm -rf $(ON_CPU)/site && mkdir $(ON_CPU)/site && cp -r ulmfit_fast tests pyproject.toml $(ON_CPU)/site
+	rm -f $(ON_CPU)/site/ulmfit_fast/*.so && cp $(ON_CPU)/_C.abi3.so $(ON_CPU)/site/ulmfit_fast
+	cd $(ON_CPU)/site && PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider --cuda-on-cpu \
+	  $(foreach op,$(notdir $(wildcard ulmfit_fast/ops/[a-z]*.py)),tests/test_$(op))
 
 # builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
 cuda-check: $(STAMPS)/built

@@ -142,9 +142,7 @@ def main():
                     "embedding_dropout": (embedding_case, (words, config.emb_sz, batch, args.bptt)),
                     "variational_dropout": (variational_case, (batch, args.bptt, hidden)),
                 }
-                cases = {
-                    n: measure(make, precisions, s, args, roof, clock) for n, (make, s) in plan.items()
-                }
+                cases = {n: measure(make, precisions, s, args, roof, clock) for n, (make, s) in plan.items()}
                 sizes = {"preset": args.preset, "batch": batch, "bptt": args.bptt, "vocab": words}
                 harness.publish(args, "dropout_mask", threads, sizes, roof, cases, clock)
 

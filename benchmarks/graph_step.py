@@ -1,7 +1,7 @@
 """The language model's training step as one CUDA graph, beside the same step launched kernel by kernel.
 
-python -m benchmarks.graph_step. A replay does what a step does: dropout masks are new ones, as the seed lies
-in memory and moves on, and the hidden state is carried. Where a step cannot be captured the record says why.
+python -m benchmarks.graph_step. A replay does what a step does: dropout masks are new ones, as the device
+draws their seeds, and the hidden state is carried. Where a step cannot be captured the record says why.
 A program of its own: a capture that fails can leave torch unfit for further measurements.
 """
 
@@ -10,13 +10,10 @@ from functools import partial
 
 import torch
 
-from ulmfit_fast.nn import derive_seed
-
 from . import arguments, clocks, floors, harness, steps
 from .harness import Side
 from .train_step import step_flops
 
-OUTPUT_SEED = 99  # which derived seed: one that the encoder's masks do not use
 WARM_UPS = 3  # steps before the capture: libraries make their plans, the optimizer its state
 
 
@@ -27,9 +24,6 @@ class GraphedStep:
         self.step, self.precision, self.graph = step, precision, torch.cuda.CUDAGraph()
         for group in step.optimizer.param_groups:
             group["capturable"] = True
-        self.seed = None  # of torch's own masks: its generator knows how to live in a graph
-        if step.carrier is not step.model:
-            self.keep_seed()
         step.model.reset()
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -45,21 +39,8 @@ class GraphedStep:
             self.loss = self.advance()
         self.check()
 
-    def keep_seed(self):
-        """Lets our model take its seeds from memory: a number drawn on the host would be frozen in."""
-        encoder, decoder = self.step.model
-        self.seed = torch.zeros((), dtype=torch.int64, device=self.step.device)
-        encoder.draw_seed = lambda: self.seed
-
-        def give_seed(module, args, kwargs):
-            return args, kwargs | {"seed": derive_seed(self.seed, OUTPUT_SEED)}
-
-        decoder.output_dp.register_forward_pre_hook(give_seed, with_kwargs=True)
-
     def advance(self):
         """One step from the state in `self.hidden` to the state there."""
-        if self.seed is not None:
-            self.seed.add_(1)
         self.step.carrier.hidden = list(self.hidden)
         loss = self.step.take(self.precision)
         for old, new in zip(self.hidden, self.step.carrier.hidden, strict=True):

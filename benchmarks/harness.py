@@ -118,9 +118,7 @@ def interleave(sides, repeats, slow_repeats=1, clock=None):
             if not side.onednn and turn > slow_repeats:
                 continue
             if turn:
-                samples[side.name].append(
-                    side.attempt(functools.partial(clock.sample, side.run, side.plan))
-                )
+                samples[side.name].append(side.attempt(functools.partial(clock.sample, side.run, side.plan)))
             else:
                 side.plan = side.attempt(functools.partial(clock.warm_up, side.run))
     for side in sides:
@@ -175,9 +173,7 @@ def add_rates(record, roof, flops=None, traffic=None):
     seconds = record["total_ms"]["median"] / 1e3
     if flops:
         record["gflops"] = round(flops / seconds / 1e9, 1)
-        record["roof_share"] = round(
-            record["gflops"] / roof[f"{floors.base(record['precision'])}_gflops"], 3
-        )
+        record["roof_share"] = round(record["gflops"] / roof[f"{floors.base(record['precision'])}_gflops"], 3)
     if traffic:
         record["gb_s"] = round(traffic / seconds / 1e9, 2)
         record["roof_share"] = round(record["gb_s"] / roof["copy_gb_s"], 3)

@@ -3,10 +3,11 @@
     python -m benchmarks.quality --dataset trec-6 --arm scratch stage1 full --seeds 0 1 2
     python -m benchmarks.quality --report
 
-Datasets: trec-6, movie-reviews (test accuracy) and wikitext-2 (test perplexity). Arms: `scratch`, `stage1`
-(stage 3 on the general model), `full` (all three stages), `fastai` (its three stages on the same tokens),
-`svm`. trec-6-few: stage 3 with 300 labels, stage 2 on the text of all questions (not for fastai). Stage 1 is trained once, in --work, when the first arm needs it. A piece whose record exists is skipped
-(--again repeats it), so an interrupted table is completed by the same command.
+Datasets: trec-6, movie-reviews (test accuracy) and wikitext-2 (test perplexity); trec-6-few is trec-6 with
+labels for 300 questions, of all of which stage 2 still reads the text (not for fastai). Arms: `scratch`,
+`stage1` (stage 3 on the general model), `full` (all three stages), `fastai` (its three stages on the same
+tokens), `svm`. Stage 1 is trained once, in --work, when the first arm needs it. A piece whose record exists
+is skipped (--again repeats it), so an interrupted table is completed by the same command.
 """
 
 import argparse

@@ -3,11 +3,14 @@
 A case is (inputs, op, reference): float tensors; the op as a function of them; and the reference as a
 function of the same numbers in fp64.  Tolerances are `factor` machine epsilons of the dtype, relative to the
 largest value expected, and `factor` is a small number that a test states with its reason.
+
+Everything made here lies on DEVICE, as do the tests' own tensors; a reference runs on its inputs' device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,16 +18,42 @@ from torch import Tensor
 from ulmfit_fast import ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEVICE = torch.device("cpu")  # `pytest --device` sets it before the test files are imported (conftest.py)
+CUDA_KERNELS = False  # set with it: the CUDA kernels run, on a GPU or in the build of `make cuda-on-cpu`
 Case = tuple[list[Tensor], Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
 
 
 def mask64(seed: int, shape: tuple[int, ...], p: float) -> Tensor:
-    return reference.dropout_mask(seed, shape, p, dtype=torch.float64)
+    return reference.dropout_mask(seed, shape, p, dtype=torch.float64, device=DEVICE)
+
+
+def here(value: object) -> object:
+    """A CPU tensor moved to DEVICE; anything else as it is. For arguments made before DEVICE was known."""
+    return value.to(DEVICE) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+@contextlib.contextmanager
+def on(device: torch.device | str) -> Iterator[None]:
+    """DEVICE is `device` inside."""
+    global DEVICE
+    before, DEVICE = DEVICE, torch.device(device)
+    try:
+        yield
+    finally:
+        DEVICE = before
+
+
+def random_state() -> Tensor:
+    """The state of the default generators that DEVICE's ops could draw from."""
+    states = [torch.get_rng_state()]
+    if DEVICE.type == "cuda":
+        states.append(torch.cuda.get_rng_state(DEVICE))
+    return torch.cat(states)
 
 
 def with_gradients(
@@ -38,7 +67,7 @@ def with_gradients(
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
     outputs = function(*leaves)
     upstream = [
-        randn(*y.shape, dtype=(y if like is None else like[i]).dtype, seed=17 + i).to(y.dtype)
+        randn(*y.shape, dtype=(y if like is None else like[i]).dtype, seed=17 + i).to(y)
         for i, y in enumerate(outputs)
     ]
     # a reference of no steps returns constants, whose gradient is zero
@@ -63,7 +92,7 @@ def assert_near(
     )
     if expected.numel() == 0:
         return
-    error = (actual.double() - expected.double()).abs().max().item()
+    error = (actual.double().to(expected.device) - expected.double()).abs().max().item()
     scale = max(floor, expected.double().abs().max().item())
     bound = factor * torch.finfo(dtype).eps * scale
     assert error <= bound, (
@@ -87,6 +116,15 @@ def check_case(
         assert_near(
             a, e, dtype, factor, f"output {i}" if i < outputs else f"gradient of input {i - outputs}", floor
         )
+
+
+def assert_same(results: list[Tensor], expected: list[Tensor], factor: float = 32) -> None:
+    """The same bits; on CUDA, whose products choose an algorithm by the layout, to `factor` epsilons."""
+    for i, (a, b) in enumerate(zip(results, expected, strict=True)):
+        if b.device.type == "cpu":
+            assert torch.equal(a, b), f"result {i}"
+        else:
+            assert_near(a, b, b.dtype, factor, f"result {i}")
 
 
 def assert_same_for_all_thread_counts(function: Callable[[], list[Tensor]]) -> None:
@@ -126,7 +164,7 @@ def embedding_dropout_case(
     seed: int = 3,
     padding_idx: int | None = 1,
 ) -> Case:
-    ids = torch.randint(words, ids_shape, generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(words, ids_shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     mask = mask64(seed, (words,), p)
     return (
         [randn(words, width, dtype=dtype)],
@@ -142,7 +180,7 @@ def concat_pool_case(
     hidden: int = 300,
     lengths: tuple[int, ...] = (9, 0, 1, 5),
 ) -> Case:
-    n = torch.tensor(lengths, dtype=torch.int64)
+    n = torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
     return (
         [randn(batch, time, hidden, dtype=dtype)],
         lambda out: (ops.concat_pool(out, n),),
@@ -176,7 +214,7 @@ def lstm_case(
         [(4 * hidden, inputs), (4 * hidden, hidden)] + [(4 * hidden,)] * 2 * bias
     ):
         tensors.append(randn(*weight_shape, dtype=weight_dtype, seed=2 + i, scale=hidden**-0.5))
-    n = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
+    n = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
     mask = mask64(seed, (4 * hidden, hidden), weight_p)
     options = {"batch_first": batch_first, "lengths": n, "reverse": reverse}
     return (
@@ -201,6 +239,7 @@ def linear_cross_entropy_case(
     weight_dtype = weight_dtype or dtype
     target = torch.randint(words, shape, generator=torch.Generator().manual_seed(9))
     target.view(-1)[::5] = ignore_index
+    target = target.to(DEVICE)
     tensors = [
         randn(*shape, features, dtype=dtype),
         randn(words, features, dtype=weight_dtype, scale=features**-0.5),

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import checks
 import pytest
 import torch
 
@@ -18,6 +19,58 @@ else:
     hypothesis.settings.load_profile("ulmfit")
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests' tensors lie: cpu, cuda or cuda:1")
+    parser.addoption("--cuda-on-cpu", action="store_true", help="the build is that of `make cuda-on-cpu`")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_only(reason): skipped where the CUDA kernels run")
+    name = config.getoption("--device", "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise pytest.UsageError(f"--device must be cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda":
+        if why := why_no_cuda(device):
+            raise pytest.UsageError(f"--device {name}: {why}")
+        device = torch.device("cuda", device.index or 0)
+        # nn.LSTM is what some tests compare with, and cuDNN makes its float32 products in TF32 by default
+        torch.backends.cudnn.allow_tf32 = False
+    elif device.type != "cpu":
+        raise pytest.UsageError(f"--device must be cpu, cuda or cuda:1, got {name!r}")
+    checks.DEVICE = device
+    checks.CUDA_KERNELS = device.type == "cuda" or config.getoption("--cuda-on-cpu", False)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark and checks.CUDA_KERNELS:
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {mark.args[0]}"))
+
+
+def why_no_cuda(device):
+    """Why the tests cannot run on a CUDA device, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"torch sees {torch.cuda.device_count()} CUDA devices here"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("ulmfit_fast::lstm", "CUDA"):
+        return "this build of ulmfit_fast has no CUDA kernels"
+    return None
+
+
+@pytest.fixture
+def cuda():
+    """A CUDA device, whatever --device says: the current one, and where checks.py puts its tensors."""
+    device = checks.DEVICE if checks.DEVICE.type == "cuda" else torch.device("cuda", 0)
+    if why := why_no_cuda(device):
+        pytest.skip(why)
+    with torch.cuda.device(device), checks.on(device):
+        yield device
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 import random
 
-TINY = dict(preset="tiny", progress=False, epochs=2, batch_size=4, log_every=1, min_freq=1)
+from checks import DEVICE
+
+TINY = dict(preset="tiny", progress=False, epochs=2, batch_size=4, log_every=1, min_freq=1, device=DEVICE)
 SIZES = dict(emb_sz=12, n_hid=16, n_layers=2, bptt=8)
 ADJECTIVES = {"good": ("fine", "great", "lovely", "superb"), "bad": ("dull", "awful", "poor", "weak")}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import DEVICE
 from torch import nn
 
 import ulmfit_fast as uf
@@ -27,7 +28,11 @@ pytest.importorskip("safetensors")
 
 
 def language_model(n_hid=10, vocab=30):
-    return uf.LanguageModel(uf.AWDLSTM(vocab, 6, n_hid, 2))
+    return uf.LanguageModel(uf.AWDLSTM(vocab, 6, n_hid, 2)).to(DEVICE)
+
+
+def classifier():
+    return uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3).to(DEVICE)
 
 
 def equal(a, b):
@@ -73,9 +78,8 @@ def test_tied_weights_are_stored_once_and_plain_safetensors_are_read(tmp_path):
 
 
 def test_classifier_with_its_buffers(tmp_path):
-    clf = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
-    clf(torch.randint(0, 30, (4, 5)))
-    other = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
+    clf, other = classifier(), classifier()
+    clf(torch.randint(0, 30, (4, 5), device=DEVICE))
     save_model(tmp_path / "clf", clf)
     load_model(tmp_path / "clf", other)
     assert equal(clf, other) and other[1].layers[0][0].num_batches_tracked == 1
@@ -164,7 +168,7 @@ def test_fastai2_language_model_and_encoder_files(tmp_path):
     load_state(other, load_foreign(tmp_path / "lm.pth"))
     assert equal(lm, other)
     for name in ("lm.pth", "encoder.pth"):
-        clf = uf.TextClassifier(uf.AWDLSTM(30, 6, 10, 2), 3)
+        clf = classifier()
         load_state(clf[0].module, encoder_state(load_foreign(tmp_path / name)))
         assert equal(lm[0], clf[0].module)
         assert list(encoder_state(clf.state_dict())) == list(lm[0].state_dict())

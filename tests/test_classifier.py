@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import DEVICE
 from torch import nn
 
 import ulmfit_fast as uf
@@ -20,12 +21,13 @@ NO_DROPOUT = dict(hidden_p=0.0, input_p=0.0, embed_p=0.0, weight_p=0.0)
 
 def classifier(bptt=4, max_len=10, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    return uf.TextClassifier(uf.AWDLSTM(V, E, H, 3, **options), 3, bptt=bptt, max_len=max_len).to(dtype)
+    model = uf.TextClassifier(uf.AWDLSTM(V, E, H, 3, **options), 3, bptt=bptt, max_len=max_len)
+    return model.to(DEVICE, dtype)
 
 
 def documents(lengths=LENGTHS, width=17):
-    ids = torch.randint(2, V, (len(lengths), width), generator=torch.Generator().manual_seed(1))
-    return ids, torch.tensor(lengths)
+    ids = torch.randint(2, V, (len(lengths), width), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return ids, torch.tensor(lengths)  # on the host, where the classifier needs them
 
 
 def close(a, b, tolerance=1e-12):
@@ -48,10 +50,11 @@ def test_result_does_not_depend_on_padding_or_order(dtype, tolerance, bidir):
     ids, lengths = documents()
     expected = model(ids, lengths)
     for value in (0, 1, 7, -1, 10**6):  # beyond a length the ids are not even read
-        padded = F.pad(ids, (0, 5)).masked_fill(torch.arange(22) >= lengths[:, None], value)
-        close(model(padded, lengths), expected, tolerance)
+        beyond = (torch.arange(22) >= lengths[:, None]).to(DEVICE)
+        close(model(F.pad(ids, (0, 5)).masked_fill(beyond, value), lengths), expected, tolerance)
+    close(model(ids, lengths.to(DEVICE)), expected, tolerance)
     order = torch.tensor([3, 0, 4, 2, 1])
-    close(model(ids[order], lengths[order]), expected[order], tolerance)
+    close(model(ids[order.to(DEVICE)], lengths[order]), expected[order.to(DEVICE)], tolerance)
     for b, n in enumerate(LENGTHS):
         close(model(ids[b : b + 1, :n], lengths[b : b + 1]), expected[b : b + 1], tolerance)
 
@@ -67,7 +70,7 @@ def test_pools_over_whole_documents_whatever_the_chunks(bptt, max_len):
         encoder.bs = 1
         encoder.reset()
         out = encoder(ids[b : b + 1, :n])[0]
-        expected = torch.cat([out[-1], out.amax(0), out.mean(0)]) if n else torch.zeros(3 * E).double()
+        expected = torch.cat([out[-1], out.amax(0), out.mean(0)]) if n else torch.zeros_like(pooled[b])
         close(pooled[b], expected)
     close(model(ids, lengths), model[1](pooled))
 
@@ -98,7 +101,7 @@ def test_gradients_cross_chunks_up_to_max_len_tokens(bptt, max_len):
     ids, lengths = documents()
     encoder = model[0].module
     parameters = list(encoder.parameters())
-    weight = torch.linspace(-1, 1, 3 * E).double()
+    weight = torch.linspace(-1, 1, 3 * E, dtype=torch.float64, device=DEVICE)
     grads = torch.autograd.grad((model[0](ids, lengths) @ weight).sum(), parameters)
     borders = [0 if max_len is None else max(0, n - max_len) for n in LENGTHS]
     total = sum(
@@ -136,19 +139,21 @@ def test_memory_for_gradients_is_bounded_by_max_len():
 
 def test_no_documents_and_empty_documents():
     model = classifier().eval()
-    assert model(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)).shape == (0, 3)
-    assert not model[0](torch.zeros(2, 0, dtype=torch.long)).any()
+    nothing = torch.zeros(0, 4, dtype=torch.long, device=DEVICE)
+    assert model(nothing, torch.zeros(0, dtype=torch.long)).shape == (0, 3)
+    assert not model[0](nothing.view(2, 0)).any()
     ids, _ = documents()
     close(model(ids), model(ids, torch.full((5,), 17)))
     assert model.train()(ids[:1]).isfinite().all()
 
 
 def test_one_document_in_training_is_normalised_by_the_running_statistics():
-    norm = BatchNorm1d(4)
-    x = torch.randn(1, 4)
+    norm = BatchNorm1d(4, device=DEVICE)
+    x = torch.randn(1, 4, device=DEVICE)
     torch.testing.assert_close(norm(x), copy.deepcopy(norm).eval()(x))
     assert norm.num_batches_tracked == 0
-    torch.testing.assert_close(norm(torch.randn(3, 4)).mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    mean = norm(torch.randn(3, 4, device=DEVICE)).mean(0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
 
 
 def test_carried_state_of_the_encoder_is_left_alone():
@@ -167,18 +172,18 @@ def test_half_precision_and_autocast(dtype):
     model = classifier(dtype=dtype).eval()
     ids, lengths = documents()
     double = copy.deepcopy(model).double()(ids, lengths)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.float32):
         logits = model(ids, lengths)
     assert logits.dtype == torch.bfloat16
     close(logits.double(), double, 0.05)
 
 
 def test_from_language_model_copies_the_encoder():
-    lm = uf.LanguageModel(uf.AWDLSTM(V, E, H, 3))
+    lm = uf.LanguageModel(uf.AWDLSTM(V, E, H, 3)).to(DEVICE)
     lm(documents()[0])
     model = uf.TextClassifier.from_language_model(
         lm, 4, dropout=dict(weight_p=0.25), bptt=5, lin_ftrs=(), ps=(0.2,)
-    )
+    ).to(DEVICE)
     assert model[0].module.rnns[0].weight_p == 0.25 and lm[0].rnns[0].weight_p == 0.5
     assert torch.equal(model[0].module.encoder.weight, lm[0].encoder.weight)
     assert model[0].module.encoder.weight is not lm[0].encoder.weight
@@ -196,7 +201,7 @@ def test_layer_groups_have_every_parameter_once():
 def test_copies_and_pickles_after_a_step(train):
     model = classifier().train(train)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    F.cross_entropy(model(*documents()), torch.tensor([0, 1, 2, 0, 1])).backward()
+    F.cross_entropy(model(*documents()), torch.tensor([0, 1, 2, 0, 1], device=DEVICE)).backward()
     optimizer.step()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.manual_seed(1)
@@ -226,10 +231,10 @@ def test_arguments_are_checked():
 
 def test_learns_which_word_was_there_long_ago():
     torch.manual_seed(0)
-    model = uf.TextClassifier(uf.AWDLSTM(V, 16, 24, 1, **NO_DROPOUT), 2, bptt=5, ps=(0.0, 0.0))
+    model = uf.TextClassifier(uf.AWDLSTM(V, 16, 24, 1, **NO_DROPOUT), 2, bptt=5, ps=(0.0, 0.0)).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    ids = torch.randint(4, V, (64, 20))
-    labels = torch.arange(64) % 2
+    ids = torch.randint(4, V, (64, 20)).to(DEVICE)
+    labels = torch.arange(64, device=DEVICE) % 2
     ids[:, 1] = 2 + labels
     for _ in range(40):
         loss = nn.functional.cross_entropy(model(ids), labels)

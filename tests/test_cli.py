@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from checks import DEVICE
 from stages import sentences
 
 from ulmfit_fast import cli, config
@@ -11,7 +12,8 @@ from ulmfit_fast import cli, config
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(_extra)
 
-TINY = ["--preset", "tiny", "--quiet", "--epochs", "1", "--batch-size", "4", "--min-freq", "1"]
+ON = ["--device", str(DEVICE)]
+TINY = ["--preset", "tiny", "--quiet", "--epochs", "1", "--batch-size", "4", "--min-freq", "1", *ON]
 SMALL = ["--emb-sz", "12", "--n-hid", "16", "--n-layers", "2", "--bptt", "8"]
 
 
@@ -40,22 +42,22 @@ def test_options_reach_the_configuration(runs):
 
 
 def test_predict(runs, capsys, monkeypatch):
-    assert cli.main(["predict", str(runs / "clf"), "The film was superb", "dull " * 40]) == 0
+    assert cli.main(["predict", str(runs / "clf"), "The film was superb", "dull " * 40, *ON]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2 and all(
         label in ("good", "bad") and share.endswith("%") for label, share, _ in rows
     )
     assert len(rows[1][2]) == 60
-    assert cli.main(["predict", str(runs / "clf"), "--file", str(runs / "train.csv"), "--proba"]) == 0
+    assert cli.main(["predict", str(runs / "clf"), "--file", str(runs / "train.csv"), "--proba", *ON]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 30 and all(abs(sum(row.values()) - 1) < 1e-4 for row in rows)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-    assert cli.main(["predict", str(runs / "clf")]) == 0
+    assert cli.main(["predict", str(runs / "clf"), *ON]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_predict_with_a_language_model_continues(runs, capsys):
-    assert cli.main(["predict", str(runs / "target"), "The film", "--tokens", "5"]) == 0
+    assert cli.main(["predict", str(runs / "target"), "The film", "--tokens", "5", *ON]) == 0
     assert capsys.readouterr().out.lower().startswith("the film")
 
 

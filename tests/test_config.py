@@ -15,6 +15,8 @@ from ulmfit_fast.config import (
     make_config,
 )
 
+pytestmark = pytest.mark.cpu_only("pure functions")
+
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("preset", PRESETS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import DEVICE
 from stages import sentences
 
 from ulmfit_fast import demo, demo_text
@@ -20,9 +21,8 @@ def test_demo_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "general_text", lambda: texts)
     monkeypatch.setattr(demo, "labelled_text", lambda: (texts, labels))
     said = []
-    figures = demo.run_demo(
-        tmp_path / "demo", progress=False, say=said.append, epochs=1, batch_size=4, min_freq=1
-    )
+    options = dict(progress=False, say=said.append, epochs=1, batch_size=4, min_freq=1, device=DEVICE)
+    figures = demo.run_demo(tmp_path / "demo", **options)
     table = said[-1]
     assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
     assert (
@@ -41,16 +41,18 @@ def test_demo_in_small(tmp_path, monkeypatch):
         "curves.png",
     ):
         assert text in table
-    assert load(tmp_path / "demo" / "3-classifier").predict(["The film was fine"])[0] in labels
-    demo.run_demo(tmp_path / "demo", progress=False, say=said.append, epochs=1, batch_size=4, min_freq=1)
+    assert load(tmp_path / "demo" / "3-classifier", DEVICE).predict(["The film was fine"])[0] in labels
+    demo.run_demo(tmp_path / "demo", **options)
 
 
+@pytest.mark.cpu_only("text alone")
 def test_text_of_this_installation():
     general = demo_text.general_text(max_words=5000)
     assert sum(len(t.split()) for t in general) >= 5000 and len(set(general)) == len(general)
     assert general == demo_text.general_text(max_words=5000)
 
 
+@pytest.mark.cpu_only("text alone")
 def test_labelled_text(monkeypatch):
     monkeypatch.setattr(demo_text, "PACKAGES", ("optim", "distributions", "no_such_package"))
     texts, labels = demo_text.labelled_text(most=50, max_words=30)
@@ -62,9 +64,9 @@ def test_labelled_text(monkeypatch):
 
 
 def test_the_stock_model_is_the_same_model():
-    model = build_lm(ModelConfig(12, 16, 3), 50, NO_DROPOUT).double()
+    model = build_lm(ModelConfig(12, 16, 3), 50, NO_DROPOUT).to(DEVICE).double()
     twin = StockLanguageModel.like(model, **NO_DROPOUT).double()
-    ids = torch.randint(50, (2, 4, 9))
+    ids = torch.randint(50, (2, 4, 9), device=DEVICE)
     for window, targets in (ids, ids.flip(0)):  # the second call carries the state of the first
         ours, theirs = model(window, targets), twin(window, targets)
         for a, b in zip(ours, theirs, strict=True):
@@ -77,8 +79,8 @@ def test_the_stock_model_is_the_same_model():
 
 
 def test_the_stock_model_drops_weights():
-    twin = StockLanguageModel(50, 12, 16, 3, **NO_DROPOUT | dict(weight_p=0.5)).train()
-    ids = torch.randint(50, (4, 9))
+    twin = StockLanguageModel(50, 12, 16, 3, **NO_DROPOUT | dict(weight_p=0.5)).to(DEVICE)
+    ids = torch.randint(50, (4, 9), device=DEVICE)
     twin(ids, ids)[0].backward()
     used, raw = twin.rnns[0].module.weight_hh_l0, twin.rnns[0].weight_hh_l0_raw
     assert 0.3 < (used == 0).double().mean() < 0.7 and not raw.grad[used == 0].any()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import DTYPES, assert_same_for_all_thread_counts
+from checks import DEVICE, DTYPES, assert_same_for_all_thread_counts, random_state
 
 import ulmfit_fast as uf
 from ulmfit_fast import reference
@@ -14,8 +14,8 @@ from ulmfit_fast import reference
 )
 def test_bits(dtype, shape):
     for seed, p in ((0, 0.5), (-1, 0.1), (2**62 + 5, 0.999), (3, 0.0)):
-        expected = reference.dropout_mask(seed, shape, p, dtype=dtype)
-        assert torch.equal(uf.dropout_mask(seed, shape, p, dtype=dtype), expected)
+        expected = reference.dropout_mask(seed, shape, p, dtype=dtype, device=DEVICE)
+        assert torch.equal(uf.dropout_mask(seed, shape, p, dtype=dtype, device=DEVICE), expected)
 
 
 def test_bits_for_any_shape_seed_and_p():
@@ -28,16 +28,19 @@ def test_bits_for_any_shape_seed_and_p():
         some.floats(0, 1, exclude_max=True),
     )
     def check(shape, seed, p):
-        assert torch.equal(uf.dropout_mask(seed, shape, p), reference.dropout_mask(seed, tuple(shape), p))
+        expected = reference.dropout_mask(seed, tuple(shape), p, device=DEVICE)
+        assert torch.equal(uf.dropout_mask(seed, shape, p, device=DEVICE), expected)
 
     check()
 
 
+@pytest.mark.cpu_only("instruction sets")
 def test_bits_for_every_isa(isa_results):
     for seed, mask in zip((0, -1, 2**40 + 3), isa_results["mask"], strict=True):
         assert torch.equal(mask, reference.dropout_mask(seed, (5, 1001), 0.37))
 
 
+@pytest.mark.cpu_only("thread counts")
 def test_bits_for_every_thread_count():
     assert_same_for_all_thread_counts(lambda: [uf.dropout_mask(4, (100_003,), 0.3)])
 
@@ -45,7 +48,7 @@ def test_bits_for_every_thread_count():
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_statistics(p):
     n = 1_000_000
-    dropped = uf.dropout_mask(12345, (n,), p) == 0
+    dropped = uf.dropout_mask(12345, (n,), p, device=DEVICE) == 0
     sigma = (p * (1 - p) / n) ** 0.5
     assert abs(dropped.double().mean().item() - p) < 5 * sigma
     centred = dropped.double() - p
@@ -58,21 +61,21 @@ def test_statistics(p):
 
 
 def test_neighbouring_seeds_are_independent():
-    masks = [uf.dropout_mask(seed, (200_000,), 0.5) == 0 for seed in (7, 8, 7 + 2**32)]
+    masks = [uf.dropout_mask(s, (200_000,), 0.5, device=DEVICE) == 0 for s in (7, 8, 7 + 2**32)]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         same = (masks[a] == masks[b]).double().mean().item()
         assert abs(same - 0.5) < 5 * 0.5 / 200_000**0.5
 
 
 def test_a_kept_element_is_scaled_by_one_over_one_minus_p():
-    mask = uf.dropout_mask(0, (1000,), 0.3, dtype=torch.float64)
+    mask = uf.dropout_mask(0, (1000,), 0.3, dtype=torch.float64, device=DEVICE)
     assert set(mask.tolist()) == {0.0, 1 / 0.7}
-    assert uf.dropout_mask(0, (1000,), 0.0).eq(1).all()
+    assert uf.dropout_mask(0, (1000,), 0.0, device=DEVICE).eq(1).all()
 
 
 def test_manual_seed_governs():
     def draw():
-        return uf.dropout_mask(None, (100,), 0.5)
+        return uf.dropout_mask(None, (100,), 0.5, device=DEVICE)
 
     torch.manual_seed(3)
     first, second = draw(), draw()
@@ -81,28 +84,32 @@ def test_manual_seed_governs():
 
 
 def test_p_zero_draws_nothing():
-    state = torch.get_rng_state()
-    uf.dropout_mask(None, (100,), 0.0)
-    uf.variational_dropout(torch.ones(1, 1, 1), 0.0)
-    uf.embedding_dropout(torch.ones(2, 2), torch.tensor([1]), 0)
-    assert torch.equal(state, torch.get_rng_state())
+    ones, ids = torch.ones(2, 2, device=DEVICE), torch.tensor([1], device=DEVICE)
+    state = random_state()
+    uf.dropout_mask(None, (100,), 0.0, device=DEVICE)
+    uf.variational_dropout(ones, 0.0)
+    uf.embedding_dropout(ones, ids, 0)
+    assert torch.equal(state, random_state())
 
 
 def test_seed_as_a_tensor_and_device():
-    assert torch.equal(uf.dropout_mask(torch.tensor(5), (9,), 0.5), uf.dropout_mask(5, 9, 0.5))
+    mask = uf.dropout_mask(torch.tensor(5, device=DEVICE), (9,), 0.5)
+    assert mask.device == DEVICE and torch.equal(mask, uf.dropout_mask(5, 9, 0.5, device=DEVICE))
     assert uf.dropout_mask(5, (9,), 0.5, device="meta").device.type == "meta"
 
 
 def test_opcheck():
     op = torch.ops.ulmfit_fast.dropout_mask.default
-    torch.library.opcheck(op, (torch.tensor(3), [4, 5], 0.5, torch.bfloat16))
-    torch.library.opcheck(op, (torch.tensor(3), [0], 0.0))
+    seed = torch.tensor(3, device=DEVICE)
+    torch.library.opcheck(op, (seed, [4, 5], 0.5, torch.bfloat16))
+    torch.library.opcheck(op, (seed, [0], 0.0))
 
 
 def test_compile():
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def compiled(seed, n, p):
-        return uf.dropout_mask(seed, (n, 3), p)
+        return uf.dropout_mask(seed, (n, 3), p, device=DEVICE)
 
     for seed, n, p in ((1, 4, 0.5), (2**53 + 1, 5, 0.25), (-9, 6, 0.75)):
-        assert torch.equal(compiled(seed, n, p), uf.dropout_mask(seed, (n, 3), p))
+        expected = uf.dropout_mask(seed, (n, 3), p, device=DEVICE)
+        assert torch.equal(compiled(seed, n, p), expected)

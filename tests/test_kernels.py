@@ -7,6 +7,7 @@ from ulmfit_fast.reference import philox_mask
 
 kernels = pytest.importorskip("ulmfit_fast._kernels", reason="built by editable and in-place builds alone")
 ISAS = kernels.isas().split(",")
+pytestmark = pytest.mark.cpu_only("the kernels without torch are the CPU's")
 
 
 def bf16_bits(a):

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import DEVICE, random_state
 from torch import nn
 
 import ulmfit_fast as uf
@@ -20,15 +21,15 @@ NO_DROPOUT = dict(hidden_p=0.0, input_p=0.0, embed_p=0.0, weight_p=0.0)
 
 def encoder(**options):
     torch.manual_seed(0)
-    return uf.AWDLSTM(V, E, H, 3, **options).double()
+    return uf.AWDLSTM(V, E, H, 3, **options).to(DEVICE).double()
 
 
 def language_model(**options):
-    return uf.LanguageModel(encoder(), **options).double()
+    return uf.LanguageModel(encoder(), **options).to(DEVICE).double()
 
 
 def tokens(batch=4, steps=9):
-    return torch.randint(0, V, (batch, steps), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, V, (batch, steps), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def close(a, b):
@@ -70,9 +71,8 @@ def test_eval_equals_stacked_torch_lstms(bidir):
     for rnn in ours.rnns:
         state = {key.removeprefix("module."): value for key, value in rnn.state_dict().items()}
         state["weight_hh_l0"] = state.pop("weight_hh_l0_raw")
-        lstm = nn.LSTM(
-            x.size(2), state["weight_hh_l0"].size(1), batch_first=True, bidirectional=bidir
-        ).double()
+        sizes = x.size(2), state["weight_hh_l0"].size(1)
+        lstm = nn.LSTM(*sizes, batch_first=True, bidirectional=bidir, dtype=x.dtype, device=DEVICE)
         lstm.load_state_dict(state)
         x, (h, c) = lstm(x)
     close(ours(tokens()), x)
@@ -85,7 +85,7 @@ def test_training_uses_the_documented_masks():
     plain = copy.deepcopy(ours).eval()
 
     def mask(k, shape, p):
-        return reference.dropout_mask(derive_seed(5, k), shape, p, dtype=torch.float64)
+        return reference.dropout_mask(derive_seed(5, k), shape, p, dtype=torch.float64, device=DEVICE)
 
     x = (
         ours.encoder(tokens())
@@ -106,10 +106,10 @@ def test_each_dropout_alone_makes_training_random():
         ours = encoder(**(NO_DROPOUT | {name: 0.5}))
         assert not torch.equal(ours(tokens(), seed=1), ours.reset() or ours(tokens(), seed=2)), name
     ours = encoder(**NO_DROPOUT)
-    before = torch.get_rng_state()
+    before = random_state()
     first = ours(tokens())
     ours.reset()
-    assert torch.equal(first, ours(tokens())) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, ours(tokens())) and torch.equal(before, random_state())
 
 
 def test_state_is_carried_detached_and_reset():
@@ -145,7 +145,7 @@ def test_from_embeds_lengths_and_raw_outputs():
     assert raw[-1] is whole and [r.shape[-1] for r in raw] == [H, H, E]
     ours.reset()
     close(ours(ours.encoder(tokens()), from_embeds=True), whole)
-    lengths = torch.tensor([9, 0, 3, 5])
+    lengths = torch.tensor([9, 0, 3, 5], device=DEVICE)
     ours.reset()
     padded = ours(tokens(), lengths=lengths)
     for b, n in enumerate(lengths.tolist()):
@@ -167,7 +167,7 @@ def test_state_follows_dtype_and_survives_copies_and_inference_mode():
         close(other(tokens(), seed=3), expected)
     assert ours.float().hidden[0][0].dtype == torch.float32
     assert ours(tokens()).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert ours(tokens()).dtype == torch.bfloat16
     assert ours(tokens()).dtype == torch.float32
 
@@ -239,7 +239,7 @@ def test_weights_stay_tied(train):
     buffer.seek(0)
     loaded = language_model()
     loaded.load_state_dict(torch.load(buffer), assign=True)
-    empty = language_model().to("meta").to_empty(device="cpu")
+    empty = language_model().to("meta").to_empty(device=DEVICE)
     empty.load_state_dict(lm.state_dict())
     empty.reset()
     lm.reset()
@@ -285,9 +285,9 @@ def test_language_model_compiles_and_carries_its_state():
 
 def test_learns_a_cycle():
     torch.manual_seed(0)
-    lm = uf.LanguageModel(uf.AWDLSTM(V, 16, 24, 2, **NO_DROPOUT), output_p=0.0)
+    lm = uf.LanguageModel(uf.AWDLSTM(V, 16, 24, 2, **NO_DROPOUT), output_p=0.0).to(DEVICE)
     optimizer = torch.optim.Adam(lm.parameters(), 0.02)
-    ids = (torch.arange(41) % V).expand(4, -1)
+    ids = (torch.arange(41, device=DEVICE) % V).expand(4, -1)
     for _ in range(120):
         lm.reset()
         loss, entropy = lm(ids[:, :-1], ids[:, 1:], alpha=0.0, beta=0.0)

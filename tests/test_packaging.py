@@ -12,7 +12,10 @@ import pytest
 import ulmfit_fast
 
 ROOT = pathlib.Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
+    pytest.mark.cpu_only("the build"),
+]
 
 
 @pytest.fixture
@@ -153,5 +156,17 @@ def test_library_takes_nothing_from_torch_but_its_stable_abi():
 def test_library_needs_no_more_than_torch_and_the_c_library():
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", library("readelf", "-d"))
     assert needed
-    allowed = r"lib(torch|torch_cpu|c10|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so|ld-linux"
+    cuda = "|torch_cuda|c10_cuda|cudart" if ulmfit_fast.info().cuda_built else ""
+    allowed = rf"lib(torch|torch_cpu|c10|stdc\+\+|gcc_s|c|m|pthread|dl|rt{cuda})\.so|ld-linux"
     assert not [name for name in needed if not re.match(allowed, name)]
+
+
+@pytest.mark.parametrize("mode, made", [("USE_ACTIVE=1", "build/active"), ("TORCH=torch==2.12.0", ".venv")])
+def test_make_test_installs_before_it_tests(mode, made):
+    """What `make` would do from nothing: the stamp of torch, the package, then pytest."""
+    done = subprocess.run(
+        ["make", "-n", "-B", "test", mode, "PYTHON=python3"], cwd=ROOT, capture_output=True, text=True
+    )
+    steps = [f"{made}/", "pip install -v --no-build-isolation -e", f"touch {made}/built", "-m pytest"]
+    places = [done.stdout.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places), done.stdout + done.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from checks import mask64, randn
+from checks import DEVICE, mask64, randn
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,15 +43,15 @@ def test_mask_is_a_function_of_the_element_alone(element, seed):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lstm_is_torch_lstm_with_packed_sequences(reverse):
     time, batch, inputs, hidden = 6, 4, 5, 7
-    module = nn.LSTM(inputs, hidden, bidirectional=True).double()
-    lengths = torch.tensor([6, 1, 4, 3])
+    module = nn.LSTM(inputs, hidden, bidirectional=True, dtype=torch.float64, device=DEVICE)
+    lengths = torch.tensor([6, 1, 4, 3])  # torch wants them on the CPU
     x, h0, c0 = randn(time, batch, inputs), randn(2, batch, hidden), randn(2, batch, hidden, seed=1)
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
     y, (h_n, c_n) = module(packed, (h0, c0))
     y, _ = nn.utils.rnn.pad_packed_sequence(y, total_length=time)
     suffix, d = ("l0_reverse", 1) if reverse else ("l0", 0)
     weights = [getattr(module, f"{n}_{suffix}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    ours = reference.lstm(x, h0[d], c0[d], *weights, lengths=lengths, reverse=reverse)
+    ours = reference.lstm(x, h0[d], c0[d], *weights, lengths=lengths.to(DEVICE), reverse=reverse)
     theirs = y[..., d * hidden : (d + 1) * hidden], h_n[d], c_n[d]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -69,7 +69,7 @@ def test_lstm_mask_and_layout():
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_cross_entropy_is_torch_cross_entropy(reduction, bias):
     h, weight, b = randn(3, 4, 6), randn(10, 6), randn(10) if bias else None
-    target = torch.randint(10, (3, 4))
+    target = torch.randint(10, (3, 4), device=DEVICE)
     target[0, 1] = target[2, 3] = 2
     ours = reference.linear_cross_entropy(
         h, weight, b, target, ignore_index=2, label_smoothing=0.2, reduction=reduction
@@ -85,17 +85,17 @@ def test_linear_cross_entropy_is_torch_cross_entropy(reduction, bias):
 
 
 def test_concat_pool_is_a_loop():
-    out, lengths = randn(4, 5, 3), torch.tensor([5, 0, 1, 3])
+    out, lengths = randn(4, 5, 3), torch.tensor([5, 0, 1, 3], device=DEVICE)
     pooled = reference.concat_pool(out, lengths)
     for b, n in enumerate(lengths.tolist()):
         part = out[b, :n]
-        expected = torch.cat([part[-1], part.amax(0), part.mean(0)]) if n else torch.zeros(9, dtype=out.dtype)
+        expected = torch.cat([part[-1], part.amax(0), part.mean(0)]) if n else out.new_zeros(9)
         torch.testing.assert_close(pooled[b], expected, rtol=1e-14, atol=0)
-    assert reference.concat_pool(out[:, :0], torch.zeros(4, dtype=torch.int64)).eq(0).all()
+    assert reference.concat_pool(out[:, :0], torch.zeros_like(lengths)).eq(0).all()
 
 
 def test_embedding_and_variational_dropout():
-    weight, ids = randn(9, 4), torch.randint(9, (2, 3))
+    weight, ids = randn(9, 4), torch.randint(9, (2, 3), device=DEVICE)
     mask = mask64(0, (9,), 0.5)
     assert torch.equal(
         reference.embedding_dropout(weight, ids, mask), F.embedding(ids, weight) * mask[ids].unsqueeze(-1)

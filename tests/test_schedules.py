@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from ulmfit_fast import schedules
 from ulmfit_fast.schedules import Phase
 
+pytestmark = pytest.mark.cpu_only("pure functions")
+
 
 def test_stlr_is_the_papers_formula():
     T, top, cut_frac, ratio = 1000, 0.01, 0.1, 32

@@ -19,6 +19,7 @@ from ulmfit_fast.text import (
 )
 
 pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.cpu_only("text and batches are made on the host")
 TEXTS = ["The cat sat on the mat .", "A cat is not a dog !", "The dog's mat"]
 
 

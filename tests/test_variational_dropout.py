@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checks import (
+    DEVICE,
     DTYPES,
     ISA_CASES,
     assert_same_for_all_thread_counts,
@@ -26,6 +27,7 @@ def test_against_reference(dtype, batch_first, shape):
     check_case(variational_dropout_case(dtype, shape, batch_first=batch_first), dtype, FACTOR)
 
 
+@pytest.mark.cpu_only("instruction sets")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_isa(isa_results, dtype):
     case = ISA_CASES["variational_dropout"](dtype)
@@ -37,6 +39,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(op, [inputs[0].requires_grad_()])
 
 
+@pytest.mark.cpu_only("thread counts")
 def test_every_thread_count():
     inputs, op, _ = variational_dropout_case(torch.float32, (3, 300, 1100))
     assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs))
@@ -59,7 +62,8 @@ def test_any_shape_layout_and_strides():
         x = storage.permute([order.index(i) for i in range(len(shape))])
         assert list(x.shape) == shape
         features = x[0, 0].numel() if shape[0] and shape[1] else int(torch.tensor(shape[2:]).prod())
-        mask = reference.dropout_mask(1, (shape[0 if batch_first else 1], features), 0.5, dtype=x.dtype)
+        sizes = (shape[0 if batch_first else 1], features)
+        mask = reference.dropout_mask(1, sizes, 0.5, dtype=x.dtype, device=DEVICE)
         expected = reference.variational_dropout(x, mask, batch_first=batch_first)
         assert torch.equal(uf.variational_dropout(x, 0.5, seed=1, batch_first=batch_first), expected)
 
@@ -67,10 +71,10 @@ def test_any_shape_layout_and_strides():
 
 
 def test_the_mask_is_that_of_dropout_mask_in_both_layouts():
-    ones = torch.ones(3, 4, 10)
-    mask = uf.dropout_mask(8, (3, 10), 0.5)
+    ones = torch.ones(3, 4, 10, device=DEVICE)
+    mask = uf.dropout_mask(8, (3, 10), 0.5, device=DEVICE)
     assert torch.equal(uf.variational_dropout(ones, 0.5, seed=8), mask.unsqueeze(1).expand(3, 4, 10))
-    other = uf.variational_dropout(torch.ones(4, 3, 10), 0.5, seed=8, batch_first=False)
+    other = uf.variational_dropout(ones.transpose(0, 1).contiguous(), 0.5, seed=8, batch_first=False)
     assert torch.equal(other, mask.expand(4, 3, 10))
 
 
@@ -80,18 +84,18 @@ def test_p_zero_is_the_identity():
 
 
 def test_autocast_leaves_the_dtype_alone():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert uf.variational_dropout(torch.ones(1, 2, 3), 0.5).dtype == torch.float32
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert uf.variational_dropout(torch.ones(1, 2, 3, device=DEVICE), 0.5).dtype == torch.float32
 
 
 def test_opcheck():
     for x in (
         randn(2, 3, 5, dtype=torch.float32).requires_grad_(),
-        torch.ones(2, 0, 3),
-        torch.ones(3, 2, 5).transpose(0, 1),
+        torch.ones(2, 0, 3, device=DEVICE),
+        torch.ones(3, 2, 5, device=DEVICE).transpose(0, 1),
     ):
         torch.library.opcheck(
-            torch.ops.ulmfit_fast.variational_dropout.default, (x, torch.tensor(3), 0.3, True)
+            torch.ops.ulmfit_fast.variational_dropout.default, (x, torch.tensor(3, device=DEVICE), 0.3, True)
         )
 
 

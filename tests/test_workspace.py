@@ -10,6 +10,7 @@ from checks import lstm_case
 import ulmfit_fast as uf
 
 KEPT_AT_MOST = 256 << 20
+pytestmark = pytest.mark.cpu_only("the CPU kernels' memory")
 
 
 def step(batch=64, hidden=512):

@@ -32,6 +32,9 @@ for python in "$cuda_python" "$cpu_python"; do
   (cd "$work" && rm -rf build && "$python" -m pip wheel -v --no-build-isolation --no-deps -w "dist/$name" . \
     >build.log 2>&1) || { tail -n 60 "$work/build.log"; exit 1; }
   grep 'ulmfit_fast: building' "$work/build.log"
+  if [ "$python" = "$cuda_python" ]; then
+    "$python" "$work/tools/resource_report.py" "$work/build.log" benchmarks/results/cuda-resources.md
+  fi
   mkdir "$work/$name"
   (cd "$work/$name" && "$python" -m zipfile -e ../dist/"$name"/*.whl . && cp -r ../tests .)
 done
@@ -47,6 +50,17 @@ for built in "$work"/2.*; do
     PYTHONPATH=. "$python" -c "import ulmfit_fast; print(ulmfit_fast.info())"
     choice="against_reference or gradcheck or opcheck or test_bits or autocast"
     if [ "$(basename "$built")" = "$running" ]; then choice="not every_isa and not ulmfit_sizes"; fi
+    if [ "$python" = "$cuda_python" ] && [ "$(basename "$built")" = "$running" ]; then
+      # in words of torch's own where there is no GPU; where there is one, it runs
+      PYTHONPATH=. "$python" -c "
+import torch, ulmfit_fast
+try:
+    print(ulmfit_fast.dropout_mask(1, (4,), 0.5, device='cuda'))
+except RuntimeError as error:
+    assert not torch.cuda.is_available() and 'NVIDIA driver' in str(error), error
+    print('a CUDA call without a GPU:', str(error).split('.')[0])
+"
+    fi
     if [ "$(basename "$built")" != "$running" ] || [ "$python" = "$cuda_python" ]; then
       # shellcheck disable=SC2086
       PYTHONPATH=. "$python" -m pytest -p no:cacheprovider -k "$choice" $tests

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .devices import to_device
 from .encoder import AWDLSTM, unique_groups
 from .nn import check_probability
 
@@ -47,8 +48,8 @@ class SentenceEncoder(nn.Module):
         lengths = _check_documents(ids, lengths)
         longest_first = torch.argsort(lengths, descending=True, stable=True)
         counts = lengths[longest_first].tolist()
-        rows = longest_first.to(ids.device)
-        pooled = self._read(ids, rows, lengths.to(ids.device)[rows], counts)
+        rows = to_device(longest_first, ids.device)
+        pooled = self._read(ids, rows, to_device(lengths[longest_first], ids.device), counts)
         missing = ids.size(0) - pooled.size(0)
         if missing:
             pooled = torch.cat([pooled, pooled.new_zeros(missing, pooled.size(1))])

@@ -139,6 +139,7 @@ class PretrainConfig(_Stage):
     beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
+    cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
 
     def model_config(self):
         return ModelConfig(self.emb_sz, self.n_hid, self.n_layers)
@@ -157,6 +158,7 @@ class FinetuneConfig(_Stage):
     min_freq: int = _f(3, "a word new to the base model and seen less often becomes xxunk", low=1)
     keep_base_vocab: bool = _f(True, "keep words of the base model that the target's text lacks")
     shuffle_texts: bool = _f(True, "a new order of the texts in each epoch")
+    cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 import torch
 
 from . import schedules
+from .graphed import GraphedStep
 from .progress import Progress
 
 
@@ -49,6 +50,7 @@ class Loop:
         self.get_hidden, self.set_hidden = get_hidden, set_hidden
         self.title, self.progress, self.callback = title, progress, callback
         self.device = groups[0][0].device
+        graphed = getattr(config, "cuda_graph", False)
         factor = getattr(config, "discriminative", 1.0)
         self.factors = schedules.discriminative_lrs(1.0, len(groups), factor)
         self.optimizer = torch.optim.AdamW(
@@ -57,10 +59,16 @@ class Loop:
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=graphed,
         )
+        self.take_step = self._take_step
+        if graphed:
+            self.take_step = GraphedStep(self._take_step, self.device, self.get_hidden, self.set_hidden)
+        self._place_rates()
         self.epochs = sum(phase.epochs for phase in plan)
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
+        self.n_trainable = None
         self._forget_sums()
 
     def train(self, state=None):
@@ -107,7 +115,7 @@ class Loop:
         while self.batch < len(batches):
             self._set_rate((self.epoch - first_epoch) * len(batches) + self.batch, steps)
             self.between_steps = False
-            self._take_step(batches[self.batch])
+            self._account(batches[self.batch])
             self.batch, self.step = self.batch + 1, self.step + 1
             self.between_steps = True
             line = None
@@ -140,6 +148,9 @@ class Loop:
         for position, group in enumerate(self.groups):
             for parameter in group:
                 parameter.requires_grad_(position >= len(self.groups) - n_trainable)
+        if isinstance(self.take_step, GraphedStep) and n_trainable != self.n_trainable:
+            self.take_step.forget()
+        self.n_trainable = n_trainable
 
     def _set_rate(self, t, steps):
         c = self.config
@@ -150,10 +161,20 @@ class Loop:
         else:
             self.rate = c.lr
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
-            group["lr"] = self.rate * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(self.rate * factor)
+            else:
+                group["lr"] = self.rate * factor
+
+    def _place_rates(self):
+        """Learning rates lie on the device where a graph has to find new ones there, else on the host."""
+        for group in self.optimizer.param_groups:
+            rate = float(group["lr"])
+            graphed = isinstance(self.take_step, GraphedStep)
+            group["lr"] = torch.tensor(rate, device=self.device) if graphed else rate
 
     def _take_step(self, batch):
-        start = time.perf_counter()
+        """One update. Nothing here waits for the device, or a graph could not hold it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures, tokens = self.loss_of(batch)
         self.optimizer.zero_grad()
@@ -162,8 +183,13 @@ class Loop:
             trainable = [p for group in self.groups for p in group if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trainable, self.config.clip)
         self.optimizer.step()
+        return {name: value.detach() for name, value in figures.items()}, tokens
+
+    def _account(self, batch):
+        start = time.perf_counter()
+        figures, tokens = self.take_step(batch)
         for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+            self.sums[name] = self.sums.get(name, 0) + value.double()
         self.count += 1
         self.tokens += tokens
         self.seconds += time.perf_counter() - start
@@ -231,9 +257,10 @@ class Loop:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._place_rates()
         self.set_hidden([(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]])
         torch.set_rng_state(state["random"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and state["cuda_random"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
         self.sums = {
             name: torch.tensor(v, dtype=torch.float64, device=self.device)

@@ -10,29 +10,10 @@ import torch
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
 from .corpus import check_labels
+from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
-
-
-def pick_device(device=None):
-    """torch.device of `device`; None means CUDA where there is a GPU and the build has its kernels, else the
-    CPU.
-    """
-    if device is None:
-        usable = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
-            "ulmfit_fast::lstm", "CUDA"
-        )
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device must be one of torch's, for example 'cpu' or 'cuda', got {device!r}"
-        ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch sees no CUDA device here; use 'cpu'")
-    return chosen
 
 
 def build_lm(sizes, vocab_size, dropouts):

@@ -11,6 +11,7 @@ from .batches import DocumentBatches, epoch_stream
 from .checkpoints import load_state
 from .config import make_config
 from .corpus import label_classes, read_labelled, read_texts
+from .devices import pick_device, to_device
 from .extras import check_train_extras
 from .initial import start_from_frequencies, transfer
 from .loop import Loop
@@ -23,7 +24,6 @@ from .results import (
     build_lm,
     document_logits,
     load,
-    pick_device,
     stream_loss,
 )
 from .runs import RunDirectory, as_directory, read_config
@@ -67,7 +67,7 @@ def pretrain_lm(
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
     config = make_config("pretrain", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device, progress)
+    run, device = _prepare(out, resume, overwrite, device, progress, config.cuda_graph)
     texts = read_texts(sources, "sources")
     valid_texts = None if valid is None else read_texts(valid, "valid")
     if run.finished:
@@ -111,7 +111,7 @@ def finetune_lm(
     base, record = _open_lm(base_run, "base_run")
     preset = preset or record["preset"]
     config = make_config("finetune", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device, progress)
+    run, device = _prepare(out, resume, overwrite, device, progress, config.cuda_graph)
     texts = read_texts(texts, "texts")
     valid_texts = None if valid is None else read_texts(valid, "valid")
     if run.finished:
@@ -200,8 +200,9 @@ def _train_classifier(model, tokenizer, data, record, run, device, resume, progr
         }
 
     def loss_of(batch):
-        ids, lengths, wanted = (x.to(device) for x in batch)
-        logits = model(ids, lengths).float()
+        ids, lengths, wanted = batch
+        wanted = to_device(wanted, device)
+        logits = model(to_device(ids, device), lengths).float()
         loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
         return loss, measures(logits, wanted), int(batch[1].sum())
 
@@ -243,7 +244,7 @@ def _train_lm(model, tokenizer, docs, valid_texts, plan, record, run, device, re
     model.to(device)
 
     def loss_of(batch):
-        ids, targets = (x.to(device) for x in batch)
+        ids, targets = (to_device(x, device) for x in batch)
         loss, entropy = model(ids, targets, alpha=config.alpha, beta=config.beta)
         return loss, {"loss": entropy}, ids.numel()
 
@@ -278,11 +279,14 @@ def _train_lm(model, tokenizer, docs, valid_texts, plan, record, run, device, re
     return TrainedLM(model, tokenizer, config, run.path, run.history())
 
 
-def _prepare(out, resume, overwrite, device, progress):
+def _prepare(out, resume, overwrite, device, progress, cuda_graph=False):
     """(RunDirectory, torch.device), with all that can be refused before a text is read."""
     check_train_extras()
     check_show(progress)
-    return RunDirectory(out, resume, overwrite), pick_device(device)
+    device = pick_device(device)
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
+    return RunDirectory(out, resume, overwrite), device
 
 
 def _open_lm(run, argument):

@@ -122,12 +122,13 @@ def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
     chosen = _torch_precision() if precision is None else precision
     if chosen not in ("highest", "high", "medium"):
         raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
-    if value.device.type == "cuda" and precision == "highest" and _torch_precision() != "highest":
+    single = value.dtype == torch.float32
+    if single and value.device.type == "cuda" and precision == "highest" != _torch_precision():
         raise ValueError(
             f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
             "products are torch's own, and it allows TF32 now"
         )
-    return chosen != "highest" and value.dtype == torch.float32
+    return single and chosen != "highest"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

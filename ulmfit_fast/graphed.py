@@ -1,0 +1,74 @@
+"""A training step as a CUDA graph: captured once, replayed without the host's launching kernel by kernel."""
+
+from collections import Counter
+
+import torch
+
+from .devices import to_device
+
+WARM_UPS = 3  # steps of a shape before its capture: libraries make their plans, the optimizer its state
+
+
+class GraphedStep:
+    """`step(batch) -> (figures, tokens)`, replayed from a graph once WARM_UPS batches of a shape were seen.
+
+    The numbers are the step's own: every call is one step, captured or not.  The first shape seen so often is
+    captured; batches of another shape (an epoch's last window) are stepped as before, kernel by kernel.
+
+    step: forward, backward and update on `batch`, a tuple of tensors; it must not wait for the device, and
+        what changes from step to step besides the batch (learning rates, seeds) must lie on the device.
+    get_hidden, set_hidden: the state carried between steps, [(h, c)] per layer.
+    """
+
+    def __init__(self, step, device, get_hidden, set_hidden):
+        self.step, self.device = step, device
+        self.get_hidden, self.set_hidden = get_hidden, set_hidden
+        self.forget()
+
+    def forget(self):
+        """Drops the graph: the step has changed (other layers train)."""
+        self.graph, self.shapes, self.seen = None, None, Counter()
+
+    def __call__(self, batch):
+        shapes = tuple(tensor.shape for tensor in batch)
+        if self.graph is None:
+            self.seen[shapes] += 1
+            if self.seen[shapes] <= WARM_UPS:
+                return self._aside(lambda: self.step(batch))
+            self._capture(batch, shapes)
+        elif shapes != self.shapes:
+            return self.step(batch)
+        self._load(batch)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.figures.items()}, self.tokens
+
+    def _aside(self, function):
+        """On a stream of its own, as capture wants its warm-ups."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            result = function()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return result
+
+    def _capture(self, batch, shapes):
+        self.shapes = shapes
+        self.batch = tuple(tensor.to(self.device) for tensor in batch)
+        self.hidden = [tuple(state.clone() for state in layer) for layer in self.get_hidden()]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records, runs nothing
+            self.set_hidden([tuple(layer) for layer in self.hidden])
+            self.figures, self.tokens = self.step(self.batch)
+            for layer, new_layer in zip(self.hidden, self.get_hidden(), strict=True):
+                for state, new_state in zip(layer, new_layer, strict=True):
+                    state.copy_(new_state)
+        self.set_hidden([tuple(layer) for layer in self.hidden])
+
+    def _load(self, batch):
+        for static, tensor in zip(self.batch, batch, strict=True):
+            static.copy_(to_device(tensor, self.device))
+        for layer, now in zip(self.hidden, self.get_hidden(), strict=True):
+            for state, new_state in zip(layer, now, strict=True):
+                if state is not new_state:  # reset, or a step that was not the graph's
+                    state.copy_(new_state)
+        self.set_hidden([tuple(layer) for layer in self.hidden])
