@@ -121,6 +121,23 @@ def test_large_logits_stay_finite(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first, later", [(-300.0, 0.0), (0.0, 200.0), (200.0, 0.0), (-torch.inf, 1.0)])
+def test_logits_of_the_first_words_far_from_the_others(dtype, first, later):
+    """Exponentials are taken against the largest logit among the first words, which may not be a near one."""
+    h, weight = randn(9, 6, dtype=dtype), randn(300, 6, dtype=dtype)
+    bias = torch.full((300,), first, dtype=dtype, device=weight.device)
+    bias[130:] = later
+    target = torch.arange(140, 149, device=weight.device)
+    inputs = [h, weight]
+    results = with_gradients(lambda h, w: (uf.linear_cross_entropy(h, w, bias, target),), inputs)
+    expected = with_gradients(
+        lambda h, w: (F.cross_entropy(F.linear(h, w, bias.double()), target),), [t.double() for t in inputs]
+    )
+    for a, b in zip(results, expected, strict=True):
+        assert_near(a, b, dtype, factor(dtype))
+
+
 @pytest.mark.parametrize("shape, target", [((0, 3), []), ((2, 3), [-100, -100])])
 def test_a_mean_over_nothing_is_zero_with_zero_gradients(shape, target):
     target = torch.tensor(target, dtype=torch.int64, device=DEVICE)

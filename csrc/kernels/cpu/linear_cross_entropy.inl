@@ -1,11 +1,14 @@
 // Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
 // memory.
 //
-// Logits lie in panels, [panel][row][kCols]: that is what the product writes and, for the FMA tile, what the
-// packed operand of dW = dlogits^T @ h looks like. Three passes see them, a slice of rows at a time, which
-// stays in L3: the product with its row maxima, the exponentials with their sums, and one that makes the
-// gradient and packs it for both products that follow. Those take a chunk of several slices, because dW,
-// which is summed in fp32, is read and written for each.
+// A tile of the product h @ W^T becomes exp(logit - reference) while it is in L1, in the type that the next
+// products take. The reference is the row's largest logit among the first panel's words: any logit will do
+// that lies near the largest. A second pass, panel by panel of the vocabulary, makes the gradient of a
+// chunk's exponentials, in place, and multiplies it into dW at once, while the panel is in L2. dW, which is
+// summed in fp32, is read and written once a chunk, which is why a chunk has many rows.
+//
+// Exponentials lie as the next product wants them. For the FMA tile that is in panels, [panel][row][kCols],
+// the packed operand of dW = dlogits^T @ h; for the others in rows, packed as that of dh = dlogits @ W.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -21,10 +24,11 @@ class LinearCrossEntropyPass {
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
-  static constexpr int64_t kBundle = 16;                     // rows whose softmax is computed together
-  // Rows of a slice (15 MB of logits over 30,000 words) and of a chunk.
-  static constexpr int64_t kSliceRows = 128, kChunkRows = 4 * kSliceRows;
-  static_assert(kSliceRows % Tile::kDepth == 0, "a slice begins where a square of packed rows does");
+  static constexpr int64_t kChunkRows = 512;
+  static_assert(kChunkRows % Tile::kDepth == 0, "every chunk but the last fills its operands");
+  // A logit so far above its row's reference makes the chunk begin again with exact maxima: exp of it, a
+  // whole vocabulary of times, still fits.
+  static constexpr T kFar = std::is_same_v<T, double> ? T(600) : T(60);
 
  public:
   LinearCrossEntropyPass(const LinearCrossEntropy& args, const Parallel& parallel)
@@ -32,49 +36,52 @@ class LinearCrossEntropyPass {
         parallel(parallel),
         panels(ceil_div(p.V, kCols)),
         gradient(p.row_gradient != nullptr),
+        smoothing(p.label_smoothing != 0),
         chunk(p.N < kChunkRows ? p.N : kChunkRows),
-        slice(p.N < kSliceRows ? p.N : kSliceRows),
+        stride(round_up(chunk, L)),
+        depth(panels * kCols),
         w_forward(panels * panel_elements<Tile>(p.E)),
         w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),
-        logits(panels * (kPlain ? chunk : slice) * kCols),
-        dlogits_rows(gradient && !kPlain ? Tile::a_elements(chunk, panels * kCols) : 0),
-        dlogits_panels(gradient && !kPlain ? panels * panel_elements<Tile>(chunk) : 0),
-        top(panels * slice * L),
-        scale(slice),
-        shift(slice),
+        h_columns(gradient ? Tile::a_elements(round_up(p.E, Tile::kRows), padded_depth<Tile>(chunk)) : 0),
+        exponents(!gradient ? 0
+                  : kPlain  ? panels * chunk * kCols
+                            : Tile::a_elements(chunk, depth)),
+        sums(panels * stride),
+        totals(smoothing ? panels * stride : 0),
+        reference(stride),
+        z_target(stride),
+        scale(stride),
+        shift(stride),
         dw(gradient ? panels * p.E * kCols : 0),
         bias(panels * kCols),
         db(gradient ? panels * kCols : 0) {}
 
   void run() {
     pack_weights();
-    for (int64_t row0 = 0; row0 < p.N; row0 += chunk) {
-      const int64_t rows = p.N - row0 < chunk ? p.N - row0 : chunk;
-      for (int64_t r0 = 0; r0 < rows; r0 += slice) {
-        const Slice now{row0 + r0, r0, rows - r0 < slice ? rows - r0 : slice, rows};
-        forward(now);
-        if (!gradient) continue;
-        parallel(panels, [&](int64_t begin, int64_t end) {
-          for (int64_t panel = begin; panel < end; ++panel) logit_gradient(now, panel);
-        });
-      }
+    for (int64_t first = 0; first < p.N; first += chunk) {
+      const Chunk now{first, p.N - first < chunk ? p.N - first : chunk};
+      forward(now);
       if (!gradient) continue;
-      hidden_gradient(row0, rows);
-      weight_gradient(row0, rows);
+      pack_columns(now);
+      parallel(panels, [&](int64_t begin, int64_t end) {
+        [[maybe_unused]] typename Tile::Session session;
+        Scratch<Packed> scratch(kPlain ? 0 : panel_elements<Tile>(now.rows));
+        for (int64_t panel = begin; panel < end; ++panel) weight_gradient(now, panel, scratch);
+      });
+      hidden_gradient(now);
     }
     if (gradient) store_weight_gradient();
   }
 
  private:
-  struct Slice {
-    int64_t first, in_chunk;  // its first row, counted in all and in its chunk
-    int64_t rows, chunk_rows;
+  struct Chunk {
+    int64_t first, rows;
   };
-  T* run_of(int64_t panel, int64_t row, const Slice& now) const {
-    if constexpr (kPlain) return logits + (panel * now.chunk_rows + now.in_chunk + row) * kCols;
-    return logits + (panel * slice + row) * kCols;
-  }
   int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
+  // Where the FMA tile has a row's piece of a panel.
+  Packed* run_of(int64_t panel, int64_t row, const Chunk& now) const {
+    return exponents + (panel * now.rows + row) * kCols;
+  }
 
   void pack_weights() {
     parallel(panels, [&](int64_t begin, int64_t end) {
@@ -105,91 +112,147 @@ class LinearCrossEntropyPass {
     });
   }
 
-  void forward(const Slice& now) {
+  // The product h @ W^T over the first `n` panels; store(row, rows, panel, tile) takes its tiles.
+  template <class Store>
+  void multiply(const Chunk& now, int64_t n, Store&& store_tile) {
     gemm<Tile>(
-        now.rows, p.E, panels, w_forward.get(), parallel,
+        now.rows, p.E, n, w_forward.get(), parallel,
         [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
           pack_a_rows<Tile>(a, now.first + r0, n_rows, k0, kc,
                             [&](int64_t r, int64_t k, int64_t n, Element* out) {
                               load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
                             });
         },
-        [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-          const int there = static_cast<int>(width(panel));
-          for (int r = 0; r < n_rows; ++r) {
-            V max = broadcast(-std::numeric_limits<T>::infinity());
-            for (int j = 0; j < there; j += L)
-              max = larger(max, first_n(logit(tile + r * kCols, panel, j), there - j, max));
-            store(top + (panel * slice + r0 + r) * L, max);
-          }
-        },
-        [&](int64_t r0, int64_t panel) { return run_of(panel, r0, now); });
-    parallel(ceil_div(now.rows, kBundle), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        softmax(now, i * kBundle, (i + 1) * kBundle < now.rows ? (i + 1) * kBundle : now.rows);
-    });
-  }
-  V logit(const T* run, int64_t panel, int j) const { return load(run + j) + load(bias + panel * kCols + j); }
-  static V larger(V a, V b) {  // a NaN stays
-    const V max = b > a ? b : a;
-    return a != a ? a : b != b ? b : max;
+        store_tile);
   }
 
-  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing. exp(z - max) replaces the logits,
-  // and scale and shift are what makes the gradient of them. Rows r0..r1 together, panel by panel:
-  // neighbouring rows' runs lie side by side, and a row's own runs are pages apart.
-  void softmax(const Slice& now, int64_t r0, int64_t r1) const {
-    V maxima[kBundle], sum[kBundle] = {}, total[kBundle] = {};
-    T max[kBundle], z_target[kBundle];
-    const T smooth = static_cast<T>(p.label_smoothing);
-    for (V& v : maxima) v = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t panel = 0; panel < panels; ++panel)
-      for (int64_t r = r0; r < r1; ++r)
-        maxima[r - r0] = larger(maxima[r - r0], load(top + (panel * slice + r) * L));
-    for (int64_t i = 0; i < r1 - r0; ++i) {
-      max[i] = maxima[i][0];
-      for (int l = 1; l < L; ++l)
-        max[i] = maxima[i][l] > max[i] || maxima[i][l] != maxima[i][l] ? maxima[i][l] : max[i];
-      const int64_t target = p.target[now.first + r0 + i];
-      z_target[i] = ignored(now.first + r0 + i)
-                        ? T(0)
-                        : run_of(target / kCols, r0 + i, now)[target % kCols] + bias[target];
+  void forward(const Chunk& now) {
+    find_reference(now, 1);
+    std::atomic<bool> far{false};
+    const auto make = [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
+      if (exponentials(now, r0, n_rows, panel, tile)) far.store(true, std::memory_order_relaxed);
+    };
+    multiply(now, panels, make);
+    if (far.load()) {
+      find_reference(now, panels);
+      multiply(now, panels, make);
     }
-    for (int64_t panel = 0; panel < panels; ++panel) {
+    parallel(ceil_div(now.rows, L), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finish_rows(now, i * L);
+    });
+  }
+
+  // reference[row] = the largest logit of the first n panels.
+  void find_reference(const Chunk& now, int64_t n) {
+    multiply(now, n, [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
       const int there = static_cast<int>(width(panel));
-      for (int64_t r = r0; r < r1; ++r)
-        for (int j = 0; j < there; j += L) {
-          T* z = run_of(panel, r, now) + j;
-          const V v = logit(z - j, panel, j), e = first_n(exp_(v - max[r - r0]), there - j, V{});
-          sum[r - r0] += e;
-          if (smooth != 0) total[r - r0] += first_n(v, there - j, V{});
-          if (gradient) store(z, e);
+      for (int r = 0; r < n_rows; ++r) {
+        T max = -std::numeric_limits<T>::infinity();
+        for (int j = 0; j < there; ++j) {
+          const T z = tile[r * kCols + j] + bias[panel * kCols + j];
+          max = z > max ? z : max;
         }
+        sums[panel * stride + r0 + r] = max;
+      }
+    });
+    for (int64_t r = 0; r < now.rows; ++r) {
+      T max = sums[r];
+      for (int64_t panel = 1; panel < n; ++panel)
+        max = sums[panel * stride + r] > max ? sums[panel * stride + r] : max;
+      reference[r] = std::isfinite(max) ? max : T(0);
     }
-    for (int64_t i = 0; i < r1 - r0; ++i) {
-      const int64_t n = now.first + r0 + i;
-      const T exp_sum = sum_lanes<T>(sum[i]), lse = max[i] + std::log(exp_sum);
-      T loss = lse - (1 - smooth) * z_target[i];
-      if (smooth != 0) loss -= smooth * sum_lanes<T>(total[i]) / static_cast<T>(p.V);
+  }
+
+  // A tile's logits become exp(logit - reference), with the sum of each row's; true where one is too far off.
+  bool exponentials(const Chunk& now, int64_t r0, int n_rows, int64_t panel, const T* tile) const {
+    constexpr int kRuns = kCols / L;
+    const int there = static_cast<int>(width(panel));
+    const int64_t first = panel * kCols;
+    V b[kRuns], highest = broadcast(T(0));
+    for (int j = 0; j < kRuns; ++j) b[j] = load(bias + first + j * L);
+    for (int r = 0; r < n_rows; r += L) {
+      const int count = n_rows - r < L ? n_rows - r : L;
+      V row_sums[L] = {}, row_totals[L] = {};
+      for (int i = 0; i < count; ++i) {
+        const int64_t row = r0 + r + i, target = p.target[now.first + row] - first;
+        const T* z = tile + (r + i) * kCols;
+        const V from = broadcast(reference[row]);
+        for (int j = 0; j < kRuns; ++j) {
+          const V logit = load(z + j * L) + b[j], above = first_n(logit - from, there - j * L, V{});
+          const V e = first_n(exp_(above), there - j * L, V{});
+          highest = above > highest ? above : highest;
+          row_sums[i] += e;
+          if (gradient) store_exponential(now, panel, row, j * L, e);
+          if (smoothing) row_totals[i] += first_n(logit, there - j * L, V{});
+        }
+        if (target >= 0 && target < there) z_target[row] = z[target] + bias[first + target];
+      }
+      store_n(sums + panel * stride + r0 + r, sum_of_each(row_sums), count);
+      if (smoothing) store_n(totals + panel * stride + r0 + r, sum_of_each(row_totals), count);
+    }
+    bool far = false;
+    for (int l = 0; l < L; ++l) far |= highest[l] > kFar;
+    return far;
+  }
+
+  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; scale and shift are what makes
+  // the gradient of the exponentials. L rows from r0 on, together.
+  void finish_rows(const Chunk& now, int64_t r0) const {
+    V sum{}, total{};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      sum += load(sums + panel * stride + r0);
+      if (smoothing) total += load(totals + panel * stride + r0);
+    }
+    const T smooth = static_cast<T>(p.label_smoothing);
+    for (int64_t r = r0; r < r0 + L && r < now.rows; ++r) {
+      const int64_t n = now.first + r;
+      const T exp_sum = sum[r - r0], lse = reference[r] + std::log(exp_sum);
+      T loss = lse - (1 - smooth) * z_target[r];
+      if (smoothing) loss -= smooth * total[r - r0] / static_cast<T>(p.V);
       static_cast<T*>(p.loss)[n] = ignored(n) ? T(0) : loss;
       if (!gradient) continue;
       const T upstream = static_cast<const T*>(p.row_gradient)[n];
-      scale[r0 + i] = upstream / exp_sum;
-      shift[r0 + i] = upstream * smooth / static_cast<T>(p.V);
+      scale[r] = upstream / exp_sum;
+      shift[r] = upstream * smooth / static_cast<T>(p.V);
     }
   }
   bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
 
-  // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows,
-  // packed for dlogits @ W and for dlogits^T @ h.
-  void logit_gradient(const Slice& now, int64_t panel) const {
+  void store_exponential(const Chunk& now, int64_t panel, int64_t row, int column, V e) const {
+    if constexpr (kPlain) {
+      store(run_of(panel, row, now) + column, e);
+    } else {
+      Tile::store_a_vector(exponents, depth, row, panel * kCols + column, e, L);
+    }
+  }
+
+  // h^T, as the operand of dW; zeros in ignored rows, whose gradient is none whatever h is.
+  void pack_columns(const Chunk& now) {
+    constexpr int64_t kBlock = 64;
+    static_assert(kBlock % Tile::kRowGroup == 0, "a block begins where a group of packed rows does");
+    parallel(ceil_div(p.E, kBlock), [&](int64_t begin, int64_t end) {
+      for (int64_t e0 = begin * kBlock; e0 < end * kBlock && e0 < p.E; e0 += kBlock) {
+        const int n_e = static_cast<int>(p.E - e0 < kBlock ? p.E - e0 : kBlock);
+        pack_a_columns<Tile>(h_columns + Tile::a_elements(e0, padded_depth<Tile>(now.rows)), e0, n_e, 0,
+                             now.rows, [&](int64_t r, int64_t e, int64_t n, Element* out) {
+                               if (ignored(now.first + r)) return no_elements<Tile>(n, out);
+                               load_elements<Tile>(p.h.dtype, p.h.row(now.first + r), e, n, out);
+                             });
+      }
+    });
+  }
+
+  // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows, and
+  // with them dW^T += h^T @ dlogits. Transposed, because then the wide operand is the packed one.
+  void weight_gradient(const Chunk& now, int64_t panel, Packed* scratch) const {
     constexpr int kRuns = kCols / L;
     alignas(64) T gradients[Tile::kDepth * kCols];
     alignas(64) Element elements[Tile::kDepth * kCols];
     const int there = static_cast<int>(width(panel));
     const int64_t first = panel * kCols;
     const T target_share = 1 - static_cast<T>(p.label_smoothing);
-    V sums[kRuns] = {};  // of a slice: added up in two levels, db keeps its low bits
+    Packed* packed = kPlain ? run_of(panel, 0, now) : scratch;
+    V column_sums[kRuns] = {};  // of a chunk: added up in two levels, db keeps its low bits
     for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
       const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
       for (int i = 0; i < count; ++i) {
@@ -199,74 +262,57 @@ class LinearCrossEntropyPass {
           std::memset(out, 0, kCols * sizeof(T));
           continue;
         }
-        const T* e = run_of(panel, r, now);
-        for (int j = 0; j < kCols; j += L) store(out + j, load(e + j) * scale[r] - shift[r]);
+        const Element* e = elements;
+        if constexpr (kPlain) {
+          e = run_of(panel, r, now);
+        } else {
+          Tile::load_a(exponents, depth, r, first, kCols, elements);
+        }
+        for (int j = 0; j < kCols; j += L)
+          store(out + j, load_as<T>(Tile::kElement, e, j, L) * scale[r] - shift[r]);
         for (int j = there; j < kCols; ++j) out[j] = 0;
         if (target >= first && target < first + kCols)
           out[target - first] -= static_cast<const T*>(p.row_gradient)[now.first + r] * target_share;
-        for (int j = 0; j < kRuns; ++j) sums[j] += load(out + j * L);
+        for (int j = 0; j < kRuns; ++j) column_sums[j] += load(out + j * L);
       }
       std::memset(gradients + count * kCols, 0, (Tile::kDepth - count) * kCols * sizeof(T));
-      if constexpr (kPlain) {
-        std::memcpy(run_of(panel, r0, now), gradients, sizeof gradients);
-      } else {
-        store_row(Tile::kElement, elements, 0, Tile::kDepth * kCols, gradients);
+      store_row(Tile::kElement, elements, 0, Tile::kDepth * kCols, gradients);
+      if constexpr (!kPlain) {
         for (int i = 0; i < count; ++i)
-          Tile::store_a(dlogits_rows, panels * kCols, now.in_chunk + r0 + i, first, elements + i * kCols,
-                        kCols);
-        Tile::store_b_rows(dlogits_panels + panel * panel_elements<Tile>(now.chunk_rows), now.in_chunk + r0,
-                           elements);
+          Tile::store_a(exponents, depth, r0 + i, first, elements + i * kCols, kCols);
       }
+      Tile::store_b_rows(packed, r0, elements);
     }
-    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, load(db + first + j * L) + sums[j]);
+    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, load(db + first + j * L) + column_sums[j]);
+    panel_product<Tile>(padded_depth<Tile>(now.rows), h_columns, static_cast<int>(p.E), packed, 1, packed,
+                        dw + panel * p.E * kCols, true);
   }
 
   // dh = dlogits @ W
-  void hidden_gradient(int64_t row0, int64_t rows) {
+  void hidden_gradient(const Chunk& now) {
     const auto store_rows = [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
       const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
       for (int r = 0; r < n_rows; ++r)
-        store_row(p.h.dtype, p.dh, (row0 + r0 + r) * p.E + col, n, tile + r * kCols);
+        store_row(p.h.dtype, p.dh, (now.first + r0 + r) * p.E + col, n, tile + r * kCols);
     };
     const int64_t e_panels = ceil_div(p.E, kCols);
     if constexpr (!kPlain) {
-      gemm<Tile>(rows, p.V, e_panels, w_backward.get(), parallel,
-                 PackedRows<Tile>{dlogits_rows, panels * kCols}, store_rows);
+      gemm<Tile>(now.rows, p.V, e_panels, w_backward.get(), parallel, PackedRows<Tile>{exponents, depth},
+                 store_rows);
     } else {
       gemm<Tile>(
-          rows, p.V, e_panels, w_backward.get(), parallel,
+          now.rows, p.V, e_panels, w_backward.get(), parallel,
           [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
             pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-              for (int64_t j = 0; j < n;) {  // a row of logits lies in runs of kCols
+              for (int64_t j = 0; j < n;) {  // a row lies in runs of kCols
                 const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
-                std::memcpy(out + j, logits + ((k + j) / kCols * rows + r) * kCols + (k + j) % kCols,
-                            run * sizeof(T));
+                std::memcpy(out + j, run_of((k + j) / kCols, r, now) + (k + j) % kCols, run * sizeof(T));
                 j += run;
               }
             });
           },
           store_rows);
     }
-  }
-
-  // dW^T += h^T @ dlogits. Transposed, because then the wide operand is the packed one.
-  void weight_gradient(int64_t row0, int64_t rows) {
-    const Packed* dlogits;
-    if constexpr (kPlain) {
-      dlogits = logits;
-    } else {
-      dlogits = dlogits_panels;
-    }
-    gemm<Tile>(
-        p.E, rows, panels, dlogits, parallel,
-        [&](Packed* a, int64_t e0, int n_e, int64_t k0, int64_t kc) {
-          pack_a_columns<Tile>(a, e0, n_e, k0, kc, [&](int64_t r, int64_t e, int64_t n, Element* out) {
-            if (ignored(row0 + r)) return no_elements<Tile>(n, out);
-            load_elements<Tile>(p.h.dtype, p.h.row(row0 + r), e, n, out);
-          });
-        },
-        [](int64_t, int, int64_t, const T*) {},
-        [&](int64_t e0, int64_t panel) { return dw + (panel * p.E + e0) * kCols; }, true);
   }
 
   void store_weight_gradient() {
@@ -284,13 +330,13 @@ class LinearCrossEntropyPass {
   const LinearCrossEntropy& p;
   const Parallel& parallel;
   const int64_t panels;
-  const bool gradient;
-  const int64_t chunk, slice;             // rows
+  const bool gradient, smoothing;
+  const int64_t chunk, stride, depth;     // rows, and in whole vectors; columns in whole panels
   Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
-  Scratch<T> logits;
-  Scratch<Packed> dlogits_rows, dlogits_panels;  // a chunk, packed as A and as B, where logits are neither
-  Scratch<T> top, scale, shift;  // of a slice: each panel's row maxima, and the gradient's two factors
-  Scratch<T> dw, bias, db;       // dw: [panel][E][kCols], summed over chunks
+  Scratch<Packed> h_columns, exponents;   // of a chunk: h^T packed, and what becomes the logits' gradient
+  Scratch<T> sums, totals;                // [panel][row] of a chunk: of exponentials, of logits
+  Scratch<T> reference, z_target, scale, shift;  // of a chunk's rows; the last two make the gradient
+  Scratch<T> dw, bias, db;                       // dw: [panel][E][kCols], summed over chunks
 };
 
 template <class Tile>

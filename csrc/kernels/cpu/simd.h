@@ -60,7 +60,7 @@ template <class V>
 ULMFIT_HD V first_n(V v, int n, V rest) {
   constexpr int L = sizeof(V) / sizeof(v[0]);
   if (n >= L) return v;
-  for (int l = n; l < L; ++l) v[l] = rest[l];
+  for (int l = n > 0 ? n : 0; l < L; ++l) v[l] = rest[l];
   return v;
 }
 
@@ -149,11 +149,25 @@ ULMFIT_HD VD tanh_(VD x) {
   return x;
 }
 
-template <class T>
-ULMFIT_HD T sum_lanes(Vec<T> v) {
-  T total = 0;
-  for (int l = 0; l < lanes_of<T>; ++l) total += v[l];
-  return total;
+// Lanes of a and b, neighbours kStep apart added: kStep of a's sums, kStep of b's, and so on.
+template <int kStep, class V, int... lane>
+ULMFIT_HD V add_neighbours(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int L = sizeof...(lane);
+  return __builtin_shufflevector(a, b,
+                                 (lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep)...) +
+         __builtin_shufflevector(
+             a, b, (lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep + kStep)...);
+}
+// Lane i of the result is the sum of v[i]'s lanes, for as many vectors as there are lanes. They are spent.
+template <int kStep = 1, class V, int L>
+ULMFIT_HD V sum_of_each(V (&v)[L]) {
+  for (int i = 0; i < L / (2 * kStep); ++i)
+    v[i] = add_neighbours<kStep>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, L>());
+  if constexpr (2 * kStep < L) {
+    return sum_of_each<2 * kStep>(v);
+  } else {
+    return v[0];
+  }
 }
 
 ULMFIT_END

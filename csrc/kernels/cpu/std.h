@@ -1,6 +1,7 @@
 // Standard headers, included before an ISA file opens its target region: their inline functions must stay
 // baseline.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
