@@ -13,6 +13,7 @@ CLASSIFICATION = ("trec-6", "movie-reviews")
 DATASETS = (*CLASSIFICATION, "wikitext-2")
 FEW = "trec-6-few"  # TREC-6 with labels for FEW_LABELS of its training questions, the same for every arm
 FEW_LABELS = 300
+PROBE = "trec-6-probe"  # records of quality_probe.py
 
 
 def data_folder(given=None):

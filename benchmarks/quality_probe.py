@@ -11,7 +11,7 @@ the questions under each language model.
 import argparse
 from pathlib import Path
 
-from .quality_data import data_folder, read_split
+from .quality_data import PROBE, data_folder, read_split
 from .record import RESULTS, provenance, record_path, save
 
 ARMS = ("fresh", "stage1", "stage2")
@@ -72,12 +72,13 @@ def main(argv=None):
     train, test = (read_split(data, "trec-6", split) for split in ("train", "test"))
     for seed in args.seeds:
         where = provenance(torch.get_num_threads())
-        record = {"dataset": "trec-6-probe", "arm": "probe", "seed": seed, "accuracy": {}, "perplexity": {}}
+        record = {"dataset": PROBE, "arm": "probe", "seed": seed, "dtype": "float32"}
+        record |= {"accuracy": {}, "perplexity": {}}
         for arm in ARMS:
             lm = language_model(args.work, arm, seed)
             record["accuracy"][arm] = probe(lm, train, test)
             record["perplexity"][arm] = lm.perplexity(test[0])
-        save(record_path(args.results, "trec-6-probe", "probe", seed), {**record, **where})
+        save(record_path(args.results, PROBE, "probe", seed), {**record, **where})
         print(seed, record["accuracy"], record["perplexity"])
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 
-from .quality_data import CLASSIFICATION, FEW, FEW_LABELS
+from .quality_data import CLASSIFICATION, FEW, FEW_LABELS, PROBE
 
 ARMS = {
     "svm": "linear SVM, TF-IDF of word 1- and 2-grams",
@@ -42,7 +42,7 @@ def table(records):
             )
             + " |"
         )
-    return "\n".join(lines + ["", *_few_labels(records), *_notes(records)])
+    return "\n".join(lines + ["", *_few_labels(records), *_probe(records), *_notes(records)])
 
 
 def _few_labels(records):
@@ -54,6 +54,20 @@ def _few_labels(records):
     if not parts:
         return []
     return [f"TREC-6 with labels for {FEW_LABELS} of its 5,452 training questions: {'; '.join(parts)}."]
+
+
+def _probe(records):
+    """A sentence: what stages 1 and 2 make of the encoder itself."""
+    found = [r for r in records if r["dataset"] == PROBE]
+    if not found:
+        return []
+    titles = {"fresh": "fresh weights", "stage1": "stage 1", "stage2": "stages 1 + 2"}
+    parts = [
+        f"{title} {_mean_sd([100 * r['accuracy'][arm] for r in found])}, questions' perplexity "
+        f"{_mean_sd([r['perplexity'][arm] for r in found])}"
+        for arm, title in titles.items()
+    ]
+    return [f"Logistic regression on the frozen encoder's features of TREC-6: {'; '.join(parts)}."]
 
 
 def _of(records, dataset, arm):
@@ -74,7 +88,11 @@ def _mean_sd(values, digits=1):
 def _notes(records):
     """What a reader must know of the figures above, from the records themselves."""
     machines = sorted(
-        {f"{r['device']}, {r['isa']}, {r['threads']} threads, {r['dtype']}" for r in records if r["isa"]}
+        {
+            f"{r['device']}, {r['isa']}, {r['threads']} threads, {r['dtype']}"
+            for r in records
+            if r["isa"] and r["dataset"] != PROBE
+        }
     )
     cut = sorted({f"{r['dataset']}: {r['max_words']} words" for r in records if r.get("max_words")})
     notes = [f"Measured on {m}." for m in machines]

@@ -2,13 +2,12 @@
 // memory.
 //
 // A tile of the product h @ W^T becomes exp(logit - reference) while it is in L1, in the type that the next
-// products take. The reference is the row's largest logit among the first panel's words: any logit will do
-// that lies near the largest. A second pass, panel by panel of the vocabulary, makes the gradient of a
-// chunk's exponentials, in place, and multiplies it into dW at once, while the panel is in L2. dW, which is
-// summed in fp32, is read and written once a chunk, which is why a chunk has many rows.
-//
-// Exponentials lie as the next product wants them. For the FMA tile that is in panels, [panel][row][kCols],
-// the packed operand of dW = dlogits^T @ h; for the others in rows, packed as that of dh = dlogits @ W.
+// products take. The reference is the row's largest logit among the first panel's words: any near the largest
+// will do. A second pass, panel by panel, makes the gradient of a chunk's exponentials, in place, and
+// multiplies it into dW at once, while the panel is in L2. dW is summed in fp32, read and written once a
+// chunk, which is why a chunk has many rows. Exponentials lie as the next product wants them: for the FMA
+// tile in panels, [panel][row][kCols], the packed operand of dW = dlogits^T @ h, for the others in rows,
+// packed as that of dh = dlogits @ W.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -25,7 +24,6 @@ class LinearCrossEntropyPass {
   static constexpr int kCols = Tile::kCols;
   static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
   static constexpr int64_t kChunkRows = 512;
-  static_assert(kChunkRows % Tile::kDepth == 0, "every chunk but the last fills its operands");
   // A logit so far above its row's reference makes the chunk begin again with exact maxima: exp of it, a
   // whole vocabulary of times, still fits.
   static constexpr T kFar = std::is_same_v<T, double> ? T(600) : T(60);
@@ -133,10 +131,7 @@ class LinearCrossEntropyPass {
       if (exponentials(now, r0, n_rows, panel, tile)) far.store(true, std::memory_order_relaxed);
     };
     multiply(now, panels, make);
-    if (far.load()) {
-      find_reference(now, panels);
-      multiply(now, panels, make);
-    }
+    if (far.load()) find_reference(now, panels), multiply(now, panels, make);
     parallel(ceil_div(now.rows, L), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finish_rows(now, i * L);
     });
@@ -198,11 +193,15 @@ class LinearCrossEntropyPass {
   // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; scale and shift are what makes
   // the gradient of the exponentials. L rows from r0 on, together.
   void finish_rows(const Chunk& now, int64_t r0) const {
-    V sum{}, total{};
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      sum += load(sums + panel * stride + r0);
-      if (smoothing) total += load(totals + panel * stride + r0);
-    }
+    const auto over_panels = [&](const T* parts) {
+      V sum{}, part{};  // two levels again: an error here is one of the whole row
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        part += load(parts + panel * stride + r0);
+        if (panel % 32 == 31) sum += part, part = V{};
+      }
+      return sum + part;
+    };
+    const V sum = over_panels(sums), total = smoothing ? over_panels(totals) : V{};
     const T smooth = static_cast<T>(p.label_smoothing);
     for (int64_t r = r0; r < r0 + L && r < now.rows; ++r) {
       const int64_t n = now.first + r;
@@ -228,8 +227,7 @@ class LinearCrossEntropyPass {
 
   // h^T, as the operand of dW; zeros in ignored rows, whose gradient is none whatever h is.
   void pack_columns(const Chunk& now) {
-    constexpr int64_t kBlock = 64;
-    static_assert(kBlock % Tile::kRowGroup == 0, "a block begins where a group of packed rows does");
+    constexpr int64_t kBlock = 64;  // a multiple of every tile's kRowGroup
     parallel(ceil_div(p.E, kBlock), [&](int64_t begin, int64_t end) {
       for (int64_t e0 = begin * kBlock; e0 < end * kBlock && e0 < p.E; e0 += kBlock) {
         const int n_e = static_cast<int>(p.E - e0 < kBlock ? p.E - e0 : kBlock);
@@ -252,8 +250,13 @@ class LinearCrossEntropyPass {
     const int64_t first = panel * kCols;
     const T target_share = 1 - static_cast<T>(p.label_smoothing);
     Packed* packed = kPlain ? run_of(panel, 0, now) : scratch;
-    V column_sums[kRuns] = {};  // of a chunk: added up in two levels, db keeps its low bits
+    V column_sums[kRuns] = {};  // of up to 128 rows: added up in two levels, db keeps its low bits
+    const auto keep_sums = [&] {
+      for (int j = 0; j < kCols; j += L) store(db + first + j, load(db + first + j) + column_sums[j / L]);
+      std::memset(column_sums, 0, sizeof column_sums);
+    };
     for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
+      if (r0 % 128 == 0) keep_sums();
       const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
       for (int i = 0; i < count; ++i) {
         const int64_t r = r0 + i, target = p.target[now.first + r];
@@ -283,7 +286,7 @@ class LinearCrossEntropyPass {
       }
       Tile::store_b_rows(packed, r0, elements);
     }
-    for (int j = 0; j < kRuns; ++j) store(db + first + j * L, load(db + first + j * L) + column_sums[j]);
+    keep_sums();
     panel_product<Tile>(padded_depth<Tile>(now.rows), h_columns, static_cast<int>(p.E), packed, 1, packed,
                         dw + panel * p.E * kCols, true);
   }
