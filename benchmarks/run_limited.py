@@ -46,8 +46,12 @@ def run_limited(words, limit, log, cwd, environment=None):
 
 
 def _apart():
-    """In the child: a process group of its own, to be ended whole, and no file of its memory if it dies."""
+    """In the child: a process group of its own, to be ended whole, and no file of its memory if it dies.
+
+    Interruptible, too: what a shell runs in the background ignores SIGINT, and its children would.
+    """
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -240,20 +240,6 @@ def test_small_calls_of_the_sanitizer(monkeypatch):
             on_gpu_small.check(results, tensors)
 
 
-def test_a_captured_step_has_its_seeds_in_memory():
-    step = steps.build(CASE, "ours")
-    graphed = object.__new__(graph_step.GraphedStep)
-    graphed.step = step
-    graphed.keep_seed()
-
-    def loss(seed):
-        graphed.seed.fill_(seed)
-        step.model.reset()
-        return step.loss().item()
-
-    assert loss(1) == loss(1) != loss(2)
-
-
 def test_float16_steps_have_float16_errors():
     """Ours alone: torch's LSTM has no float16 on CPUs."""
     errors = steps.gradient_errors(CASE, [Side("ours", "fp16", None)])
