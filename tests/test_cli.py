@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from checks import DEVICE
@@ -88,6 +90,15 @@ def test_info(capsys):
     assert "torch" in capsys.readouterr().out
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["version"]
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """`ulmfit-fast info | head -0`"""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "ulmfit_fast.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 141
 
 
 @pytest.mark.parametrize("command", ["", *cli.EXAMPLES])

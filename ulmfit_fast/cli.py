@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -47,7 +48,12 @@ def main(argv=None):
     """Runs a command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()  # here, where a reader that has gone (`| head`) can be met
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        return 141  # as a program that SIGPIPE ends
     except KeyboardInterrupt as stop:
         print(f"ulmfit-fast: {stop or 'stopped'}", file=sys.stderr)
         return 130
