@@ -64,6 +64,7 @@ def pretended_graph(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     return owned
 
 

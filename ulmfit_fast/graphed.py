@@ -56,7 +56,7 @@ class GraphedStep:
         self.batch = tuple(tensor.to(self.device) for tensor in batch)
         self.hidden = [tuple(state.clone() for state in layer) for layer in self.get_hidden()]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # records, runs nothing
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):  # records, runs nothing
             self.set_hidden([tuple(layer) for layer in self.hidden])
             self.figures, self.tokens = self.step(self.batch)
             for layer, new_layer in zip(self.hidden, self.get_hidden(), strict=True):

@@ -11,7 +11,8 @@ Tensor dropout_mask(const Tensor& seed, std::vector<int64_t> shape, double p,
   check_probability(op, "p", p);
   const ScalarType type = dtype.value_or(ScalarType::Float);
   const DType storage = dtype_of(op, "dtype", type);
-  const uint64_t key = seed_of(op, seed, seed);
+  check_seed(op, seed, seed);
+  const uint64_t key = seed_of(seed);
   for (const int64_t n : shape)
     ULMFIT_CHECK(n >= 0, op, "shape must have sizes >= 0, got ", shape_text(shape));
   Tensor mask = torch::stable::empty(shape, type);

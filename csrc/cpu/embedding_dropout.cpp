@@ -8,7 +8,7 @@ namespace {
 EmbeddingDropout arguments(const char* op, const Tensor& ids, const Tensor& seed, double p,
                            int64_t padding_idx, int64_t words, int64_t width, DType dtype) {
   check_range(op, "ids", ids_of(ids), ids.numel(), 0, words);
-  return {ids.numel(), words, width, ids_of(ids), padding_idx, seed_of(op, seed, seed), p, dtype};
+  return {ids.numel(), words, width, ids_of(ids), padding_idx, seed_of(seed), p, dtype};
 }
 
 Tensor embedding_dropout(const Tensor& weight, const Tensor& ids, const Tensor& seed, double p,

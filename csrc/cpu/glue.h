@@ -23,8 +23,7 @@ inline void use_huge_pages(std::initializer_list<Tensor> outputs) {
     if (t.numel() > 0) prefer_huge_pages(t.data_ptr(), t.numel() * t.element_size());
 }
 
-inline uint64_t seed_of(const char* op, const Tensor& seed, const Tensor& first) {
-  check_seed(op, seed, first);
+inline uint64_t seed_of(const Tensor& seed) {
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 LstmShape shape_of(const LstmInputs& in, const Tensor& seed, double weight_p, bool reverse, bool high) {
   LstmShape shape = {in.T, in.B, in.I, in.H, reverse, nullptr, 0, weight_p, high};
-  if (weight_p > 0) shape.seed = seed_of(in.op, seed, in.x);
+  if (weight_p > 0) shape.seed = seed_of(seed);
   // An empty batch has a null pointer, which would read as "no lengths"; it has no step either.
   if (in.lengths.has_value()) shape.lengths = lengths_of(in.op, *in.lengths, in.T);
   return shape;

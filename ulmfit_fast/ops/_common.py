@@ -10,7 +10,7 @@ Seed = int | Tensor | None
 
 
 def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> Tensor:
-    """The seed as a 0-dim int64 tensor on `device`; None draws one from torch's default generator.
+    """The seed as a 0-dim int64 tensor on `device`; None draws one from that device's default generator.
 
     With p == 0 nothing is dropped, so nothing is drawn and the generator does not advance.
     """

@@ -25,7 +25,7 @@ def dropout_mask(
     every device, instruction set and thread count.
 
     Args:
-        seed: an int or a 0-dim int64 tensor; None draws one from torch's default generator.
+        seed: an int or a 0-dim int64 tensor; None draws one from the device's default generator.
         shape: sizes, each >= 0.
         p: probability of zero, in [0, 1).
         dtype: float64, float32, bfloat16 or float16.

@@ -30,7 +30,7 @@ def embedding_dropout(
         weight: (V, E); float64, float32, bfloat16 or float16.
         ids: int64 or int32, any shape, each in 0..V-1.
         p: probability that a word is dropped, in [0, 1).
-        seed: None, an int or a 0-dim int64 tensor; None draws one from torch's default generator.
+        seed: None, an int or a 0-dim int64 tensor; None draws one from the device's default generator.
         padding_idx: this row of weight receives no gradient; negative counts from the end.
 
     Returns:
@@ -39,7 +39,8 @@ def embedding_dropout(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        IndexError: an id is outside the vocabulary (RuntimeError under torch.compile).
+        IndexError: an id is outside the vocabulary (RuntimeError under torch.compile; on
+            CUDA an assertion of the kernel).
     """
     op = "embedding_dropout"
     check_input(op, "weight", weight)

@@ -57,7 +57,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile).
+        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile; on
+            CUDA an assertion of the kernel).
     """
     op = "linear_cross_entropy"
     check_input(op, "h", h)

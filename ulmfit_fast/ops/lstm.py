@@ -51,14 +51,15 @@ def lstm(
             float32 where x is 16-bit (master weights).  Their gradients have their dtype.
         b_ih, b_hh: (4H) in the weights' dtype; both or neither.
         weight_p: probability that an element of w_hh is dropped, in [0, 1).
-        seed: None, an int or a 0-dim int64 tensor; None draws one from torch's default generator.
+        seed: None, an int or a 0-dim int64 tensor; None draws one from the device's default generator.
         batch_first: the layout of x and y; no transposed copy is made.
         lengths: int64 (B,), each in 0..T, in any order.  A step at or after its sequence's length carries
             the state and outputs zeros.
         reverse: read each sequence from its last valid step back to its first.
         precision: of float32 products, "highest", "high" or "medium" as in
             `torch.set_float32_matmul_precision`; None takes what is set there.  The lower two allow three
-            bfloat16 products instead (relative error about 5e-6), done where they are faster.
+            bfloat16 products instead (relative error about 5e-6), done where they are faster; on CUDA the
+            products are TF32's where that setting of torch allows it, and a stricter one here is refused.
 
     Returns:
         y, like x with H features; h_n and c_n (B, H), the state after the last step read; all in x's dtype,
@@ -66,7 +67,7 @@ def lstm(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above (RuntimeError for a length under
-        torch.compile).
+        torch.compile; on CUDA an assertion of the kernel).
     """
     op = "lstm"
     check_input(op, "x", x)

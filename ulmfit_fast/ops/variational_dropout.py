@@ -26,7 +26,7 @@ def variational_dropout(x: Tensor, p: float, *, seed: Seed = None, batch_first: 
     Args:
         x: (B, T, *) with batch_first, else (T, B, *); float64, float32, bfloat16 or float16; any strides.
         p: probability of zero, in [0, 1); with 0, x itself is returned.
-        seed: None, an int or a 0-dim int64 tensor; None draws one from torch's default generator.
+        seed: None, an int or a 0-dim int64 tensor; None draws one from the device's default generator.
         batch_first: which of the first two sizes of x is the batch.
 
     Returns:
