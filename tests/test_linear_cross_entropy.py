@@ -136,8 +136,10 @@ def test_logits_of_the_first_words_far_from_the_others(dtype, first, later):
     expected = with_gradients(
         lambda h, w: (F.cross_entropy(F.linear(h, w, bias.double()), target),), [t.double() for t in inputs]
     )
+    # a logit of 200 is itself rounded to 100 epsilons, on both sides; 16-bit inputs are multiplied in float32
+    rounding = max(first, later) if dtype.itemsize >= 4 else 0
     for a, b in zip(results, expected, strict=True):
-        assert_near(a, b, dtype, factor(dtype))
+        assert_near(a, b, dtype, factor(dtype) + rounding)
 
 
 @pytest.mark.parametrize("shape, target", [((0, 3), []), ((2, 3), [-100, -100])])

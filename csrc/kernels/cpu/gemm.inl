@@ -30,6 +30,8 @@ struct FmaTile {
   // block is used for so many rows that fetching it from memory does not show.
   static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
   static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
+  // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
+  static constexpr int kRowsToHide = 4 * kRows;
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
@@ -257,7 +259,11 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   const int64_t most_rows = room < Tile::kBlockRows  ? Tile::kBlockRows
                             : room < Tile::kMostRows ? room
                                                      : Tile::kMostRows;
-  const int64_t blocks = ceil_div(M, most_rows / Tile::kRows * Tile::kRows);
+  int64_t blocks = ceil_div(M, most_rows / Tile::kRows * Tile::kRows);
+  const auto uneven = [&] {  // one thread more than another, by more than a 16th
+    return blocks * groups % parallel.threads != 0 && blocks * groups < 16 * parallel.threads;
+  };
+  while (uneven() && blocks * Tile::kRows < M) ++blocks;
   const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
   // A row block that several groups of panels meet is packed once for all of them, if that is not too large.
   const int64_t row_bytes = Tile::a_elements(block_rows, K) * static_cast<int64_t>(sizeof(Packed));

@@ -1,6 +1,6 @@
 // The AMX tile: bf16 operands, fp32 sums, 16 x 16 results per tile register.
 #pragma once
-#include "gemm.inl"
+#include "gemm_bf16.inl"
 
 ULMFIT_BEGIN
 
@@ -23,20 +23,13 @@ ULMFIT_HD void tile_dot() {  // C += A * B
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-struct AmxTile {
-  using Compute = float;
-  using Packed = uint16_t;  // bf16 bits
-  using Element = uint16_t;
-  static constexpr DType kElement = DType::bf16;
-  static constexpr int kVecs = 4;
-  static constexpr int kCols = 64;   // four tile registers' columns
-  static constexpr int kDepth = 32;  // a tile row: 32 bf16
-  static constexpr int kRows = 32;   // two tile registers' rows
+struct AmxTile : Bf16Packing {
+  static constexpr int kRows = 32;  // two tile registers' rows
   // An A block 288 KB, B blocks 144 KB each: in L2 together, and a result is loaded and stored for 36 steps
   // of multiplication, which hides it.
   static constexpr int kBlockRows = 128, kBlockDepth = 1152;
   static constexpr int kMostRows = 384;  // of a block that is not as deep
-  static constexpr int kTile = 16 * 32;  // elements of one operand tile, 1 KB
+  static constexpr int kRowsToHide = 128;
 
   struct Session {
     Session() {
@@ -50,68 +43,6 @@ struct AmxTile {
     ~Session() { asm volatile("tilerelease" ::: "memory"); }
   };
 
-  // A: tiles [row / 16][k / 32] of [16][32].
-  static constexpr int kRowGroup = 16;
-  static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kRowGroup) * K; }
-  static int64_t a_offset(int64_t k) { return 16 * k; }
-  // f(place in A, offset in the values, how many) for each tile's part of n values at (row, k).
-  template <class F>
-  static void for_runs(int64_t K, int64_t row, int64_t k, int64_t n, F&& f) {
-    const int64_t line = row / 16 * 16 * K + row % 16 * 32;
-    for (int64_t j = 0; j < n;) {
-      const int64_t in_tile = 32 - (k + j) % 32, run = n - j < in_tile ? n - j : in_tile;
-      f(line + (k + j) / 32 * kTile + (k + j) % 32, j, run);
-      j += run;
-    }
-  }
-  static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const uint16_t* values, int64_t n) {
-    for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) { copy_run(a + at, values + j, run); });
-  }
-  static void load_a(const uint16_t* a, int64_t K, int64_t row, int64_t k, int64_t n, uint16_t* values) {
-    for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) { copy_run(values + j, a + at, run); });
-  }
-  static void store_a_vector(uint16_t* a, int64_t K, int64_t row, int64_t k, VF v, int n) {
-    const VH bits = to_bf16(v);
-    if (n == kLanes && k % 32 <= 16) {
-      std::memcpy(a + row / 16 * 16 * K + row % 16 * 32 + k / 32 * kTile + k % 32, &bits, sizeof bits);
-    } else {  // at an edge or across two tiles
-      alignas(64) uint16_t values[kLanes];
-      std::memcpy(values, &bits, sizeof bits);
-      for_runs(K, row, k, n, [&](int64_t at, int64_t j, int64_t run) {
-        std::memcpy(a + at, values + j, run * sizeof(uint16_t));
-      });
-    }
-  }
-  // tmp = [n = 32 depths][ld rows]; rows up to a multiple of 16 are there.
-  static void store_a_columns(uint16_t* a, int64_t K, int rows, int64_t k, int n, const uint16_t* tmp,
-                              int64_t ld) {
-    for (int64_t r = 0; r < rows; r += 16) columns_to_tile(tmp + r, ld, a + r * K + k / 32 * kTile);
-  }
-  // B panel: tiles [k / 32][column / 16] of [16 pairs of k][16 columns][2].
-  static int64_t b_elements(int64_t K) { return K * kCols; }
-  static void store_b_columns(uint16_t* b, int64_t k0, int n, const uint16_t* tmp, int64_t ld) {
-    for (int k = 0; k < n; k += 32)
-      for (int c = 0; c < kCols; c += 16)
-        rows_to_pairs_tile(tmp + c * ld + k, ld, b + (k0 + k) / 32 * 4 * kTile + c / 16 * kTile);
-  }
-  static void store_b_rows(uint16_t* b, int64_t k, const uint16_t* rows) {
-    for (int c = 0; c < kCols; c += 16) pairs_tile(rows + c, kCols, b + k / 32 * 4 * kTile + c / 16 * kTile);
-  }
-
-  // Three ways to fill a tile: out[row][k] = in[k][row]; out[k / 2][column][k % 2] = in[column][k], and the
-  // same = in[k][column].
-  static void columns_to_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
-    alignas(64) uint32_t pairs[16 * 16];
-    for (int j = 0; j < 16; ++j) store(pairs + 16 * j, pair_rows(in + 2 * j * ld, ld));
-    transpose_block(pairs, 16, reinterpret_cast<uint32_t*>(out), 16);
-  }
-  static void rows_to_pairs_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
-    transpose_block(reinterpret_cast<const uint32_t*>(in), ld / 2, reinterpret_cast<uint32_t*>(out), 16);
-  }
-  static void pairs_tile(const uint16_t* in, int64_t ld, uint16_t* out) {
-    for (int j = 0; j < 16; ++j)
-      store(reinterpret_cast<uint32_t*>(out + 32 * j), pair_rows(in + 2 * j * ld, ld));
-  }
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
                             const uint16_t* next, float* c, bool accumulate) {
     // Two tiles by two: 32 rows and half a panel. All rows meet a half before the other one's turn, because
@@ -146,13 +77,6 @@ struct AmxTile {
       for (int line = 0; line < lines; ++line, at += 64) __builtin_prefetch(at, 0, 2);
     }
   };
-  static void copy_run(uint16_t* to, const uint16_t* from, int64_t n) {
-    if (n == 32) {  // a constant size, so a move; the other is a call
-      std::memcpy(to, from, 64);
-    } else {
-      std::memcpy(to, from, n * 2);
-    }
-  }
   // Results that are about to be stored, or read and stored, and may lie far away.
   static void expect(const float* c) {
     for (int row = 0; row < kRows; ++row, c += kCols) {

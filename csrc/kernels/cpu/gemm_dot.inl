@@ -1,95 +1,66 @@
 // The dot tile: bf16 operands, fp32 sums, two products an element and instruction (AVX-512's vdpbf16ps).
 #pragma once
-#include "gemm.inl"
+#include "gemm_bf16.inl"
 
 ULMFIT_BEGIN
 
-struct DotTile {
-  using Compute = float;
-  using Packed = uint16_t;  // bf16 bits
-  using Element = uint16_t;
-  static constexpr DType kElement = DType::bf16;
-  static constexpr int kVecs = 4, kCols = 64;
-  static constexpr int kDepth = 32;  // packed in squares of 16 x 16 pairs
-  static constexpr int kRows = 6;    // 24 sums, 4 vectors of B and a broadcast in 32 registers
-  // About as many bytes as the FMA tile: an A block 288 KB, B blocks 96 KB each.
-  static constexpr int kBlockRows = 192, kBlockDepth = 768, kMostRows = 384;
+struct DotTile : Bf16Packing {
+  static constexpr int kRows = 16;  // whole tiles of A
+  // An A block 216 KB, B blocks 72 KB each: in L2 together. Half a B block, 36 KB, stays in L1 for all rows.
+  static constexpr int kBlockRows = 192, kBlockDepth = 576, kMostRows = 384;
+  static constexpr int kRowsToHide = 32;
 
   struct Session {};
 
-  // A: row-major. B panel: [k / 2][kCols][2].
-  static constexpr int kRowGroup = 1;
-  static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
-  static int64_t a_offset(int64_t k) { return k; }
-  static int64_t b_elements(int64_t K) { return K * kCols; }
-  static void store_a(uint16_t* a, int64_t K, int64_t row, int64_t k, const uint16_t* values, int64_t n) {
-    std::memcpy(a + row * K + k, values, n * sizeof(uint16_t));
-  }
-  static void load_a(const uint16_t* a, int64_t K, int64_t row, int64_t k, int64_t n, uint16_t* values) {
-    std::memcpy(values, a + row * K + k, n * sizeof(uint16_t));
-  }
-  static void store_a_vector(uint16_t* a, int64_t K, int64_t row, int64_t k, VF v, int n) {
-    store_as<float>(DType::bf16, a, row * K + k, v, n);
-  }
-  // tmp = [n = 32 depths][ld rows]; rows up to a multiple of 16 are there.
-  static void store_a_columns(uint16_t* a, int64_t K, int rows, int64_t k, int n, const uint16_t* tmp,
-                              int64_t ld) {
-    alignas(64) uint32_t pairs[16 * 16];
-    for (int64_t r0 = 0; r0 < rows; r0 += 16) {
-      for (int j = 0; j < 16; ++j) store(pairs + 16 * j, pair_rows(tmp + 2 * j * ld + r0, ld));
-      transpose_block(pairs, 16, pairs, 16);
-      for (int64_t r = r0; r < r0 + 16 && r < rows; ++r)
-        std::memcpy(a + r * K + k, pairs + (r - r0) * 16, 32 * sizeof(uint16_t));
-    }
-  }
-  static void store_b_columns(uint16_t* b, int64_t k0, int n, const uint16_t* tmp, int64_t ld) {
-    for (int k = 0; k < n; k += 32)
-      for (int c = 0; c < kCols; c += 16)
-        transpose_block(reinterpret_cast<const uint32_t*>(tmp + c * ld + k), ld / 2,
-                        reinterpret_cast<uint32_t*>(b + (k0 + k) * kCols) + c, kCols);
-  }
-  static void store_b_rows(uint16_t* b, int64_t k, const uint16_t* rows) {
-    for (int j = 0; j < kDepth; j += 2)
-      for (int c = 0; c < kCols; c += 16)
-        store(reinterpret_cast<uint32_t*>(b + (k + j) * kCols) + c, pair_rows(rows + j * kCols + c, kCols));
-  }
-
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
                             const uint16_t* next, float* c, bool accumulate) {
-    constexpr int kAheadCalls = 4;  // as the FMA tile's: a line of `next` for each pair of k
-    for (int r = 0, call = 0; r < rows; r += kRows, ++call, a += kRows * lda, c += kRows * kCols) {
-      const uint16_t* from = call < kAheadCalls ? next + call * kc * kCols / kAheadCalls : b;
-      const char* ahead = reinterpret_cast<const char*>(from);
-      switch (rows - r) {
-        case 1: micro<1>(kc, a, lda, b, c, accumulate, ahead); break;
-        case 2: micro<2>(kc, a, lda, b, c, accumulate, ahead); break;
-        case 3: micro<3>(kc, a, lda, b, c, accumulate, ahead); break;
-        case 4: micro<4>(kc, a, lda, b, c, accumulate, ahead); break;
-        case 5: micro<5>(kc, a, lda, b, c, accumulate, ahead); break;
-        default: micro<6>(kc, a, lda, b, c, accumulate, ahead);
-      }
-    }
+    // The first four calls fetch the next B block into L2, a line for each pair of depths.
+    const uint16_t* ahead = next;
+    const auto call = [&](auto m, auto vecs, const uint16_t* a_rows, const uint16_t* b_part, float* out) {
+      micro<m(), vecs()>(kc, a_rows, b_part, out, accumulate, reinterpret_cast<const char*>(ahead));
+      if (ahead < next + 3 * kc * 16) ahead += kc * 16;
+    };
+    if (rows <= 4) return with_rows<4>(rows, [&](auto m) { call(m, Int<4>(), a, b, c); });
+    for (int half = 0; half < 2; ++half)
+      for (int r = 0; r < rows; r += 8)
+        with_rows<8>(rows - r, [&](auto m) {
+          call(m, Int<2>(), a + r / 16 * 16 * lda + r % 16 * 32, b + 2 * half * kTile,
+               c + r * kCols + 32 * half);
+        });
   }
 
  private:
-  template <int M>
-  static void micro(int64_t kc, const uint16_t* a, int64_t lda, const uint16_t* b, float* c, bool accumulate,
-                    const char* ahead) {
-    VF acc[M][kVecs] = {};
-    for (int64_t k = 0; k < kc; k += 2, b += 2 * kCols) {
-      __builtin_prefetch(ahead + k * 32, 0, 2);
-      VU bv[kVecs];
-      for (int v = 0; v < kVecs; ++v) bv[v] = load(reinterpret_cast<const uint32_t*>(b) + v * kLanes);
-      for (int m = 0; m < M; ++m) {
-        uint32_t pair;
-        std::memcpy(&pair, a + m * lda + k, sizeof pair);
-        const VU av = VU{} + pair;
-        for (int v = 0; v < kVecs; ++v)
-          acc[m][v] = (VF)_mm512_dpbf16_ps((__m512)acc[m][v], (__m512bh)av, (__m512bh)bv[v]);
-      }
+  template <int N>
+  using Int = std::integral_constant<int, N>;
+  // f(Int<the smaller of rows and Most>())
+  template <int Most, class F>
+  static void with_rows(int rows, F&& f) {
+    if constexpr (Most > 1) {
+      if (rows < Most) return with_rows<Most - 1>(rows, f);
     }
+    f(Int<Most>());
+  }
+
+  // M rows by kN vectors: 8 x 2 sums, or up to 4 x 4, with B's vectors and a broadcast, fit the 32 registers.
+  template <int M, int kN>
+  static void micro(int64_t kc, const uint16_t* a, const uint16_t* b, float* c, bool accumulate,
+                    const char* ahead) {
+    VF acc[M][kN] = {};
+    for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile)
+      for (int j = 0; j < 32; j += 2, ahead += 64) {
+        __builtin_prefetch(ahead, 0, 2);
+        VU bv[kN];
+        for (int v = 0; v < kN; ++v) bv[v] = load(reinterpret_cast<const uint32_t*>(b + v * kTile + j * 16));
+        for (int m = 0; m < M; ++m) {
+          uint32_t pair;
+          std::memcpy(&pair, a + m * 32 + j, sizeof pair);
+          const VU av = VU{} + pair;
+          for (int v = 0; v < kN; ++v)
+            acc[m][v] = (VF)_mm512_dpbf16_ps((__m512)acc[m][v], (__m512bh)av, (__m512bh)bv[v]);
+        }
+      }
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kN; ++v) {
         float* to = c + m * kCols + v * kLanes;
         store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
       }

@@ -37,9 +37,11 @@ inline void load_dropped(const Matrix& w_hh, int64_t H, const Dropout& drop, int
 // in a core's L2, or where each thread has rows enough to hide the reading. Both ways give the same bits.
 template <class Tile>
 inline bool split_by_batch(const LstmShape& s, int threads) {
-  constexpr int64_t kL2 = 1 << 20, kRowsToHide = 4 * Tile::kRows;
+  constexpr int64_t kL2 = 1 << 20;
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
-  return 2 * s.B >= Tile::kRows * threads && (bytes <= kL2 || s.B >= kRowsToHide * threads);
+  const int64_t groups = ceil_div(s.B, Tile::kRowGroup), most = ceil_div(groups, threads);
+  return 2 * s.B >= Tile::kRows * threads && 4 * groups >= 3 * most * threads &&
+         (bytes <= kL2 || s.B >= Tile::kRowsToHide * threads);
 }
 
 // Calls step(i, items_begin, items_end, row_begin, row_end) for i = 0..steps-1 in order, for all items and
