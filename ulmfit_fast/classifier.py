@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from . import ops
+from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, unique_groups
 from .nn import check_probability
@@ -201,6 +201,14 @@ class TextClassifier(nn.Sequential):
     def reset(self) -> None:
         """Forget the encoder's state."""
         self[0].reset()
+
+    def to_torch(self) -> fx.GraphModule:
+        """The same classifier in stock torch modules alone, in eval: stock(ids, lengths) -> logits.
+
+        As `AWDLSTM.to_torch`.  lengths must be given, on the device of ids, and ids have a time step.
+        Documents are read whole, so memory grows with their length.
+        """
+        return to_torch.to_torch(self, to_torch.TextClassifier(self))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         encoder = self[0].module

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from . import to_torch
 from .nn import (
     EmbeddingDropout,
     Seed,
@@ -192,6 +193,15 @@ class AWDLSTM(nn.Module):
             if layer < self.n_layers - 1:
                 output = dropout(output, seed=derive_seed(seed, first + 1))
         return raw_outputs, new_hidden
+
+    def to_torch(self) -> fx.GraphModule:
+        """The same encoder in stock torch modules alone, in eval: stock(ids, state) -> output, new state.
+
+        It has copies of the weights, no dropout, and starts from zeros unless given a state, which is laid
+        out as `hidden`.  Saved with torch.save it is loaded (weights_only=False, as it holds code) and run
+        without this library.  `to_torch.torch_key` says how its keys relate to ours.
+        """
+        return to_torch.to_torch(self, to_torch.Encoder(self))
 
     def draw_seed(self) -> Tensor | None:
         """A seed for `run`, or None where no dropout is active."""

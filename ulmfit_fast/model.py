@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from . import ops
+from . import ops, to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM, unique_groups
 from .nn import VariationalDropout
@@ -88,6 +88,13 @@ class LanguageModel(nn.Sequential):
     def reset(self) -> None:
         """Forget the encoder's state."""
         self[0].reset()
+
+    def to_torch(self) -> fx.GraphModule:
+        """`AWDLSTM.to_torch` with the decoder: stock(ids, state) -> logits (B, T, V), new state.
+
+        The weights are tied if they are here.
+        """
+        return to_torch.to_torch(self, to_torch.LanguageModel(self))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         encoder, decoder = self
