@@ -105,7 +105,9 @@ def test_onnx_by_the_newer_exporter_has_any_batch_and_one_length():
     shapes = {0: ANY}, [({1: ANY}, {1: ANY})] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nn.LSTM assigns its weights in forward
-        program = torch.onnx.export(lm.to_torch(), arguments, dynamic_shapes=shapes, dynamo=True, verbose=False)
+        program = torch.onnx.export(
+            lm.to_torch(), arguments, dynamic_shapes=shapes, dynamo=True, verbose=False
+        )
     run = session(ort, program.model_proto.SerializeToString())
     for batch in (7, 2):
         ids = tokens(batch, 5)
