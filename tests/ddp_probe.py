@@ -1,4 +1,4 @@
-"""ddp_probe.py RANK OF FOLDER: two steps of each model on this rank's share of the rows; gradients into FOLDER.
+"""ddp_probe.py RANK OF FOLDER: two steps of each model on this rank's share of the rows, gradients saved.
 
 OF = 1 is one process alone with all rows, and no DistributedDataParallel.
 """

@@ -1,4 +1,4 @@
-"""DistributedDataParallel on two processes: the gradients and the carried state of one process with all rows."""
+"""DistributedDataParallel on two processes: gradients and carried state of one process with all rows."""
 
 import os
 import pathlib

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from checks import DEVICE
 from torch import nn
 
 import ulmfit_fast as uf
@@ -43,7 +42,7 @@ def names(layers, suffix=""):
 
 
 def export_onnx(stock, arguments, inputs, outputs, axes):
-    """By the exporter that writes one LSTM operator a layer with any batch and length; -> feeds -> results."""
+    """By the exporter that writes an LSTM operator for any batch and length; -> inputs -> results."""
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     file = io.BytesIO()
