@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo.testing
 from checks import DEVICE
 from torch import nn
 
@@ -24,6 +23,8 @@ def _no_graphs_of_other_tests():
 
 
 def counted(module):
+    import torch._dynamo.testing  # here: it takes seconds
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     return torch.compile(module, backend=counter, fullgraph=True), counter
 

@@ -5,6 +5,7 @@ nn.Linear and the like, and which pickles its forward as source: a saved graph n
 Their code must not look at a size of its input as a Python number, or the graph would keep that number.
 """
 
+import copy
 import re
 
 import torch
@@ -97,7 +98,7 @@ class TextClassifier(Encoder):
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         position = torch.ones_like(ids).cumsum(1) - 1
-        lengths = lengths.unsqueeze(1)
+        lengths = lengths.long().unsqueeze(1)
         beyond = position >= lengths
         x = self.encoder(ids.masked_fill(beyond, 0))
         turned = self._turned(position, lengths) if self.rnns[0].bidirectional else None
@@ -143,9 +144,8 @@ def _read_both_ways(rnn: nn.LSTM, x: Tensor, turned: Tensor) -> Tensor:
 
 
 def _stock_layer(layer: nn.Module) -> nn.Module:
-    """A layer of the head as torch has it, without weights."""
-    if isinstance(layer, nn.BatchNorm1d):
-        return nn.BatchNorm1d(layer.num_features, layer.eps, layer.momentum, device="meta")
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    return nn.Dropout(layer.p) if isinstance(layer, nn.Dropout) else nn.ReLU()
+    """A layer of the head as torch has it: the batch norm alone is ours."""
+    if not isinstance(layer, nn.BatchNorm1d):
+        return copy.deepcopy(layer)
+    options = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+    return nn.BatchNorm1d(layer.num_features, *options, device="meta")
