@@ -95,6 +95,22 @@ def test_language_model_starts_from_zeros_and_leaves_its_state_alone(strict):
             close(program(ids), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that sizes are compared
+def test_jit_trace_does_not_freeze_the_state_in():
+    lm = uf.LanguageModel(encoder()).to(DEVICE).eval()
+    lm(tokens())
+    before = copy.deepcopy(lm[0].hidden)
+    with torch.no_grad():
+        traced = torch.jit.trace(lm, (tokens(),), check_trace=False)  # the check calls the module itself
+        torch.testing.assert_close(lm[0].hidden, before, rtol=0, atol=0)
+        for size in SIZES:
+            ids = tokens(*size)
+            lm.reset()
+            expected = lm(ids)
+            for _ in range(2):
+                close(traced(ids), expected)
+
+
 def test_language_models_state_as_arguments():
     lm = uf.LanguageModel(uf.AWDLSTM(V, E, H, 2, bidir=True)).to(DEVICE).eval()
     program = export_step(lm).module()

@@ -162,6 +162,17 @@ def test_int8_keeps_what_a_language_model_has_learnt():
     torch.testing.assert_close(*both, rtol=0.05, atol=0.01)
 
 
+def test_int8_of_our_own_model_has_its_decoder_quantised():
+    lm = uf.LanguageModel(encoder()).eval()
+    small = quantised(lm)
+    assert not isinstance(small[1].decoder, nn.Linear)
+    ids = tokens()
+    expected, result = lm(ids), small(ids)
+    assert 0 < (result - expected).abs().max() < 0.05 * expected.abs().max()
+    small.to(torch.float32).reset()  # nor does moving it tie what is no longer one weight
+    close(small(ids), result)
+
+
 def test_int8_classifier_and_its_copy():
     model = classifier()
     small = quantised(model.to_torch())

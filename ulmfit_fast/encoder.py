@@ -66,8 +66,9 @@ class AWDLSTM(nn.Module):
     weight_p recurrent weights; the fifth dropout, of the output, belongs to the decoder.  The state of each
     call is carried, detached, into the next one: `hidden` is [(h, c)] per layer, `bs` its batch size, which
     may change between calls (rows beyond it start from zero, missing ones are forgotten).  It follows the
-    module's device and dtype and is no part of the state dict.  Under torch.export each call starts from
-    zeros and nothing is carried: a program has no place for it; export a module that calls `run` instead.
+    module's device and dtype and is no part of the state dict.  Under torch.export and torch.jit.trace
+    each call starts from zeros and nothing is carried, as a program has no place for it: export a module
+    that calls `run` for a state that goes in and out.
 
     Unlike in fastai, with bidir the recurrent weights of the reverse direction are dropped too.
     """
@@ -155,7 +156,7 @@ class AWDLSTM(nn.Module):
         order: steps beyond carry the state and give zeros.  -> output (B, T, emb_sz); with return_raw also
         the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
         """
-        exporting = torch.compiler.is_exporting()
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
         hidden = self.zero_hidden(inp.size(0)) if exporting else self.hidden
         raw_outputs, hidden = self.run(inp, hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
         if not exporting:

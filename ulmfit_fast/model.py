@@ -107,8 +107,11 @@ class LanguageModel(nn.Sequential):
 
 
 def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
-    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
-    if model.tie_weights:
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty().
+
+    A decoder that torch's dynamic quantisation has put in has a packed weight of its own.
+    """
+    if model.tie_weights and isinstance(model[1].decoder, nn.Linear):
         model[1].decoder.weight = model[0].encoder.weight
 
 
