@@ -71,20 +71,31 @@ def test_language_model_with_its_state(train):
     assert_like_eager(lm, [windows(*size) for size in SIZES], [1, 2, 3, 3, 4, 4])
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_classifier_up_to_max_len_and_beyond(train):
+def classifier(max_len, **options):
     torch.manual_seed(0)
-    model = uf.TextClassifier(uf.AWDLSTM(V, E, H, 1), 3, bptt=4, max_len=10).to(DEVICE).double().train(train)
+    encoder = uf.AWDLSTM(V, E, H, 1, **options)
+    return uf.TextClassifier(encoder, 3, bptt=4, max_len=max_len).to(DEVICE).double()
+
+
+def test_classifier_up_to_max_len_and_beyond():
     # the last two: with tokens beyond max_len, which get no gradient
     sizes = [(4, 5), (3, 5), (2, 7), (7, 9), (4, 15), (3, 23)]
-    assert_like_eager(model, [documents(*size) for size in sizes], [1, 2, 3, 3, 4, 4])
+    assert_like_eager(classifier(max_len=10), [documents(*size) for size in sizes], [1, 2, 3, 3, 4, 4])
+
+
+@torch.no_grad()
+def test_classifier_without_gradients():
+    model = classifier(max_len=10).eval()
+    compiled, counter = counted(model)
+    for size in [(4, 5), (3, 7), (6, 15), (2, 23)]:
+        ids, lengths = documents(*size)
+        torch.testing.assert_close(compiled(ids, lengths), model(ids, lengths), rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == 2  # max_len is nothing to it
 
 
 def test_bidirectional_classifier_has_a_graph_for_each_width():
-    torch.manual_seed(0)
-    encoder = uf.AWDLSTM(V, E, H, 1, bidir=True)
-    model = uf.TextClassifier(encoder, 3, bptt=4, max_len=3).to(DEVICE).double()
     sizes = [(4, 5), (3, 5), (6, 5), (6, 4)]
+    model = classifier(max_len=3, bidir=True)
     assert_like_eager(model, [documents(*size) for size in sizes], [1, 2, 2, 3])
 
 
