@@ -36,6 +36,7 @@ bench: $(STAMPS)/built
 	$(PY) -m benchmarks.linear_cross_entropy $(if $(QUICK),--quick)
 	$(PY) -m benchmarks.dropout_mask $(if $(QUICK),--quick)
 	$(PY) -m benchmarks.train_step $(if $(QUICK),--quick)
+	$(PY) -m benchmarks.way_back $(if $(QUICK),--quick)
 	$(PY) -m benchmarks.report
 
 lint: $(STAMPS)/lint-tools

@@ -275,7 +275,7 @@ def file_name(kind, sizes, end):
 
 def crosses(benchmark):
     """Whether all of ours are compared with strict float32 too."""
-    return benchmark.startswith("train_step")
+    return benchmark.startswith(("train_step", "way_back"))
 
 
 def describe(sizes):
@@ -317,4 +317,8 @@ UNITS = {
     "peak_mb": (" MB at the peak", ",.0f"),
     "loss_error": (" error of the loss", ".1e"),
     "gradient_error": (" error of the gradient", ".1e"),
+    "file_mb": (" MB in a file", ",.1f"),
+    "output_error": (" from ours in fp32", ".1e"),
+    "perplexity": (" perplexity", ",.2f"),
+    "accuracy": (" accuracy", ".2%"),
 }

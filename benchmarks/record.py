@@ -10,8 +10,17 @@ from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "ulmfit_fast", "fastai", "tokenizers", "scikit-learn")
-_PATH_OPTIONS = ("--data", "--work", "--fastai-python", "--results")
+_PACKAGES = ("torch", "ulmfit_fast", "fastai", "tokenizers", "scikit-learn", "onnxruntime")
+_PATH_OPTIONS = (
+    "--data",
+    "--work",
+    "--fastai-python",
+    "--results",
+    "--lm",
+    "--text",
+    "--classifier",
+    "--labelled",
+)
 
 
 def record_path(results, dataset, arm, seed=None):

@@ -25,6 +25,7 @@ TITLES = {
     "lstm": "LSTM layers",
     "linear_cross_entropy": "Softmax and loss",
     "dropout_mask": "Dropout",
+    "way_back": "Forward pass in eval, and the ways out",
 }
 HEADINGS = {
     "tokens_per_s": "tokens/s",
@@ -40,6 +41,10 @@ HEADINGS = {
     "peak_mb": "peak MB",
     "loss_error": "error of the loss",
     "gradient_error": "error of the gradient",
+    "file_mb": "MB in a file",
+    "output_error": "output, from ours in fp32",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
 }
 
 

@@ -25,6 +25,7 @@ PROGRAMS = {
     "linear_cross_entropy": ["--vocab", "50"],
     "dropout_mask": ["--vocab", "50"],
     "train_step": ["--vocab", "50", "--slow-peers"],
+    "way_back": ["--vocab", "50"],
 }
 CASE = dict(preset="tiny", batch=3, bptt=5, vocab=50)
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from . import ops
+from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, unique_groups
 from .nn import check_probability
@@ -27,6 +27,10 @@ class SentenceEncoder(nn.Module):
     them nor on its neighbours.  The dropout masks are drawn once and hold for the whole of each document,
     as variational dropout has it (fastai draws them anew for each chunk).  The encoder's carried state is
     neither used nor changed.
+
+    Under torch.compile and torch.export the values of lengths are not known: every document takes part in
+    every chunk, and a wrong length is a RuntimeError.  One graph serves all widths, but with bidir, whose
+    chunks are counted, one width each.  An exported program sends gradients through all tokens.
     """
 
     def __init__(self, module: AWDLSTM, bptt: int = 72, max_len: int | None = 1440) -> None:
@@ -47,7 +51,7 @@ class SentenceEncoder(nn.Module):
         """A document of length 0 gives zeros.  lengths are best on the host, where they are needed."""
         lengths = _check_documents(ids, lengths)
         longest_first = torch.argsort(lengths, descending=True, stable=True)
-        counts = lengths[longest_first].tolist()
+        counts = None if torch.compiler.is_compiling() else lengths[longest_first].tolist()
         rows = to_device(longest_first, ids.device)
         pooled = self._read(ids, rows, to_device(lengths[longest_first], ids.device), counts)
         missing = ids.size(0) - pooled.size(0)
@@ -55,20 +59,24 @@ class SentenceEncoder(nn.Module):
             pooled = torch.cat([pooled, pooled.new_zeros(missing, pooled.size(1))])
         return pooled[torch.argsort(rows)]
 
-    def _read(self, ids: Tensor, rows: Tensor, lengths: Tensor, counts: list[int]) -> Tensor:
-        """Pooled features of the documents that have tokens; lengths and counts are those of ids[rows]."""
+    def _read(self, ids: Tensor, rows: Tensor, lengths: Tensor, counts: list[int] | None) -> Tensor:
+        """Pooled features of the documents that have tokens; lengths and counts are those of ids[rows].
+
+        A graph must not depend on lengths' values: there counts is None, and all documents are in all chunks.
+        """
         encoder = self.module
         hidden = encoder.zero_hidden(0)
         seed = encoder.draw_seed()
         pool = _RunningPool(hidden[-1][0].new_zeros(0, encoder.emb_sz))
-        for far, near in self._chunks(counts[0] if counts else 0):
-            active = sum(count > near for count in counts)
+        chunks = self._graph_chunks(ids) if counts is None else self._chunks(max(counts, default=0))
+        for far, near in chunks:
+            active = ids.size(0) if counts is None else sum(count > near for count in counts)
             length = lengths[:active]
             start = (length - far).clamp(min=0)
-            valid = length.clamp(max=far) - near
+            valid = (length.clamp(max=far) - near).clamp(min=0)
             steps = torch.arange(far - near, device=ids.device)
-            position = torch.minimum(start[:, None] + steps, length[:, None] - 1)
-            with_grad = torch.is_grad_enabled() and (self.max_len is None or far <= self.max_len)
+            position = torch.minimum(start[:, None] + steps, length[:, None] - 1).clamp(min=0)
+            with_grad = torch.is_grad_enabled() and (self.max_len is None or near < self.max_len)
             with torch.set_grad_enabled(with_grad):
                 chunk = ids[rows[:active, None], position]
                 outputs, hidden = encoder.run(chunk, hidden, lengths=valid, seed=seed)
@@ -82,6 +90,19 @@ class SentenceEncoder(nn.Module):
         chunks = list(zip(edges[1:], edges[:-1], strict=True))
         return chunks[::-1]
 
+    def _graph_chunks(self, ids: Tensor) -> list[tuple[int, int]]:
+        """`_chunks` for documents as long as ids are wide, as few of them as give the same numbers.
+
+        The reverse direction alone depends on the borders, and gradients on that of max_len.
+        """
+        longest = ids.size(1)
+        if self.module.n_dir == 2:
+            return self._chunks(longest)
+        cut = torch.is_grad_enabled() and not torch.compiler.is_exporting() and self.max_len is not None
+        if cut and longest > self.max_len:
+            return [(longest, self.max_len), (self.max_len, 0)]
+        return [(longest, 0)]
+
 
 class _RunningPool:
     """[last, max, mean] over chunks; sums in fp32 or better.  Each chunk's rows extend the previous one's."""
@@ -91,31 +112,38 @@ class _RunningPool:
         self.total = empty.to(torch.promote_types(empty.dtype, torch.float32))
 
     def add(self, out: Tensor, lengths: Tensor) -> None:
-        """out (B, T, H), of which row b has lengths[b] > 0 valid steps."""
+        """out (B, T, H), of which row b has lengths[b] valid steps; 0 only in its first chunks or in all."""
         self.last, largest, mean = ops.concat_pool(out, lengths).chunk(3, dim=1)
+        largest = largest.masked_fill(lengths[:, None] == 0, -torch.inf)
         total = mean.to(self.total.dtype) * lengths[:, None]
         old = self.total.size(0)
         self.total = torch.cat([self.total + total[:old], total[old:]])
         self.largest = torch.cat([torch.maximum(self.largest.to(out.dtype), largest[:old]), largest[old:]])
 
     def result(self, lengths: Tensor) -> Tensor:
-        mean = (self.total / lengths[:, None]).to(self.last.dtype)
-        return torch.cat([self.last, self.largest, mean], 1)
+        lengths = lengths[:, None]
+        mean = (self.total / lengths.clamp(min=1)).to(self.last.dtype)
+        return torch.cat([self.last, self.largest.masked_fill(lengths == 0, 0), mean], 1)
 
 
 def _check_documents(ids: Tensor, lengths: Tensor | None) -> Tensor:
-    """lengths as an int64 tensor on the host, checked against ids."""
+    """lengths as an int64 tensor, checked against ids: on the host, but in a graph where they are."""
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be (B, T) int64 token numbers, got {tuple(ids.shape)} of {ids.dtype}")
     batch, steps = ids.shape
     if lengths is None:
         return torch.full((batch,), steps)
-    lengths = torch.as_tensor(lengths).cpu()
+    lengths = torch.as_tensor(lengths)
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"lengths must be ({batch},) int64, one for each row of ids, "
             f"got shape {tuple(lengths.shape)} of {lengths.dtype}"
         )
+    if torch.compiler.is_compiling():
+        in_range = ((lengths >= 0) & (lengths <= steps)).all()
+        torch._assert_async(in_range, "lengths must be in 0..T, the width of ids")
+        return lengths.long()
+    lengths = lengths.cpu()
     wrong = [n for n in lengths.tolist() if not 0 <= n <= steps]
     if wrong:
         raise ValueError(f"lengths must be in 0..{steps} (the width of ids), got {wrong[0]}")
@@ -201,6 +229,14 @@ class TextClassifier(nn.Sequential):
     def reset(self) -> None:
         """Forget the encoder's state."""
         self[0].reset()
+
+    def to_torch(self) -> fx.GraphModule:
+        """The same classifier in stock torch modules alone, in eval: stock(ids, lengths) -> logits.
+
+        As `AWDLSTM.to_torch`.  lengths must be given, on the device of ids, and ids have a time step.
+        Documents are read whole, so memory grows with their length.
+        """
+        return to_torch.to_torch(self, to_torch.TextClassifier(self))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         encoder = self[0].module

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from . import to_torch
 from .nn import (
     EmbeddingDropout,
     Seed,
@@ -65,7 +66,9 @@ class AWDLSTM(nn.Module):
     weight_p recurrent weights; the fifth dropout, of the output, belongs to the decoder.  The state of each
     call is carried, detached, into the next one: `hidden` is [(h, c)] per layer, `bs` its batch size, which
     may change between calls (rows beyond it start from zero, missing ones are forgotten).  It follows the
-    module's device and dtype and is no part of the state dict.
+    module's device and dtype and is no part of the state dict.  Under torch.export and torch.jit.trace
+    each call starts from zeros and nothing is carried, as a program has no place for it: export a module
+    that calls `run` for a state that goes in and out.
 
     Unlike in fastai, with bidir the recurrent weights of the reverse direction are dropped too.
     """
@@ -153,9 +156,12 @@ class AWDLSTM(nn.Module):
         order: steps beyond carry the state and give zeros.  -> output (B, T, emb_sz); with return_raw also
         the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
         """
-        raw_outputs, hidden = self.run(inp, self.hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
-        self.bs = inp.size(0)
-        self.hidden = [(h.detach(), c.detach()) for h, c in hidden]
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        hidden = self.zero_hidden(inp.size(0)) if exporting else self.hidden
+        raw_outputs, hidden = self.run(inp, hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
+        if not exporting:
+            self.bs = inp.size(0)
+            self.hidden = [(h.detach(), c.detach()) for h, c in hidden]
         return (raw_outputs[-1], raw_outputs) if return_raw else raw_outputs[-1]
 
     def run(
@@ -193,6 +199,15 @@ class AWDLSTM(nn.Module):
                 output = dropout(output, seed=derive_seed(seed, first + 1))
         return raw_outputs, new_hidden
 
+    def to_torch(self) -> fx.GraphModule:
+        """The same encoder in stock torch modules alone, in eval: stock(ids, state) -> output, new state.
+
+        It has copies of the weights, no dropout, and starts from zeros unless given a state, which is laid
+        out as `hidden`.  Saved with torch.save it is loaded (weights_only=False, as it holds code) and run
+        without this library.  `to_torch.torch_key` says how its keys relate to ours.
+        """
+        return to_torch.to_torch(self, to_torch.Encoder(self))
+
     def draw_seed(self) -> Tensor | None:
         """A seed for `run`, or None where no dropout is active."""
         active = self.encoder_dp.embed_p, self.input_dp.p, self.hidden_dps[0].p, self.rnns[0].weight_p
@@ -208,6 +223,8 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
     """The state of `batch` rows: the first ones of `hidden`, then zeros."""
 
     def resize(h: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # one graph for every batch: no question which one is larger
+            return torch.cat([h, h.new_zeros(h.size(0), batch, h.size(2))], 1)[:, :batch]
         missing = batch - h.size(1)
         if missing <= 0:
             return h[:, :batch]

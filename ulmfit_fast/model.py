@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from . import ops
+from . import ops, to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM, unique_groups
 from .nn import VariationalDropout
@@ -89,6 +89,13 @@ class LanguageModel(nn.Sequential):
         """Forget the encoder's state."""
         self[0].reset()
 
+    def to_torch(self) -> fx.GraphModule:
+        """`AWDLSTM.to_torch` with the decoder: stock(ids, state) -> logits (B, T, V), new state.
+
+        The weights are tied if they are here.
+        """
+        return to_torch.to_torch(self, to_torch.LanguageModel(self))
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         encoder, decoder = self
         return unique_groups([*([rnn] for rnn in encoder.rnns), [encoder.encoder, decoder]])
@@ -100,8 +107,11 @@ class LanguageModel(nn.Sequential):
 
 
 def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
-    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
-    if model.tie_weights:
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty().
+
+    A decoder that torch's dynamic quantisation has put in has a packed weight of its own.
+    """
+    if model.tie_weights and isinstance(model[1].decoder, nn.Linear):
         model[1].decoder.weight = model[0].encoder.weight
 
 

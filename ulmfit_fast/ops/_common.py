@@ -97,7 +97,10 @@ def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch
     """lengths: int64 (B,), each in 0..T."""
     check_tensor(op, "lengths", lengths, (torch.int64,), device)
     check_shape(op, "lengths", lengths, "(B,)", (batch,))
-    check_range(op, "lengths", lengths, 0, time + 1, f"in 0..{time}, the number of time steps", ValueError)
+    if readable(lengths):  # asked here too: in a graph the message's number would be kept for good
+        check_range(
+            op, "lengths", lengths, 0, time + 1, f"in 0..{time}, the number of time steps", ValueError
+        )
 
 
 def autocast_dtype(value: Tensor) -> torch.dtype:
