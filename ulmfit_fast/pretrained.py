@@ -44,19 +44,20 @@ class Checkpoint:
     known: int | None = None
 
     def __post_init__(self) -> None:
-        rows = self._parts.embedding
+        rows = self.parts.embedding
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
 
     @functools.cached_property
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
+        """The weights without names, for other models than this library's."""
         return parse(self.state, self.source)
 
     @property
     def kind(self) -> str:
         """ "language model", "classifier" or "encoder"."""
-        parts = self._parts
+        parts = self.parts
         return "classifier" if parts.head else "encoder" if parts.decoder is None else "language model"
 
     @property
@@ -65,7 +66,7 @@ class Checkpoint:
 
         They are read off the weights; ValueError where no AWDLSTM has these shapes.
         """
-        return self._parts.config(self.source)
+        return self.parts.config(self.source)
 
     def with_tokens(self, tokens: Sequence[str]) -> "Checkpoint":
         """The same weights for another vocabulary, by fastai's rule.
@@ -80,7 +81,7 @@ class Checkpoint:
 
     def encoder(self, **dropouts: float) -> AWDLSTM:
         """An AWDLSTM with these weights. dropouts: its hidden_p, input_p, embed_p, weight_p."""
-        parts = self._parts
+        parts = self.parts
         rows = self.config["vocab_sz"]
         pad = (
             self.tokens.index(PAD)
@@ -96,7 +97,7 @@ class Checkpoint:
 
     def language_model(self, output_p: float = 0.1, **dropouts: float) -> LanguageModel:
         """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal."""
-        parts = self._parts
+        parts = self.parts
         if parts.decoder is None:
             raise ValueError(
                 f"{self.source} holds no decoder: it is no language model's, but a {self.kind}'s"
@@ -112,7 +113,7 @@ class Checkpoint:
 
         options: of `TextClassifier`; dropouts: of the encoder.
         """
-        parts = self._parts
+        parts = self.parts
         if not parts.head:
             if n_classes is None:
                 raise ValueError(f"{self.source} has no classifier head: say n_classes for a fresh one")

@@ -1,14 +1,15 @@
 """Torch files and pickled token lists read as data: tensors and words come out, no code of a file runs.
 
-Zip files (torch 1.6 and newer) go through torch.load(weights_only=True). Older files, which that refuses when
-they hold modules and whose sizes it does not check, go through an unpickler that knows tensors alone. Classes
-that such files name beside tensors (salesforce's model, optimizers) become objects that can do nothing.
+Not through torch.load(weights_only=True): it refuses older files that hold modules, believes the sizes that a
+file claims, checks no CRC, and what it allows is the process's, not ours.  The unpickler here knows tensors
+alone. What else such files name (salesforce's model, optimizers) becomes objects that can do nothing.
 """
 
 import io
 import pickle
 import pickletools
 import re
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -36,6 +37,11 @@ _DTYPES = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
+_PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.nn.parameter.Parameter",
+)
 _WORDS = """PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINPUT
     LONG_BINPUT MEMOIZE BINGET LONG_BINGET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3""".split()
 _OBJECTS = """GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS NONE
@@ -68,8 +74,6 @@ def read_torch(data: bytes, source: str) -> object:
     try:
         content = _read_zip(data) if data.startswith(ZIP_MAGIC) else _read_legacy(data)
         for tensor in _tensors(content):
-            if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-                raise ValueError(f"it holds a tensor of {tensor.layout} on {tensor.device}")
             if tensor.numel() * tensor.element_size() > len(data):
                 raise ValueError(f"it holds a tensor {tuple(tensor.shape)} that is larger than the file")
     except Exception as error:  # foreign bytes can raise anything
@@ -114,19 +118,33 @@ class _WordsOnly(pickle.Unpickler):
 
 
 def _read_zip(data: bytes) -> object:
+    """torch's format since 1.6: NAME/data.pkl, and the numbers of each storage in NAME/data/KEY."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        members = file.infolist()
-        if len({m.filename for m in members}) != len(members):
+        members = {m.filename: m for m in file.infolist()}
+        if len(members) != len(file.infolist()):
             raise ValueError("it has two members of one name")
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members.values()):
             raise ValueError("its members are compressed, which torch.save never does")
-        if sum(m.file_size for m in members) > len(data):
+        if sum(m.file_size for m in members.values()) > len(data):
             raise ValueError("its members overlap")
-        if damaged := file.testzip():
-            raise ValueError(f"{damaged} is damaged (its CRC differs)")
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        folders = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(folders) != 1:
+            raise ValueError("it is a zip file without a data.pkl")
+        folder = folders[0]
+        if folder + "byteorder" in members and file.read(folder + "byteorder").decode() != sys.byteorder:
+            raise ValueError("it comes from a machine of another byte order")
+        storages: dict[str, Tensor] = {}
+        content = _TensorsOnly(io.BytesIO(file.read(folder + "data.pkl")), storages, len(data)).load()
+        for key, storage in storages.items():
+            _fill(storage, key, file.read(f"{folder}data/{key}"))  # read() compares the CRC
+    return content
+
+
+def _fill(storage: Tensor, key: str, numbers: bytes) -> None:
+    if len(numbers) != storage.nbytes:
+        raise ValueError(f"the numbers of storage {key} are incomplete")
+    if numbers:
+        storage.copy_(torch.frombuffer(bytearray(numbers), dtype=storage.dtype))
 
 
 def _stand_in(name: str) -> Callable:
@@ -150,11 +168,7 @@ def _read_legacy(data: bytes) -> object:
     for key in _TensorsOnly(file, {}, len(data)).load():
         storage = missing.pop(key)
         count = int.from_bytes(file.read(8), "little")
-        numbers = file.read(count * storage.element_size())
-        if count != storage.numel() or len(numbers) != storage.nbytes:
-            raise ValueError(f"the numbers of storage {key} are incomplete")
-        if count:
-            storage.copy_(torch.frombuffer(bytearray(numbers), dtype=storage.dtype))
+        _fill(storage, key, file.read(count * storage.element_size()))
     if missing:
         raise ValueError(f"the numbers of {len(missing)} storages are missing")
     return content
@@ -171,13 +185,17 @@ class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         path = f"{module}.{name}"
         if re.fullmatch(r"torch(\.cuda|\.storage)?\.\w+Storage", path):
+            if name.removesuffix("Storage") not in _DTYPES:
+                raise pickle.UnpicklingError(f"it holds numbers of the type {name}")
             return _DTYPES[name.removesuffix("Storage")]
         if path in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return lambda base, offset, size, stride, *rest: base.as_strided(
                 size, stride, base.storage_offset() + offset
             )
-        if path in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"):
+        if path in _PARAMETERS:
             return lambda tensor, *rest: tensor
+        if path == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes
+            return lambda rebuild, kind, arguments, state: rebuild(*arguments)
         if path == "torch.Size":
             return lambda sizes: tuple(sizes)
         return OrderedDict if path == "collections.OrderedDict" else _stand_in(path)
@@ -185,7 +203,7 @@ class _TensorsOnly(pickle.Unpickler):
     def persistent_load(self, pid: tuple) -> object:
         if pid[0] == "module":  # with the source of its class, which stays unread
             return pid[1]
-        kind, dtype, key, _, count, view = pid
+        kind, dtype, key, _, count, *view = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"it asks for {kind!r}")
         if key not in self.storages:
@@ -193,7 +211,9 @@ class _TensorsOnly(pickle.Unpickler):
             if count < 0 or self.left < 0:
                 raise ValueError("its tensors are larger than the file")
             self.storages[key] = torch.empty(count, dtype=dtype)
-        return self.storages[key] if view is None else self.storages[key].narrow(0, view[1], view[2])
+        if view and view[0] is not None:
+            return self.storages[key].narrow(0, *view[0][1:])
+        return self.storages[key]
 
 
 def _check_opcodes(file: io.BytesIO, allowed: list[str]) -> None:
