@@ -146,11 +146,8 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
         tokens = read_tokens(Path(tokens).read_bytes(), str(tokens))
     if path.is_dir():
         read_config(path, "path")
-        origin, state, found = (
-            "ulmfit_fast",
-            read_model(path / MODEL)[0],
-            Tokenizer.load(path / TOKENIZER).itos,
-        )
+        origin, state, _ = _read_safetensors(path / MODEL)
+        found = Tokenizer.load(path / TOKENIZER).itos
     else:
         origin, state, found = _read_file(path, source)
     tokens = found if tokens is None else list(tokens)
@@ -174,7 +171,12 @@ def _read_file(path: Path, source: str) -> tuple[str | None, Mapping[str, Tensor
         raise ValueError(f"{source} is an HDF5 file; fastai's .h5 files are torch files under that name")
     if begin[8:9] != b"{":
         raise ValueError(f"{source} is no torch file, no safetensors file and no gzipped archive")
+    return _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
     state, metadata = read_model(path)
+    state = {key: state[key] for key in sorted(state, reverse=True)}  # its order says nothing: bias_ih first
     ours = any("encoder_dp." in key for key in state)
     return "ulmfit_fast" if ours else None, state, metadata.get("tokens")
 

@@ -127,7 +127,9 @@ def _read_zip(data: bytes) -> object:
             raise ValueError("its members are compressed, which torch.save never does")
         if sum(m.file_size for m in members.values()) > len(data):
             raise ValueError("its members overlap")
-        folders = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        folders = [
+            name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)
+        ]
         if len(folders) != 1:
             raise ValueError("it is a zip file without a data.pkl")
         folder = folders[0]
