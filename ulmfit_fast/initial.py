@@ -46,7 +46,9 @@ def starting_point(run, argument, decoder=True):
             "with the words or the path of their pickle"
         )
     if decoder and start.kind != "language model":
-        raise ValueError(f"{argument}={start.source!r} must be a language model, it is a {start.kind}")
+        raise ValueError(
+            f"{argument}={start.source!r} must be a language model's, it is of kind {start.kind!r}"
+        )
     sizes = start.config
     if sizes["bidir"]:
         raise ValueError(f"{argument}={start.source!r} is bidirectional; the stages train in one direction")
