@@ -145,6 +145,14 @@ def test_stock_lstm_stack(tmp_path, bias):
         bare.encoder()
 
 
+def test_half_precision_files_give_float32_models(tmp_path):
+    lm = language_model()
+    found = load(tmp_path, {key: tensor.half() for key, tensor in lm.state_dict().items()})
+    again = found.language_model().eval()
+    assert again.tie_weights and next(again.parameters()).dtype == torch.float32
+    assert equal(again, lm.half().float())
+
+
 def test_wrapped_and_deeply_numbered_names(tmp_path):
     lm = language_model(n_layers=12)
     state = {f"module.{key}": lm.state_dict()[key] for key in reversed(lm.state_dict())}
@@ -199,6 +207,7 @@ MISFITS = {
     ),
     "another key": (lambda: broken(lambda s: s.update(extra=torch.zeros(1))), "that no AWD-LSTM has: extra"),
     "no tensors": (lambda: {"epoch": 3}, "must hold a state dict or a model, got dict"),
+    "keys that are no str": (lambda: {b"a": torch.zeros(1)}, "must hold a state dict or a model, got dict"),
     "a list": (lambda: [1, 2], "must hold a state dict or a model, got list"),
 }
 

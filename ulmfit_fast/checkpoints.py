@@ -89,12 +89,17 @@ def read_model(path: PathLike) -> tuple[StateDict, dict]:
         state = need("safetensors.torch").load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         ours = json.loads(header.get("__metadata__", {}).get(_HEADER, "{}"))
+        if unknown := ours.keys() - {"shared", "metadata", "crc32"}:
+            raise ValueError(f"its header holds {listed(unknown)}")
         if "crc32" in ours and ours.pop("crc32") != _crc32(state, ours):
             raise ValueError("its bytes are not those that were written (CRC)")
         state |= {key: state[kept] for key, kept in ours.get("shared", {}).items()}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    return state, ours.get("metadata", {})
+    metadata = ours.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} must hold a JSON object as metadata, got {type(metadata).__name__}")
+    return state, metadata
 
 
 def _crc32(tensors: Mapping[str, Tensor], header: Mapping) -> int:

@@ -5,7 +5,7 @@ import functools
 import io
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ _PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.d
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """Weights under fastai 2's names, which are this library's own, and what came with them.
 
@@ -38,13 +38,15 @@ class Checkpoint:
 
     source: str
     format: str
-    state: dict[str, Tensor]
-    tokens: list[str] | None = None
+    state: dict[str, Tensor] = field(repr=False)
+    tokens: list[str] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     known: int | None = None
 
     def __post_init__(self) -> None:
         rows = self.parts.embedding
+        if self.tokens is not None and not all(isinstance(token, str) for token in self.tokens):
+            raise ValueError(f"{self.source} comes with tokens that are no str")
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
@@ -162,11 +164,11 @@ def _read_file(path: Path, source: str) -> tuple[str | None, Mapping[str, Tensor
         begin = file.read(len(LEGACY_MAGIC))
     if begin.startswith(archives.GZIP_MAGIC):
         found = archives.read_archive(path)
-        origin, state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}")
+        state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}")
         words = found.get("tokens")
-        return origin, state, words and read_tokens(words[1], f"{source}: {words[0]}")
+        return None, state, words and read_tokens(words[1], f"{source}: {words[0]}")
     if begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC:
-        return *_torch_state(path.read_bytes(), source), None
+        return None, _torch_state(path.read_bytes(), source), None
     if begin.startswith(_HDF5_MAGIC):
         raise ValueError(f"{source} is an HDF5 file; fastai's .h5 files are torch files under that name")
     if begin[8:9] != b"{":
@@ -181,17 +183,18 @@ def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], lis
     return "ulmfit_fast" if ours else None, state, metadata.get("tokens")
 
 
-def _torch_state(data: bytes, source: str) -> tuple[str | None, Mapping[str, Tensor]]:
+def _torch_state(data: bytes, source: str) -> Mapping[str, Tensor]:
     content = read_torch(data, source)
     if isinstance(content, list | tuple) and content and isinstance(content[0], Inert):
         content = content[0]  # salesforce's [model, criterion, optimizer]
     if isinstance(content, Inert):
-        return "salesforce", module_state(content)
+        return module_state(content)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]  # fastai's {"model", "opt"}
-    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+    items = content.items() if isinstance(content, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in items):
         raise ValueError(f"{source} must hold a state dict or a model, got {type(content).__name__}")
-    return None, content
+    return content
 
 
 def save_checkpoint(

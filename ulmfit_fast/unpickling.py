@@ -42,11 +42,15 @@ _PARAMETERS = (
     "torch._utils._rebuild_parameter_with_state",
     "torch.nn.parameter.Parameter",
 )
-_WORDS = """PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINPUT
+_WORDS = frozenset(
+    """PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINPUT
     LONG_BINPUT MEMOIZE BINGET LONG_BINGET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3""".split()
-_OBJECTS = """GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS NONE
+)
+_OBJECTS = _WORDS | frozenset(
+    """GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS NONE
     NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINPERSID BINSTRING SHORT_BINSTRING BINBYTES
     SHORT_BINBYTES""".split()
+)
 
 
 class Inert:
@@ -180,7 +184,7 @@ class _TensorsOnly(pickle.Unpickler):
     """Knows tensors, and `Inert` for the rest; numbers are filled in afterwards, `storages` says where."""
 
     def __init__(self, file: io.BytesIO, storages: dict[str, Tensor], limit: int) -> None:
-        _check_opcodes(file, _WORDS + _OBJECTS)
+        _check_opcodes(file, _OBJECTS)
         super().__init__(file, encoding="utf-8")
         self.storages, self.left = storages, limit
 
@@ -218,7 +222,7 @@ class _TensorsOnly(pickle.Unpickler):
         return self.storages[key]
 
 
-def _check_opcodes(file: io.BytesIO, allowed: list[str]) -> None:
+def _check_opcodes(file: io.BytesIO, allowed: frozenset[str]) -> None:
     """Refuses, before anything of the pickle at the file's position is built, what data does not need."""
     start, size = file.tell(), file.getbuffer().nbytes
     for code, argument, _ in pickletools.genops(file):
