@@ -36,7 +36,7 @@ def test_fastai_2_language_model_encoder_and_classifier(tmp_path, zipped):
     assert equal(found.language_model(), lm) and found.language_model().tie_weights
     assert equal(found.encoder(), lm[0]) and equal(found.classifier(2)[0].module, lm[0])
     found = load(tmp_path, lm[0].state_dict(), zipped)
-    assert found.kind == "encoder" and equal(found.encoder(), lm[0])
+    assert found.kind == "encoder" and equal(found.encoder(), lm[0]) and found.encoder().pad_token == 1
     with pytest.raises(ValueError, match="weights.pth holds no decoder"):
         found.language_model()
     with pytest.raises(ValueError, match="no classifier head: say n_classes"):
@@ -107,6 +107,7 @@ def test_salesforce_pickle_without_its_code(tmp_path, monkeypatch, zipped):
     want = theirs.decoder(x).transpose(0, 1)
     torch.testing.assert_close(lm(IDS), want)
     assert lm.tie_weights and lm[0].n_layers == 3
+    assert lm[0].pad_token is None  # row 1 is a word like any other
 
 
 def test_salesforce_state_dicts(tmp_path, monkeypatch):

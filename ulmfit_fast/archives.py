@@ -128,9 +128,9 @@ def _fetch_rest(address: str, part: Path, have: int) -> bool:
         have = have if goes_on else 0
         strong = answer.headers.get("ETag", "")
         new_tag = strong if strong.startswith('"') else answer.headers.get("Last-Modified", "")
-        _tag(part).write_text(new_tag, encoding="utf-8")
         length = answer.headers.get("Content-Length")
         with open(part, "ab" if goes_on else "wb") as file:
+            _tag(part).write_text(new_tag, encoding="utf-8")  # after the bytes of another version are gone
             while chunk := answer.read(_CHUNK):
                 file.write(chunk)
                 have += len(chunk)

@@ -18,7 +18,7 @@ from .encoder import AWDLSTM
 from .foreign import FORMATS, Parts, parse
 from .model import LanguageModel
 from .runs import MODEL, TOKENIZER, read_config
-from .text import PAD, PAD_ID, Tokenizer, transfer_rows
+from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
 from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
 
 # what has a row for each word: ends of keys
@@ -83,34 +83,33 @@ class Checkpoint:
 
     def encoder(self, **dropouts: float) -> AWDLSTM:
         """An AWDLSTM with these weights. dropouts: its hidden_p, input_p, embed_p, weight_p."""
-        parts = self.parts
-        rows = self.config["vocab_sz"]
-        pad = (
-            self.tokens.index(PAD)
-            if self.tokens and PAD in self.tokens
-            else PAD_ID
-            if rows > PAD_ID
-            else None
-        )
-        encoder = AWDLSTM(**self.config, pad_token=pad, **dropouts)
-        bare = dataclasses.replace(parts, decoder=None, bias=None, head={})
+        encoder = AWDLSTM(**self.config, pad_token=self._pad_token(), **dropouts)
+        bare = dataclasses.replace(self.parts, decoder=None, bias=None, head={})
         load_state(encoder, bare.named("fastai"), self.source)
         return encoder
+
+    def _pad_token(self) -> int | None:
+        """The row that gets no gradient: none in a model that has no such word."""
+        if self.tokens is not None:
+            words = own_names(self.tokens)
+            return words.index(PAD) if PAD in words else None
+        has_one = self.format not in ("salesforce", "torch") and len(self.parts.embedding) > PAD_ID
+        return PAD_ID if has_one else None
 
     def language_model(self, output_p: float = 0.1, **dropouts: float) -> LanguageModel:
         """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal."""
         parts = self.parts
         if parts.decoder is None:
-            raise ValueError(
-                f"{self.source} holds no decoder: it is no language model's, but a {self.kind}'s"
-            )
+            raise ValueError(f"{self.source} holds no decoder; it is of kind {self.kind!r}")
         encoder = self.encoder(**dropouts)
         tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
         model = LanguageModel(encoder, output_p, tie_weights=tied)
         load_state(model, dataclasses.replace(parts, head={}).named("fastai"), self.source)
         return model
 
-    def classifier(self, n_classes: int | None = None, *, dropouts: Mapping | None = None, **options):
+    def classifier(
+        self, n_classes: int | None = None, *, dropouts: Mapping | None = None, **options
+    ) -> TextClassifier:
         """A TextClassifier on this encoder, with the file's head, or a fresh one of n_classes.
 
         options: of `TextClassifier`; dropouts: of the encoder.

@@ -78,7 +78,7 @@ def read_torch(data: bytes, source: str) -> object:
     try:
         content = _read_zip(data) if data.startswith(ZIP_MAGIC) else _read_legacy(data)
         for tensor in _tensors(content):
-            if tensor.numel() * tensor.element_size() > len(data):
+            if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > len(data):
                 raise ValueError(f"it holds a tensor {tuple(tensor.shape)} that is larger than the file")
     except Exception as error:  # foreign bytes can raise anything
         raise ValueError(
