@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from foreign_files import language_model, published
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -38,6 +39,7 @@ def test_code_blocks_run(tmp_path, monkeypatch):
         "It never ends .",
     ]
     (tmp_path / "wiki.txt").write_text("\n".join(sentences * 200), encoding="utf-8")
+    published(tmp_path / "wt103-fwd.tgz", language_model())
     text = README.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     assert len(blocks) >= 8

@@ -3,8 +3,9 @@
 Ops are pure functions of their inputs, a probability and a seed: lstm, embedding_dropout,
 variational_dropout, linear_cross_entropy, concat_pool, dropout_mask.  Modules: WeightDropLSTM,
 EmbeddingDropout, VariationalDropout, AWDLSTM, LanguageModel, TextClassifier.  The three stages:
-pretrain_lm, finetune_lm, train_classifier, and load for what they left in a run directory.  `info()` says
-what this copy was built for and what it runs with.
+pretrain_lm, finetune_lm, train_classifier, and load for what they left in a run directory; load_checkpoint
+and save_checkpoint for the weights of other programs.  `info()` says what this copy was built for and what it
+runs with.
 """
 
 from importlib import import_module
@@ -15,7 +16,10 @@ from .model import AWDLSTM, LanguageModel, TextClassifier
 from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
 from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
 
-_TRAINING = ("pretrain_lm", "finetune_lm", "train_classifier", "load")  # imported on first use
+_LATER = {  # imported on first use
+    **dict.fromkeys(("pretrain_lm", "finetune_lm", "train_classifier", "load"), ".train"),
+    **dict.fromkeys(("load_checkpoint", "save_checkpoint"), ".pretrained"),
+}
 
 __all__ = [
     "AWDLSTM",
@@ -32,19 +36,21 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "load",
+    "load_checkpoint",
     "lstm",
     "pretrain_lm",
     "release_workspace",
+    "save_checkpoint",
     "train_classifier",
     "variational_dropout",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _TRAINING:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".train", __name__), name)
+    return getattr(import_module(_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRAINING})
+    return sorted({*globals(), *_LATER})

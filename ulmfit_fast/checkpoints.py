@@ -1,14 +1,12 @@
-"""Saving and loading without surprises: atomic files, restricted unpickling, messages that name the key."""
+"""Files of our own, without surprises: atomic, checked, with messages that name the key."""
 
 import contextlib
-import io
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,9 @@ from .extras import need
 StateDict = dict[str, Tensor]
 PathLike = str | os.PathLike[str]
 
-_HEADER = "ulmfit_fast"  # the one metadata entry of our safetensors files: JSON of {"shared", "metadata"}
+_HEADER = (
+    "ulmfit_fast"  # the metadata entry of our safetensors files: JSON of {"shared", "metadata", "crc32"}
+)
 _SHOWN = 6  # keys that a message lists before it says how many more there are
 
 
@@ -62,7 +62,8 @@ def save_model(
 ) -> None:
     """Write a module's state, or a state dict, as safetensors, atomically; shared tensors are written once.
 
-    metadata is any JSON object; `read_model` and `load_model` give it back.
+    metadata is any JSON object; `read_model` and `load_model` give it back.  A CRC over names, numbers and
+    metadata goes with them, which safetensors itself has not.
     """
     safetensors = need("safetensors.torch")
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
@@ -71,14 +72,16 @@ def save_model(
     for keys in _shared_groups(state):
         tensors[keys[0]] = state[keys[0]].detach().cpu().contiguous().clone()
         shared |= dict.fromkeys(keys[1:], keys[0])
-    header = json.dumps({"shared": shared, "metadata": dict(metadata or {})})
-    atomic_write(path, safetensors.save(tensors, {"format": "pt", _HEADER: header}))
+    header = {"shared": shared, "metadata": dict(metadata or {})}
+    header["crc32"] = _crc32(tensors, header)
+    atomic_write(path, safetensors.save(tensors, {"format": "pt", _HEADER: json.dumps(header)}))
 
 
 def read_model(path: PathLike) -> tuple[StateDict, dict]:
     """The tensors, on the CPU, and the metadata of a safetensors file, ours or another program's.
 
-    Raises OSError if it cannot be read, ValueError if it is truncated or no safetensors file.
+    Raises OSError if it cannot be read, ValueError if it is truncated or no safetensors file, or, in a file
+    of ours, if a byte of it has changed.
     """
     safetensors = need("safetensors")
     content = Path(path).read_bytes()
@@ -86,10 +89,26 @@ def read_model(path: PathLike) -> tuple[StateDict, dict]:
         state = need("safetensors.torch").load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         ours = json.loads(header.get("__metadata__", {}).get(_HEADER, "{}"))
+        if unknown := ours.keys() - {"shared", "metadata", "crc32"}:
+            raise ValueError(f"its header holds {listed(unknown)}")
+        if "crc32" in ours and ours.pop("crc32") != _crc32(state, ours):
+            raise ValueError("its bytes are not those that were written (CRC)")
         state |= {key: state[kept] for key, kept in ours.get("shared", {}).items()}
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    return state, ours.get("metadata", {})
+    metadata = ours.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} must hold a JSON object as metadata, got {type(metadata).__name__}")
+    return state, metadata
+
+
+def _crc32(tensors: Mapping[str, Tensor], header: Mapping) -> int:
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        crc = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def load_model(path: PathLike, model: nn.Module) -> dict:
@@ -119,76 +138,32 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "the
                 problems.append(f"{key} and {given[0]} are one tensor in the model, but differ in the file")
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
-    problems += [f"missing keys: {_listed(missing)}"] if missing else []
-    problems += [f"unexpected keys: {_listed(unexpected)}"] if unexpected else []
+    problems += [f"missing keys: {listed(missing)}"] if missing else []
+    problems += [f"unexpected keys: {listed(unexpected)}"] if unexpected else []
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:
             shapes = f"{tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model"
             problems.append(f"{key} is {shapes}")
     if problems:
+        problems = _sizes_that_differ(state, own) + problems
         raise ValueError(f"{source} does not fit this {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(state)
 
 
-def load_foreign(path: PathLike) -> StateDict:
-    """The weights of a .pth/.pt file of fastai 0.7, 1 or 2, or any plain state dict, under fastai 2's keys.
-
-    `learn.save` and `save_encoder` files are both taken; an optimizer beside the model is ignored.  The
-    file is unpickled with weights_only=True, so that it cannot run code.  Raises OSError if it cannot be
-    read, ValueError if it is truncated or holds something else.  Give the result to `load_state`, through
-    `encoder_state` where only the encoder is wanted.
-    """
-    file = io.BytesIO(Path(path).read_bytes())
-    try:
-        with torch.serialization.safe_globals(_optimizer_globals()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can raise anything in the unpickler
-        raise ValueError(
-            f"{path} is not a complete torch file that can be read without running code from it "
-            f"(save the state dict alone; in fastai, learn.save(name, with_opt=False)): {error}"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a state dict, got {type(content).__name__}")
-    _check_tensors(content, str(path))
-    return _fastai2_keys(content)
-
-
-def encoder_state(state: Mapping[str, Tensor]) -> StateDict:
-    """The encoder's part, under its own keys, of the state of a language model, classifier or encoder."""
-    for prefix in ("0.module.", "0."):
-        part = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
-        if part:
-            return part
-    return dict(state)
-
-
-class _IgnoredList:
-    """Stands in for fastcore's list, which fastai's optimizer state holds, so that fastcore is not needed."""
-
-
-def _optimizer_globals() -> list:
-    """What the optimizer state in a `learn.save` file is made of beside tensors; none of it runs code."""
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
-    types = {type(np.dtype(name)) for name in ("float32", "float64", "int64")}
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-    return [(_IgnoredList, "fastcore.foundation.L"), *((scalar, name) for name in names), np.dtype, *types]
-
-
-def _fastai2_keys(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename fastai 0.7's keys and leave out the dropped copy of the recurrent weight that fastai 1 saves."""
-    renamed = {}
-    for key, tensor in state.items():
-        key = re.sub(r"encoder_with_dropout\.embed\.weight$", "encoder_dp.emb.weight", key)
-        key = re.sub(r"(rnns\.\d+)\.module\.weight_hh_l0_raw$", r"\1.weight_hh_l0_raw", key)
-        renamed[key] = tensor
-
-    def is_copy(key: str) -> bool:
-        raw = re.sub(r"(rnns\.\d+)\.module\.weight_hh_l0$", r"\1.weight_hh_l0_raw", key)
-        return raw != key and raw in renamed
-
-    return {key: tensor for key, tensor in renamed.items() if not is_copy(key)}
+def _sizes_that_differ(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What most misfits come from, in words: another vocabulary, or 1150 hidden units and not 1152."""
+    sizes = (
+        ("words", "encoder.weight", 0),
+        ("embedding features", "encoder.weight", 1),
+        ("hidden units", "rnns.0.weight_hh_l0_raw", 1),
+    )
+    return [
+        f"{state[key].shape[dim]} {what} in the file, {own[key].shape[dim]} in the model"
+        for what, suffix, dim in sizes
+        for key in own
+        if key in ("0.module." + suffix, "0." + suffix, suffix) and key in state
+        if state[key].dim() == 2 and state[key].shape[dim] != own[key].shape[dim]
+    ]
 
 
 def _shared_groups(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -209,9 +184,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _check_tensors(state: Mapping[str, object], source: str) -> None:
     others = [f"{key} ({type(x).__name__})" for key, x in state.items() if not isinstance(x, Tensor)]
     if others:
-        raise ValueError(f"{source} must map names to tensors only, but holds {_listed(others)}")
+        raise ValueError(f"{source} must map names to tensors only, but holds {listed(others)}")
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: Iterable[str]) -> str:
+    keys = list(keys)
     more = len(keys) - _SHOWN
     return ", ".join(keys[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -103,7 +103,11 @@ def _pretrain(sub):
 
 
 def _finetune(sub):
-    sub.add_argument("base_run", metavar="RUN", help="run directory of stage 1")
+    sub.add_argument(
+        "base_run",
+        metavar="RUN",
+        help="run directory of stage 1, or a checkpoint with its words: a path or address (wt103-fwd.tgz)",
+    )
     sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
     _stage_options(sub, "finetune")
     sub.set_defaults(
@@ -115,7 +119,9 @@ def _finetune(sub):
 
 def _classify(sub):
     sub.add_argument(
-        "lm_run", metavar="RUN", help="run directory of stage 2 or 1; - trains from scratch without one"
+        "lm_run",
+        metavar="RUN",
+        help="run directory of stage 2 or 1, or a checkpoint with its words; - trains without one",
     )
     sub.add_argument("csv", type=pathlib.Path, metavar="CSV", help="CSV file with the columns text and label")
     sub.add_argument(

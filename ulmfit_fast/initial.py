@@ -1,9 +1,18 @@
-"""What a language model starts from: the frequencies of words, or the rows of another vocabulary."""
+"""What a model starts from: the frequencies of words, or the rows of another vocabulary."""
+
+import dataclasses
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from .text import transfer_rows
+from .archives import is_address
+from .config import ModelConfig
+from .pretrained import Checkpoint, load_checkpoint
+from .results import TrainedLM
+from .runs import as_directory, read_config
+from .text import own_names
 
 
 def start_from_frequencies(model, docs):
@@ -18,19 +27,48 @@ def start_from_frequencies(model, docs):
         model[1].decoder.bias.copy_((counts / counts.sum()).log())
 
 
-def transfer(state, old, new):
-    """A language model's state dict for another vocabulary: known rows copied, new rows the mean of the old
-    ones.
+def starting_point(run, argument, decoder=True):
+    """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage is told to start from.
 
-    state: keys as LanguageModel's; old, new: words in order. The decoder's bias is treated like the
-    embedding.
+    run: a run directory of stage 1 or 2, a TrainedLM, a Checkpoint, or whatever `load_checkpoint` opens: a
+    path or an address. argument: its name in messages. decoder: whether a language model's is needed.
     """
-    rows = torch.from_numpy(transfer_rows(old, new))
-    known = rows >= 0
-    moved = dict(state)
-    for key in ("0.encoder.weight", "0.encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias"):
-        weight = state[key].cpu()
-        fresh = weight.mean(0, keepdim=True).expand(len(new), *weight.shape[1:]).clone()
-        fresh[known] = weight[rows[known]]
-        moved[key] = fresh
-    return moved
+    preset = "ulmfit"
+    if isinstance(run, Checkpoint):
+        start = run
+    elif is_address(run) or (isinstance(run, str | Path) and Path(run).is_file()):
+        start = load_checkpoint(run)
+    else:
+        start, preset = _of_run(run, argument)
+    if start.tokens is None:
+        raise ValueError(
+            f"{argument}={start.source!r} does not say its words: give load_checkpoint(path, tokens=...) "
+            "with the words or the path of their pickle"
+        )
+    if decoder and start.kind != "language model":
+        raise ValueError(
+            f"{argument}={start.source!r} must be a language model's, it is of kind {start.kind!r}"
+        )
+    sizes = start.config
+    if sizes["bidir"]:
+        raise ValueError(f"{argument}={start.source!r} is bidirectional; the stages train in one direction")
+    if "bwd" in Path(start.source).name:
+        warnings.warn(
+            f"{start.source} seems to read texts backwards; ulmfit_fast reads them forwards", stacklevel=3
+        )
+    start = dataclasses.replace(start, tokens=own_names(start.tokens))
+    return start, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
+
+
+def _of_run(run, argument):
+    """(Checkpoint, preset) of a finished run directory of stage 1 or 2, or of its TrainedLM."""
+    path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
+    record = read_config(path, argument)
+    if record["stage"] == "classify":
+        raise ValueError(f"{argument}={str(path)!r} holds a classifier; a run of stage 1 or 2 is needed here")
+    if not record["finished"]:
+        raise ValueError(f"{argument}={str(path)!r} has not finished; go on with it (resume=True) first")
+    if isinstance(run, TrainedLM):
+        state = {key: tensor.cpu() for key, tensor in run.model.state_dict().items()}
+        return Checkpoint(str(path), "ulmfit_fast", state, run.tokenizer.itos), record["preset"]
+    return load_checkpoint(path), record["preset"]

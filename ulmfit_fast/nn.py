@@ -153,9 +153,14 @@ class WeightDropLSTM(nn.Module):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """[w_ih, w_hh, b_ih, b_hh] (the first two without bias) of each layer and direction in turn."""
+        return [[getattr(self, name) for name in names] for names in self.weight_names]
+
+    @property
+    def weight_names(self) -> list[list[str]]:
+        """The names of `all_weights`."""
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
         return [
-            [getattr(self, f"{kind}_l{layer}{suffix}") for kind in kinds]
+            [f"{kind}_l{layer}{suffix}" for kind in kinds]
             for layer in range(self.num_layers)
             for suffix in self._suffixes()
         ]

@@ -11,6 +11,12 @@ def check_show(show):
         raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
 
 
+def announce(text, show):
+    """A line on standard error, where a run with this `show` writes there at all."""
+    if show in (True, "lines") or (show is None and sys.stderr.isatty()):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A tqdm bar on standard error, one line per epoch, or nothing.
 

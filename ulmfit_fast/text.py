@@ -22,6 +22,20 @@ UNK, PAD, BOS, EOS, FLD, REP, WREP, UP, MAJ = SPECIALS = (
 )  # fastai 2's markers in its order; a vocabulary starts with them
 UNK_ID, PAD_ID, BOS_ID = 0, 1, 2
 
+# what fastai 0.7 and salesforce/awd-lstm-lm call the same markers
+_ALIASES = {
+    "_unk_": UNK,
+    "<unk>": UNK,
+    "_pad_": PAD,
+    "xbos": BOS,
+    "<eos>": EOS,
+    "xfld": FLD,
+    "tk_rep": REP,
+    "tk_wrep": WREP,
+    "t_up": UP,
+}
+_FILLER = "xxfake"  # fastai 2 lengthens a vocabulary to a multiple of 8 with it
+
 # English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
 _TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
 
@@ -170,6 +184,16 @@ def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
     frequent = set(frequent_words(texts, room, min_freq))
     words = [w for w in frequent_words(texts, 2**31, 1) if w in frequent or w in known]
     return list(SPECIALS) + words[:room]
+
+
+def own_names(tokens):
+    """`tokens` in their order, those that are markers of another program under ours."""
+    return [_ALIASES.get(token, token) for token in tokens]
+
+
+def own_vocab(tokens):
+    """The words of a foreign vocabulary as one of ours: the markers, then each other word once."""
+    return list(SPECIALS) + [w for w in dict.fromkeys(tokens) if w not in {*SPECIALS, _FILLER}]
 
 
 def transfer_rows(old, new):

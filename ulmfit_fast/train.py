@@ -13,10 +13,10 @@ from .config import make_config
 from .corpus import label_classes, read_labelled, read_texts
 from .devices import pick_device, to_device
 from .extras import check_train_extras
-from .initial import start_from_frequencies, transfer
+from .initial import start_from_frequencies, starting_point
 from .loop import Loop
 from .model import layer_groups
-from .progress import check_show
+from .progress import announce, check_show
 from .results import (
     TrainedClassifier,
     TrainedLM,
@@ -26,9 +26,9 @@ from .results import (
     load,
     stream_loss,
 )
-from .runs import RunDirectory, as_directory, read_config
+from .runs import RunDirectory
 from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
-from .text import Tokenizer, target_vocab
+from .text import Tokenizer, own_vocab, target_vocab
 
 # Fresh weights have nothing to thaw, nor lower layers to spare.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
@@ -103,29 +103,33 @@ def finetune_lm(
 ):
     """Stage 2: tunes the language model of `base_run` on the target's texts and returns it as a TrainedLM.
 
-    base_run: a run directory of stage 1 (or 2), or the TrainedLM. Words known to it keep their embedding, new
-    ones begin with the mean. The embedding and decoder train alone first, then all layers at discriminative
-    rates.
-    preset: None is the base run's. The other arguments are those of `pretrain_lm`, `texts` as its `sources`.
+    base_run: a run directory of stage 1 (or 2), the TrainedLM, or a published language model with its words:
+    the path or address of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it. Words known to
+    it keep their embedding, new ones begin with the mean; config.json says how many were known. The embedding
+    and decoder train alone first, then all layers at discriminative rates.
+    preset: None is the base run's, "ulmfit" for a checkpoint; the sizes are the model's own. The other
+    arguments are those of `pretrain_lm`, `texts` as its `sources`.
     """
-    base, record = _open_lm(base_run, "base_run")
-    preset = preset or record["preset"]
+    base, sizes, base_preset = starting_point(base_run, "base_run")
+    preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
     run, device = _prepare(out, resume, overwrite, device, progress, config.cuda_graph)
     texts = read_texts(texts, "texts")
     valid_texts = None if valid is None else read_texts(valid, "valid")
     if run.finished:
         return load(run.path, device)
-    itos = target_vocab(base.tokenizer.itos, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
+    words = own_vocab(base.tokens)
+    itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos)
     docs = tokenizer.encode(texts)
     with _own_randomness(config.seed, device):
-        model = build_lm(record["model"], len(tokenizer), config.dropouts())
-        load_state(
-            model, transfer(base.model.state_dict(), base.tokenizer.itos, itos), f"the model of {base.path}"
-        )
+        model = build_lm(sizes, len(tokenizer), config.dropouts())
+        moved = base.with_tokens(itos)
+        load_state(model, moved.state, base.source)
+        announce(f"{moved.known:,} of {len(itos):,} words are known to {base.source}", progress)
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
-        record = dict(stage="finetune", preset=preset, model=record["model"], config=config, classes=None)
+        record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
+        record["vocabulary"] = {"words": len(itos), "known": moved.known}
         return _train_lm(
             model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback
         )
@@ -150,9 +154,9 @@ def train_classifier(
 ):
     """Stage 3: trains a classifier on the encoder of `lm_run` and returns it as a TrainedClassifier.
 
-    lm_run: a run directory of stage 2 (or 1), or the TrainedLM. None trains from scratch, with a vocabulary
-    of its own, and so does from_scratch=True with the vocabulary of `lm_run`: fresh weights, all layers from
-    the first step at one rate.
+    lm_run: as base_run of `finetune_lm`, of stage 2 (or 1); an encoder's checkpoint will do. None trains
+    from scratch, with a vocabulary of its own, and so does from_scratch=True with the vocabulary of `lm_run`:
+    fresh weights, all layers from the first step at one rate.
     texts, labels: two lists (labels all str or all int), or the path of a CSV with the columns text and
     label.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
@@ -160,25 +164,30 @@ def train_classifier(
     """
     if out is None:
         raise TypeError("out is missing: name the run directory")
-    base, record = (None, None) if lm_run is None else _open_lm(lm_run, "lm_run")
-    preset = preset or (record["preset"] if record else "ulmfit")
+    base, sizes, base_preset = None, None, "ulmfit"
+    if lm_run is not None:
+        base, sizes, base_preset = starting_point(lm_run, "lm_run", decoder=False)
+        base = base.with_tokens(own_vocab(base.tokens))
+    preset = preset or base_preset
     scratch = from_scratch or base is None
     if scratch and config is None:
         overrides = SCRATCH | overrides
     config = make_config("classify", preset, config, overrides)
-    sizes = record["model"] if record else make_config("pretrain", preset).model_config()
+    sizes = sizes or make_config("pretrain", preset).model_config()
     run, device = _prepare(out, resume, overwrite, device, progress)
     texts, labels = read_labelled(texts, labels)
     classes = label_classes(labels)
     held_out = _read_valid(valid, classes)
     if run.finished:
         return load(run.path, device)
-    tokenizer = base.tokenizer if base else Tokenizer.train(texts, config.max_vocab, config.min_freq)
+    if base:
+        tokenizer = Tokenizer.from_vocab(base.tokens)
+    else:
+        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     with _own_randomness(config.seed, device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
-            encoder = {k[2:]: v for k, v in base.model.state_dict().items() if k.startswith("0.")}
-            load_state(model[0].module, encoder, f"the encoder of {base.path}")
+            load_state(model[0].module, base.encoder().state_dict(), base.source)
         record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
         data = (texts, labels, held_out)
         return _train_classifier(model, tokenizer, data, record, run, device, resume, progress, callback)
@@ -287,17 +296,6 @@ def _prepare(out, resume, overwrite, device, progress, cuda_graph=False):
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
     return RunDirectory(out, resume, overwrite), device
-
-
-def _open_lm(run, argument):
-    """(TrainedLM, its config.json) of a run directory or a TrainedLM."""
-    path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
-    record = read_config(path, argument)
-    if record["stage"] == "classify":
-        raise ValueError(f"{argument}={str(path)!r} holds a classifier; a run of stage 1 or 2 is needed here")
-    if not record["finished"]:
-        raise ValueError(f"{argument}={str(path)!r} has not finished; go on with it (resume=True) first")
-    return (run if isinstance(run, TrainedLM) else load(path, "cpu")), record
 
 
 def _read_valid(valid, classes):

@@ -1,0 +1,258 @@
+"""Weights from elsewhere as models of this library, and models of this library as files that others load."""
+
+import dataclasses
+import functools
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import archives
+from .checkpoints import atomic_write, load_state, read_model, save_model
+from .classifier import TextClassifier
+from .encoder import AWDLSTM
+from .foreign import FORMATS, Parts, parse
+from .model import LanguageModel
+from .runs import MODEL, TOKENIZER, read_config
+from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
+from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
+
+# what has a row for each word: ends of keys
+_PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias")
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Weights under fastai 2's names, which are this library's own, and what came with them.
+
+    source: the file or address. format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7",
+    "salesforce" or "torch". state: of a language model, a classifier or an encoder, on the CPU. tokens: the
+    word of each row of the embedding, or None where the file has none. notes: what was missing, left out or
+    unusual. known: after `with_tokens`, how many of the words were known.
+    """
+
+    source: str
+    format: str
+    state: dict[str, Tensor] = field(repr=False)
+    tokens: list[str] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+    known: int | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.parts.embedding
+        if self.tokens is not None and not all(isinstance(token, str) for token in self.tokens):
+            raise ValueError(f"{self.source} comes with tokens that are no str")
+        if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
+            words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
+            raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """The weights without names, for other models than this library's."""
+        return parse(self.state, self.source)
+
+    @property
+    def kind(self) -> str:
+        """ "language model", "classifier" or "encoder"."""
+        parts = self.parts
+        return "classifier" if parts.head else "encoder" if parts.decoder is None else "language model"
+
+    @property
+    def config(self) -> dict:
+        """The arguments of `AWDLSTM` that fix its shape: vocab_sz, emb_sz, n_hid, n_layers, bidir.
+
+        They are read off the weights; ValueError where no AWDLSTM has these shapes.
+        """
+        return self.parts.config(self.source)
+
+    def with_tokens(self, tokens: Sequence[str]) -> "Checkpoint":
+        """The same weights for another vocabulary, by fastai's rule.
+
+        A known word keeps its row of the embedding and its bias, an unknown one begins with the mean of all
+        old rows and biases; of a word that occurs twice in the old list the last row counts.
+        """
+        if self.tokens is None:
+            raise ValueError(f"{self.source} does not say its words: load_checkpoint(..., tokens=) does")
+        state, known = transfer(self.state, self.tokens, tokens)
+        return dataclasses.replace(self, state=state, tokens=list(tokens), known=known)
+
+    def encoder(self, **dropouts: float) -> AWDLSTM:
+        """An AWDLSTM with these weights. dropouts: its hidden_p, input_p, embed_p, weight_p."""
+        encoder = AWDLSTM(**self.config, pad_token=self._pad_token(), **dropouts)
+        bare = dataclasses.replace(self.parts, decoder=None, bias=None, head={})
+        load_state(encoder, bare.named("fastai"), self.source)
+        return encoder
+
+    def _pad_token(self) -> int | None:
+        """The row that gets no gradient: none in a model that has no such word."""
+        if self.tokens is not None:
+            words = own_names(self.tokens)
+            return words.index(PAD) if PAD in words else None
+        has_one = self.format not in ("salesforce", "torch") and len(self.parts.embedding) > PAD_ID
+        return PAD_ID if has_one else None
+
+    def language_model(self, output_p: float = 0.1, **dropouts: float) -> LanguageModel:
+        """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal."""
+        parts = self.parts
+        if parts.decoder is None:
+            raise ValueError(f"{self.source} holds no decoder; it is of kind {self.kind!r}")
+        encoder = self.encoder(**dropouts)
+        tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
+        model = LanguageModel(encoder, output_p, tie_weights=tied)
+        load_state(model, dataclasses.replace(parts, head={}).named("fastai"), self.source)
+        return model
+
+    def classifier(
+        self, n_classes: int | None = None, *, dropouts: Mapping | None = None, **options
+    ) -> TextClassifier:
+        """A TextClassifier on this encoder, with the file's head, or a fresh one of n_classes.
+
+        options: of `TextClassifier`; dropouts: of the encoder.
+        """
+        parts = self.parts
+        if not parts.head:
+            if n_classes is None:
+                raise ValueError(f"{self.source} has no classifier head: say n_classes for a fresh one")
+            return TextClassifier(self.encoder(**(dropouts or {})), n_classes, **options)
+        widths = [t.shape[0] for key, t in sorted(parts.head.items()) if key.endswith(".2.weight")]
+        if n_classes not in (None, widths[-1]):
+            raise ValueError(f"{self.source} has a head of {widths[-1]} classes, not n_classes={n_classes}")
+        options = {"lin_ftrs": widths[:-1], "ps": [0.4] + [0.1] * (len(widths) - 1)} | options
+        model = TextClassifier(self.encoder(**(dropouts or {})), widths[-1], **options)
+        load_state(model, parts.named("fastai"), self.source)
+        return model
+
+
+def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None = None) -> Checkpoint:
+    """The weights at a path or address, whoever wrote them: see `Checkpoint` for what can be done with them.
+
+    path: a run directory; a safetensors file; a torch file of fastai 2 or 1 (language model, classifier or
+    encoder, with or without optimizer), of fastai 0.7 (named .h5), of salesforce/awd-lstm-lm (the pickled
+    [model, criterion, optimizer], or a state dict), of stock nn.LSTMs; a published archive such as
+    wt103-fwd.tgz with its words. A str that begins with http://, https:// or file:// is fetched first
+    (`archives.local_copy`).
+    tokens: the words, or the path of their pickle (itos_wt103.pkl), where they are not in the file itself.
+
+    No code of a file ever runs. Raises OSError if it cannot be read, ValueError, naming it, if it is damaged,
+    unsafe, or not a whole AWD-LSTM.
+    """
+    source = str(path)
+    path = archives.local_copy(source) if archives.is_address(source) else Path(path)
+    if isinstance(tokens, str | Path):
+        tokens = read_tokens(Path(tokens).read_bytes(), str(tokens))
+    if path.is_dir():
+        read_config(path, "path")
+        origin, state, _ = _read_safetensors(path / MODEL)
+        found = Tokenizer.load(path / TOKENIZER).itos
+    else:
+        origin, state, found = _read_file(path, source)
+    tokens = found if tokens is None else list(tokens)
+    parts = parse(state, source)
+    return Checkpoint(source, origin or parts.origin, parts.named("fastai"), tokens, tuple(parts.notes))
+
+
+def _read_file(path: Path, source: str) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
+    """(format if the file says it, state dict, words if it has any)"""
+    archives.check_published_name(path)
+    with open(path, "rb") as file:
+        begin = file.read(len(LEGACY_MAGIC))
+    if begin.startswith(archives.GZIP_MAGIC):
+        found = archives.read_archive(path)
+        state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}")
+        words = found.get("tokens")
+        return None, state, words and read_tokens(words[1], f"{source}: {words[0]}")
+    if begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC:
+        return None, _torch_state(path.read_bytes(), source), None
+    if begin.startswith(_HDF5_MAGIC):
+        raise ValueError(f"{source} is an HDF5 file; fastai's .h5 files are torch files under that name")
+    if begin[8:9] != b"{":
+        raise ValueError(f"{source} is no torch file, no safetensors file and no gzipped archive")
+    return _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
+    state, metadata = read_model(path)
+    state = {key: state[key] for key in sorted(state, reverse=True)}  # its order says nothing: bias_ih first
+    ours = any("encoder_dp." in key for key in state)
+    return "ulmfit_fast" if ours else None, state, metadata.get("tokens")
+
+
+def _torch_state(data: bytes, source: str) -> Mapping[str, Tensor]:
+    content = read_torch(data, source)
+    if isinstance(content, list | tuple) and content and isinstance(content[0], Inert):
+        content = content[0]  # salesforce's [model, criterion, optimizer]
+    if isinstance(content, Inert):
+        return module_state(content)
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]  # fastai's {"model", "opt"}
+    items = content.items() if isinstance(content, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in items):
+        raise ValueError(f"{source} must hold a state dict or a model, got {type(content).__name__}")
+    return content
+
+
+def save_checkpoint(
+    path: str | Path, model: object, format: str = "ulmfit_fast", tokens: Sequence[str] | None = None
+) -> None:
+    """Write weights such that another program loads them; `load_checkpoint` reads all of them back.
+
+    model: a language model, a classifier or an encoder, of this library or with known keys, a Checkpoint, a
+    TrainedLM or TrainedClassifier, or a state dict. format:
+
+    - "ulmfit_fast": safetensors, with the words.
+    - "fastai": what `learn.load`, `load_encoder` (an encoder) and `pretrained_fnames` take; the words go into
+      NAME_itos.pkl beside NAME.pth.
+    - "salesforce": the state dict of its RNNModel with weight drop; no classifier.
+    - "torch": encoder.weight for an nn.Embedding, rnns.{l}.weight_ih_l0 and so on for an nn.ModuleList of
+      nn.LSTMs, decoder.weight and .bias for an nn.Linear, head.{i}.0 and .2 for a classifier's BatchNorm1d
+      and its nn.Linear without bias.
+
+    tokens: the words of the rows; None takes those of a Checkpoint, a TrainedLM or a TrainedClassifier.
+    Files appear whole or not at all. ValueError: the model has no such form.
+    """
+    if format not in ("ulmfit_fast", *FORMATS):
+        raise ValueError(f"format must be one of ulmfit_fast, {', '.join(FORMATS)}, got {format!r}")
+    if tokens is None:
+        tokens = getattr(model, "tokens", None) or getattr(getattr(model, "tokenizer", None), "itos", None)
+    if isinstance(model, Checkpoint):
+        state = model.state
+    else:
+        model = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+        state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    parts = parse({key: tensor.detach().cpu() for key, tensor in state.items()}, "model")
+    if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):
+        raise ValueError(f"tokens must have one word for each row of the embedding, got {len(tokens)}")
+    if format == "ulmfit_fast":
+        save_model(path, parts.named("fastai"), {} if tokens is None else {"tokens": list(tokens)})
+        return
+    buffer = io.BytesIO()
+    torch.save(parts.named(format), buffer)
+    atomic_write(path, buffer.getvalue())
+    if format == "fastai" and tokens is not None:
+        words = pickle.dumps(list(tokens), protocol=2)
+        atomic_write(Path(path).with_name(Path(path).stem + "_itos.pkl"), words)
+
+
+def transfer(state, old, new):
+    """(state dict for another vocabulary, number of its words that were known): see `Checkpoint.with_tokens`.
+
+    state: keys as of LanguageModel, TextClassifier or AWDLSTM; old, new: words in order.
+    """
+    rows = torch.from_numpy(transfer_rows(old, new))
+    known = rows >= 0
+    moved = dict(state)
+    made = {}
+    for key, tensor in state.items():
+        if key.endswith(_PER_WORD):
+            if tensor.data_ptr() not in made:  # tied weights stay one tensor
+                weight = tensor.cpu()
+                fresh = weight.mean(0, keepdim=True).expand(len(new), *weight.shape[1:]).clone()
+                fresh[known] = weight[rows[known]]
+                made[tensor.data_ptr()] = fresh
+            moved[key] = made[tensor.data_ptr()]
+    return moved, int(known.sum())

@@ -1,0 +1,256 @@
+"""Drop-in for salesforce/awd-lstm-lm: what its main.py takes from its own modules, on these kernels.
+
+    import ulmfit_fast.salesforce as model                        # in place of: import model
+    from ulmfit_fast.salesforce import SplitCrossEntropyLoss      # in place of: from splitcross import ...
+
+Constructors, calls, attributes and state-dict keys are theirs; sequences come first, (T, B).  What differs:
+training goes on after an evaluation (theirs raises TypeError on torch of today); an evaluation leaves nothing
+in the state dict; rnn_type is "LSTM" alone; nothing is printed.
+
+main.py keeps pickled objects, [model, criterion, optimizer], and reads them with torch.load, which since
+torch 2.6 refuses classes that it does not know.  So importing this module tells it those that such a file of
+these classes names (torch.serialization.add_safe_globals), that their criterion may be read as ours, and a
+defaultdict as a dict.  Nothing of that is needed for `RNNModel.from_checkpoint`, which reads such files as
+data, theirs too.
+"""
+
+import itertools
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .checkpoints import load_state
+from .nn import WeightDropLSTM
+from .pretrained import Checkpoint, load_checkpoint
+
+__all__ = ["LockedDropout", "RNNModel", "SplitCrossEntropyLoss", "WeightDrop", "embedded_dropout"]
+
+_NO_END = 100 * 1000000  # stands for the vocabulary's
+
+Hidden = Sequence[tuple[Tensor, Tensor]]  # per layer (h, c), each (1, B, features)
+
+
+def embedded_dropout(
+    embed: nn.Embedding, words: Tensor, dropout: float = 0.1, scale: Tensor | None = None
+) -> Tensor:
+    """Rows of `embed` for `words`, each word dropped everywhere or nowhere, whatever the module's mode.
+
+    scale multiplies the weights; it must expand to their shape (V, E).
+    """
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embed, option):
+            raise ValueError(f"embedded_dropout has no nn.Embedding({option}={getattr(embed, option)})")
+    weight = embed.weight if scale is None else scale.expand_as(embed.weight) * embed.weight
+    return ops.embedding_dropout(weight, words, dropout or 0.0, padding_idx=embed.padding_idx)
+
+
+class LockedDropout(nn.Module):
+    """Dropout of x (T, B, F) with one mask for all time steps; the probability comes with each call."""
+
+    def forward(self, x: Tensor, dropout: float = 0.5) -> Tensor:
+        if not self.training or not dropout:
+            return x
+        return ops.variational_dropout(x, dropout, batch_first=False)
+
+
+class WeightDrop(nn.Module):
+    """Drops the named weights of `module` anew in each forward of training; the raw ones are NAME_raw in it.
+
+    An nn.LSTM becomes a WeightDropLSTM with the same parameters. `dropout` may be changed at any time.
+    variational drops whole rows, in training alone (theirs does it in evaluation too).
+    """
+
+    def __init__(
+        self, module: nn.Module, weights: Sequence[str], dropout: float = 0, variational: bool = False
+    ) -> None:
+        super().__init__()
+        if isinstance(module, nn.LSTM):
+            module = _fused(module)
+        elif isinstance(module, nn.RNNBase):
+            raise TypeError(f"WeightDrop takes no {type(module).__name__}: of torch's RNNs the LSTM alone")
+        self.module, self.weights, self.dropout, self.variational = (
+            module,
+            list(weights),
+            dropout,
+            variational,
+        )
+        for name in weights:
+            module.register_parameter(name + "_raw", module._parameters.pop(name))
+
+    def forward(self, *args: object) -> object:
+        """What `module` returns for these arguments."""
+        lstm = self.module
+        if isinstance(lstm, WeightDropLSTM):
+            lstm.weight_p = 0.0
+            if not self.variational and {names[1] for names in lstm.weight_names} == set(self.weights):
+                lstm.weight_p = float(self.dropout)
+                names = [[n + "_raw" * (n in self.weights) for n in each] for each in lstm.weight_names]
+                x, hx = args if len(args) == 2 else (*args, None)
+                return lstm.run(x, hx, [[getattr(lstm, n) for n in each] for each in names])
+        dropped = {name: self._drop(getattr(lstm, name + "_raw")) for name in self.weights}
+        return torch.func.functional_call(lstm, dropped, args)
+
+    def _drop(self, raw: Tensor) -> Tensor:
+        if self.variational:
+            return raw * F.dropout(raw.new_ones(len(raw), 1), self.dropout, self.training)
+        return F.dropout(raw, self.dropout, self.training)
+
+
+def _fused(stock: nn.LSTM) -> WeightDropLSTM:
+    """The WeightDropLSTM that has the parameters of `stock` themselves."""
+    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    options = {name: getattr(stock, name) for name in (*names, "proj_size")}
+    lstm = WeightDropLSTM(**options, device="meta")
+    for name, parameter in stock.named_parameters():
+        lstm.register_parameter(name, parameter)
+    return lstm.train(stock.training)
+
+
+class RNNModel(nn.Module):
+    """Embedding, nlayers LSTMs of nhid features, decoder, with five dropouts (Merity et al. 2017).
+
+    dropout is that of the output, dropouth between the layers, dropouti of the embedded input, dropoute of
+    whole words, wdrop of the recurrent weights; the first four are attributes that may be changed. With
+    tie_weights the last layer has ninp features and the decoder the encoder's weight.
+    """
+
+    def __init__(
+        self,
+        rnn_type: str,
+        ntoken: int,
+        ninp: int,
+        nhid: int,
+        nlayers: int,
+        dropout: float = 0.5,
+        dropouth: float = 0.5,
+        dropouti: float = 0.5,
+        dropoute: float = 0.1,
+        wdrop: float = 0,
+        tie_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        if rnn_type != "LSTM":
+            raise ValueError(
+                f"rnn_type must be 'LSTM' (no kernels for 'GRU' and 'QRNN' here), got {rnn_type!r}"
+            )
+        self.rnn_type, self.ninp, self.nhid, self.nlayers = rnn_type, ninp, nhid, nlayers
+        self.dropout, self.dropouth, self.dropouti, self.dropoute = dropout, dropouth, dropouti, dropoute
+        self.tie_weights = tie_weights
+        self.lockdrop = LockedDropout()
+        self.encoder = nn.Embedding(ntoken, ninp)
+        sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
+        rnns = [WeightDropLSTM(n_in, n_out) for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)]
+        if wdrop:
+            rnns = [WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) for rnn in rnns]
+        self.rnns = nn.ModuleList(rnns)
+        self.decoder = nn.Linear(sizes[-1], ntoken)
+        if tie_weights:
+            self.decoder.weight = self.encoder.weight
+        self.init_weights()
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint | str | PathLike, **options: float) -> "RNNModel":
+        """A model with the weights of what `load_checkpoint` opens. options: the class's five dropouts."""
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = load_checkpoint(checkpoint)
+        parts, source = checkpoint.parts, checkpoint.source
+        if parts.embedding is None or parts.decoder is None:
+            raise ValueError(f"{source} is no language model: an RNNModel has an embedding and a decoder")
+        tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
+        n_hid = parts.layers[0]["weight_hh"].shape[1]
+        model = cls("LSTM", *parts.embedding.shape, n_hid, len(parts.layers), tie_weights=tied, **options)
+        load_state(model, parts.named("salesforce" if options.get("wdrop") else "torch"), source)
+        return model
+
+    def init_weights(self) -> None:
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> tuple:
+        """input (T, B) word numbers, hidden as of `init_hidden` -> (output (T * B, features), new hidden).
+
+        With return_h also two lists: every layer's output (T, B, features) before and after its dropout.
+        """
+        output = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
+        output = self.lockdrop(output, self.dropouti)
+        new_hidden, raw_outputs, outputs = [], [], []
+        for layer, rnn in enumerate(self.rnns):
+            output, state = rnn(output, hidden[layer])
+            new_hidden.append(state)
+            raw_outputs.append(output)
+            output = self.lockdrop(output, self.dropouth if layer < self.nlayers - 1 else self.dropout)
+            outputs.append(output)
+        result = output.reshape(-1, output.size(2))
+        return (result, new_hidden, raw_outputs, outputs) if return_h else (result, new_hidden)
+
+    def init_hidden(self, bsz: int) -> Hidden:
+        """Zeros, on the model's device and in its dtype."""
+        widths = [self.nhid] * (self.nlayers - 1) + [self.decoder.in_features]
+        weight = self.encoder.weight.detach()
+        return [(weight.new_zeros(1, bsz, n), weight.new_zeros(1, bsz, n)) for n in widths]
+
+    def reset(self) -> None:
+        """Nothing to forget: the state is the caller's."""
+
+
+class SplitCrossEntropyLoss(nn.Module):
+    """Cross-entropy of a softmax in two stages, for large vocabularies (Grave et al. 2016).
+
+    splits: where the vocabulary, most frequent words first, is cut; [] is the plain softmax. The words before
+    the first cut stand in the head together with one entry for each further part (tail_vectors, tail_bias), a
+    word in a part has the probability of its part times its own within it. No matrix of logits is kept.
+    """
+
+    def __init__(self, hidden_size: int, splits: Sequence[int], verbose: bool = False) -> None:
+        super().__init__()
+        splits = list(splits)
+        if splits != sorted(set(splits)) or any(split <= 0 for split in splits):
+            raise ValueError(f"splits must be increasing numbers greater than zero, got {splits}")
+        self.hidden_size, self.splits = (
+            hidden_size,
+            [0, *splits, _NO_END],
+        )  # as theirs, which may be read as ours
+        if splits:
+            self.tail_vectors = nn.Parameter(torch.zeros(len(splits), hidden_size))
+            self.tail_bias = nn.Parameter(torch.zeros(len(splits)))
+
+    def forward(
+        self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor, verbose: bool = False
+    ) -> Tensor:
+        """Mean of -log p(target): weight (V, E), bias (V,), hiddens (..., E), targets (...)."""
+        hiddens, targets = hiddens.reshape(-1, hiddens.size(-1)), targets.reshape(-1)
+        cuts = self.splits[1:-1]
+        if not cuts:
+            return ops.linear_cross_entropy(hiddens, weight, bias, targets)
+        head = cuts[0]
+        part = torch.bucketize(targets, targets.new_tensor(cuts), right=True)
+        # theirs: the entry of part i is the i-th from the end
+        entry = torch.where(part == 0, targets, head + len(cuts) - part)
+        head_weight = torch.cat([weight[:head], self.tail_vectors])
+        head_bias = torch.cat([bias[:head], self.tail_bias])
+        total = ops.linear_cross_entropy(hiddens, head_weight, head_bias, entry, reduction="sum")
+        for i, (start, end) in enumerate(itertools.pairwise([*cuts, len(weight)]), 1):
+            rows = (part == i).nonzero().squeeze(1)
+            if len(rows):
+                inner = hiddens[rows], weight[start:end], bias[start:end], targets[rows] - start
+                total = total + ops.linear_cross_entropy(*inner, reduction="sum")
+        return (total / len(targets)).type_as(weight)
+
+
+def _dict(*args: object) -> dict:
+    """What a pickled defaultdict, empty as yet, is read as: torch.load fills nothing but dicts."""
+    return {}
+
+
+torch.serialization.add_safe_globals(
+    [RNNModel, WeightDrop, LockedDropout, SplitCrossEntropyLoss, WeightDropLSTM]
+    + [nn.ModuleList, nn.Embedding, nn.Linear, nn.CrossEntropyLoss]
+    + [torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam]
+    + [(SplitCrossEntropyLoss, "splitcross.SplitCrossEntropyLoss")]
+    + [dict, list, (_dict, "collections.defaultdict")]
+)
