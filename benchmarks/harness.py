@@ -6,9 +6,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy
 import torch
+
+import ulmfit_fast as uf
 
 from . import clocks, floors, gpu
 from .record import provenance, save
@@ -181,10 +185,10 @@ def add_rates(record, roof, flops=None, traffic=None):
 
 
 def measure_roof(args, shapes):
-    """The machine's own rates, best of several: torch.mm of large matrices in each precision, and a copy.
+    """The machine's own rates, best of several: products in each precision, and a copy.
 
-    On the CPU "high" is three bf16 products for one; where those are slower than a float32 product, that is
-    the roof. A GPU's are in `gpu.measure_roof`, also at the product shapes given.
+    On the CPU the faster of torch.mm of large matrices and of our micro-kernels on operands in cache. A GPU's
+    are in `gpu.measure_roof`, also at the product shapes given.
     """
     if args.device != "cpu":
         names = dict.fromkeys(["fp32", "bf16", *map(floors.base, args.precision)])
@@ -193,14 +197,30 @@ def measure_roof(args, shapes):
     rates, size, repeats = {}, 1024 if args.quick else 2048, 3 if args.quick else 10
     for name in ("fp32", "bf16"):
         a, b, out = (torch.rand(size, size).to(DTYPES[name]) for _ in range(3))
-        rates[f"{name}_gflops"] = (
-            2 * size**3 / _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats) / 1e9
-        )
-    rates["high_gflops"] = max(rates["fp32_gflops"], rates["bf16_gflops"] / 3)
+        seconds = _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats)
+        rates[f"{name}_gflops"] = max(2 * size**3 / seconds / 1e9, _in_cache(name, repeats))
+    rates["high_gflops"] = max(rates["fp32_gflops"], rates["bf16_gflops"] / 3, _in_cache("high", repeats))
     source = torch.ones(1 << 26)  # 256 MB: more than the caches hold
     target = torch.zeros_like(source)
     rates["copy_gb_s"] = 2 * source.nbytes / _best(lambda: target.copy_(source), repeats) / 1e9
     return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def _in_cache(precision, repeats):
+    """GFLOP/s of our micro-kernels on operands in cache, in as many threads as torch has; 0 where not built.
+
+    Those of "high" count as one product, though they are three.
+    """
+    try:
+        from ulmfit_fast import _kernels
+    except ImportError:  # no editable or in-place build
+        return 0.0
+    dtype = numpy.dtype("uint16" if precision == "bf16" else "float32")  # numpy has no bf16
+    threads, blocks = torch.get_num_threads(), 500
+    call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _best(lambda: list(pool.map(lambda _: call(), range(threads))), repeats)
+    return threads * call() / seconds / 1e9
 
 
 def _best(call, repeats):
@@ -249,11 +269,11 @@ def ratio(ours, peer, key="total_ms"):
 def publish(args, benchmark, threads, sizes, roof, cases, clock=None):
     """Prints the cases and writes them with where they were measured to RESULTS/speed-BENCHMARK-SIZES.json.
 
-    The file's name ends with the number of threads, or with the GPU.
+    The file's name ends with the instruction set and the number of threads, or with the GPU.
     sizes: {"preset": ..., "batch": ...}. cases: {name: {"shapes": ..., "sides": {side name: figures}}}.
     """
     place = provenance(threads, args.device)
-    end = f"threads{threads}" if args.device == "cpu" else gpu.short_name(place["device"])
+    end = f"{place['isa']}-threads{threads}" if args.device == "cpu" else gpu.short_name(place["device"])
     where = f"{threads} threads" if args.device == "cpu" else place["device"]
     print(f"{benchmark}, {describe(sizes)}, {where}: ms, median (p20-p80)")
     for case, record in cases.items():

@@ -1,19 +1,20 @@
 """Tables and a plot of the speed records: python -m benchmarks.report
 
-Writes RESULTS/speed.md, all records with their tables, and RESULTS/speed.png, how many times as fast ours is
-than each peer in the main record of every benchmark. Records of GPUs make a section and a plot of their own.
-README.md gets its part by `make readme`.
+Writes RESULTS/speed.md, all records with their tables, and for each machine RESULTS/speed-MACHINE.png, how
+many times as fast ours is than each peer in the main record of every benchmark. README.md gets its part by
+`make readme`.
 """
 
 import argparse
 import io
 from pathlib import Path
 
+from . import gpu
 from .floors import base
 from .harness import UNITS, comparisons, crosses, describe, ratio
 from .record import RESULTS, load_all, write
 
-PLOT, GPU_PLOT, TABLES = "speed.png", "speed-cuda.png", "speed.md"
+TABLES = "speed.md"
 NOTHING = "Not measured yet."
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
 PARTS = ("->", "_dropout", "dropout_mask")  # cases that a summary leaves to the plot and the other tables
@@ -59,9 +60,23 @@ def main_records(records):
     return [found[-1] for name in TITLES if (found := [r for r in ranked if r["benchmark"] == name])]
 
 
-def apart(records):
-    """(records of CPUs, records of GPUs)."""
-    return [r for r in records if "gpu" not in r], [r for r in records if "gpu" in r]
+def machines(records):
+    """{name: its records}, GPUs last: a GPU's short name, or a CPU's instruction set, as in files' names."""
+    found = {}
+    for record in sorted(records, key=lambda r: "gpu" in r):
+        name = gpu.short_name(record["device"]) if "gpu" in record else record["isa"]
+        found.setdefault(name, []).append(record)
+    return found
+
+
+def _plot_name(machine):
+    return f"speed-{machine}.png"
+
+
+def _title(records):
+    """A heading for the records of one machine."""
+    newest = max(records, key=lambda r: r["date"])
+    return newest["device"].partition(" (family")[0] + ("" if "gpu" in newest else f", {newest['isa']}")
 
 
 def pairs(record):
@@ -167,31 +182,26 @@ def _through(gpu):
 
 def summary(records, folder=""):
     """Markdown of the main records, with the plots from `folder`; without records a sentence."""
-    on_cpu, on_gpu = apart(records)
-    parts = [_section(on_cpu, f"{folder}{PLOT}", folder)]
-    if on_gpu:
-        parts += ["### CUDA", _section(on_gpu, f"{folder}{GPU_PLOT}", folder)]
-    return "\n\n".join(parts)
-
-
-def _section(records, picture, folder):
-    main = main_records(records)
-    if not main:
+    if not records:
         return NOTHING
-    plot = [f"![Times as fast as the peers]({picture})"] if any(any(pairs(r)) for r in main) else []
-    tables = f"All records, with rates and errors: [{TABLES}]({folder}{TABLES}). Measured on:"
+    parts = [_section(name, some, folder) for name, some in machines(records).items()]
+    return "\n\n".join([*parts, f"All records, with rates and errors: [{TABLES}]({folder}{TABLES})."])
+
+
+def _section(machine, records, folder):
+    main = main_records(records)
+    picture = f"![Times as fast as the peers]({folder}{_plot_name(machine)})"
+    plot = [picture] if any(any(pairs(r)) for r in main) else []
     table = ratio_table(main, PARTS)
-    return "\n\n".join(
-        [*plot, *([table] if table else []), tables, "\n".join(f"- {place}" for place in places(main))]
-    )
+    parts = [f"### {_title(records)}", *plot, *([table] if table else []), "Measured on:"]
+    return "\n\n".join([*parts, "\n".join(f"- {place}" for place in places(main))])
 
 
 def full(records):
-    """Markdown of every record, those of GPUs last."""
+    """Markdown of every record, machine by machine."""
     parts = ["# Speed", summary(records)]
-    on_cpu, on_gpu = apart(records)
-    for title, some in (("", on_cpu), ("# CUDA", on_gpu)):
-        parts += [title] if title and some else []
+    for some in machines(records).values():
+        parts.append(f"# {_title(some)}")
         for record in sorted(some, key=lambda r: list(TITLES).index(r["benchmark"])):
             parts += _one(record)
     return "\n\n".join(parts) + "\n"
@@ -269,10 +279,10 @@ def write_report(results):
     """Writes the tables, and the plots that there are records for; -> the records."""
     records = load_all(results, "speed")
     write(Path(results) / TABLES, full(records).encode())
-    for some, name in zip(apart(records), (PLOT, GPU_PLOT), strict=True):
+    for name, some in machines(records).items():
         picture = plot(some)
         if picture:
-            write(Path(results) / name, picture)
+            write(Path(results) / _plot_name(name), picture)
     return records
 
 
@@ -281,7 +291,7 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     args = parser.parse_args()
     records = write_report(args.results)
-    plots = [name for name in (PLOT, GPU_PLOT) if (args.results / name).exists()]
+    plots = [name for name in map(_plot_name, machines(records)) if (args.results / name).exists()]
     print(f"{len(records)} speed records: wrote {', '.join([TABLES, *plots])}")
 
 

@@ -209,6 +209,12 @@ py::tuple linear_cross_entropy(const std::string& isa, const py::array& h, const
   return py::make_tuple(loss, dh, dweight, dbias);
 }
 
+double multiply_in_cache(const std::string& isa, const py::dtype& dtype, bool high, int64_t repeats) {
+  const DType t = dtype_of(zeros(dtype, {0}), "dtype");
+  py::gil_scoped_release release;
+  return table(isa).multiply_in_cache(t, high, repeats);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -227,4 +233,6 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("linear_cross_entropy", &linear_cross_entropy, py::arg("isa"), py::arg("h"), py::arg("weight"),
         py::arg("bias"), py::arg("target"), py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -100,
         "-> loss, dh, dweight, dbias for a gradient of 1 for every row");
+  m.def("multiply_in_cache", &multiply_in_cache, py::arg("isa"), py::arg("dtype"), py::arg("high"),
+        py::arg("repeats"), "Products of blocks that stay in L2, in one thread -> their operations");
 }

@@ -172,7 +172,7 @@ def publish(monkeypatch, folder, place, sides):
     device = "cuda" if "gpu" in place else "cpu"
     facts = {"isa": "amx", "threads": 2, "commit": "0" * 40, "command": "made up", "date": "2000-01-01"}
     facts |= {"load_average_1min": 0.0, "versions": {}}
-    monkeypatch.setattr(harness, "provenance", lambda threads, device: place | facts)
+    monkeypatch.setattr(harness, "provenance", lambda threads, device: facts | place)
     args = argparse.Namespace(device=device, results=folder, repeats=2, quick=False)
     roof = dict.fromkeys([f"{p}_gflops" for p in ("fp32", "high", "bf16")], 1e3) | {"copy_gb_s": 100.0}
     cases = {"all layers": {"shapes": {}, "sides": sides, "failed": {"ours high": "RuntimeError: no"}}}
@@ -197,16 +197,18 @@ def test_report_keeps_gpus_apart(tmp_path, monkeypatch):
     path = tmp_path / "speed-lstm-ulmfit-batch64-bptt72-made-up-100.json"
     assert json.loads(path.read_text())["gpu"]["cuda"] == "13.0"
     assert len(report.write_report(tmp_path)) == 1
-    assert (tmp_path / report.GPU_PLOT).exists() and not (tmp_path / report.PLOT).exists()
-    publish(monkeypatch, tmp_path, {"device": "a processor"}, sides)
-    assert (tmp_path / "speed-lstm-ulmfit-batch64-bptt72-threads2.json").exists()
-    assert len(report.write_report(tmp_path)) == 2 and (tmp_path / report.PLOT).exists()
-    cpu, cuda = (tmp_path / "speed.md").read_text().split("\n# CUDA\n")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["speed-made-up-100.png"]
+    publish(monkeypatch, tmp_path, {"device": "a processor (family 6)", "isa": "avx2"}, sides)
+    assert (tmp_path / "speed-lstm-ulmfit-batch64-bptt72-avx2-threads2.json").exists()
+    assert len(report.write_report(tmp_path)) == 2 and (tmp_path / "speed-avx2.png").exists()
+    cpu, cuda = (tmp_path / "speed.md").read_text().split("\n# NVIDIA Made-Up 100\n")
+    assert "\n# a processor, avx2\n" in cpu
     assert "72, 2 threads\n" in cpu and "## LSTM layers: ulmfit, batch 64, bptt 72, NVIDIA" not in cpu
     assert "## LSTM layers: ulmfit, batch 64, bptt 72, NVIDIA Made-Up 100" in cuda and "threads" not in cuda
     assert "torch undropped bf16-autocast | 2.000, 4.000 ms | **2.00**" in cuda
     assert "ours high: `RuntimeError: no`" in cuda
-    assert "### CUDA" in report.summary(report.load_all(tmp_path, "speed"))
+    summary = report.summary(report.load_all(tmp_path, "speed"))
+    assert "### a processor, avx2" in summary and "### NVIDIA Made-Up 100" in summary
 
 
 def test_report_where_nothing_of_ours_worked(tmp_path, monkeypatch):

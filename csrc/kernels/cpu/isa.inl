@@ -8,6 +8,7 @@
 #include "concat_pool.inl"
 #include "embedding_dropout.inl"
 #include "variational_dropout.inl"
+#include "roof.inl"
 #if defined(ULMFIT_AMX)
 #include "gemm_split.inl"
 #elif defined(ULMFIT_BF16)
@@ -46,6 +47,11 @@ inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Paral
   with_tile(args.h.dtype, args.high,
             [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
 }
+inline double run_in_cache(DType dtype, bool high, int64_t repeats) {
+  double operations = 0;
+  with_tile(dtype, high, [&](auto tile) { operations = multiply_in_cache<decltype(tile)>(repeats); });
+  return operations;
+}
 
 #define ULMFIT_STRING_(x) #x
 #define ULMFIT_STRING(x) ULMFIT_STRING_(x)
@@ -55,7 +61,8 @@ inline const Kernels& table() {
                                   variational_dropout,        embedding_dropout,
                                   embedding_dropout_backward, concat_pool,
                                   concat_pool_backward,       run_lstm,
-                                  run_lstm_backward,          run_linear_cross_entropy};
+                                  run_lstm_backward,          run_linear_cross_entropy,
+                                  run_in_cache};
   return kernels;
 }
 

@@ -111,6 +111,7 @@ struct Kernels {
   void (*lstm)(const LstmForward&, const Parallel&);
   void (*lstm_backward)(const LstmBackward&, const Parallel&);
   void (*linear_cross_entropy)(const LinearCrossEntropy&, const Parallel&);
+  double (*multiply_in_cache)(DType, bool high, int64_t repeats);  // -> floating-point operations done
 };
 
 // The table in use: the best the machine has, or the one ULMFIT_FAST_ISA names (read once, at the first
