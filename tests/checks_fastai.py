@@ -1,0 +1,60 @@
+"""Small text, models and learners of fastai, for the tests of `ulmfit_fast.fastai`; skips without fastai."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("fastai.text.all", reason="needs fastai", exc_type=ImportError)
+from fastai.callback.progress import ProgressCallback  # noqa: E402
+from fastai.text.all import AWD_LSTM as THEIRS  # noqa: E402
+from fastai.text.all import (  # noqa: E402
+    TextDataLoaders,
+    awd_lstm_clas_config,
+    awd_lstm_lm_config,
+    language_model_learner,
+    text_classifier_learner,
+)
+
+from ulmfit_fast.fastai import AWD_LSTM as OURS  # noqa: E402
+
+BOTH = pytest.mark.parametrize("arch", [OURS, THEIRS], ids=["ours", "fastai"])
+
+SIZES = dict(emb_sz=12, n_hid=20, n_layers=2)
+LM_CONFIG = {**awd_lstm_lm_config, **SIZES}
+CLAS_CONFIG = {**awd_lstm_clas_config, **SIZES}
+GOOD = ("I really liked that movie!", "A fine film, and a finer ending.", "Warm, funny and WELL played.")
+BAD = ("Two hours that never end.", "Dull, loud and sooooo long.", "I left, and nobody asked me why.")
+
+
+def write_reviews(folder, train=32, test=12):
+    """folder/{train,test}/{pos,neg}/N.txt, a review each, of 5 to 60 words."""
+    generator = random.Random(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, sentences in (("pos", GOOD), ("neg", BAD)):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count // 2):
+                text = " ".join(generator.choices(sentences, k=generator.randint(1, 8)))
+                (folder / split / label / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def reviews(path, is_lm=False, **options):
+    """DataLoaders of `write_reviews`' folder, on the CPU, tokenized in this process."""
+    options = dict(bs=8, seq_len=16, device=torch.device("cpu"), n_workers=1, num_workers=0) | options
+    return TextDataLoaders.from_folder(path, valid="test", is_lm=is_lm, **options)
+
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    return learn
+
+
+def lm_learner(dls, arch=OURS, **options):
+    options = dict(config=LM_CONFIG, pretrained=False) | options
+    return quiet(language_model_learner(dls, arch, **options))
+
+
+def classifier(dls, arch=OURS, **options):
+    options = dict(config=CLAS_CONFIG, pretrained=False, seq_len=16, drop_mult=0.5) | options
+    return quiet(text_classifier_learner(dls, arch, **options))
