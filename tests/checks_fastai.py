@@ -1,5 +1,6 @@
 """Small text, models and learners of fastai, for the tests of `ulmfit_fast.fastai`; skips without fastai."""
 
+import contextlib
 import random
 
 import pytest
@@ -58,3 +59,42 @@ def lm_learner(dls, arch=OURS, **options):
 def classifier(dls, arch=OURS, **options):
     options = dict(config=CLAS_CONFIG, pretrained=False, seq_len=16, drop_mult=0.5) | options
     return quiet(text_classifier_learner(dls, arch, **options))
+
+
+def in_order(dls):
+    """dls whose batches are the same in every fit."""
+    dls.train.shuffle = False
+    return dls
+
+
+def fitted(learn, epochs=1, seed=0):
+    """learn after a fit, whose losses are (each batch's, validation's and metrics)."""
+    torch.manual_seed(seed)
+    with learn.no_logging():
+        learn.fit(epochs, 1e-2)
+    return torch.Tensor(torch.stack(learn.recorder.losses)), torch.tensor(list(learn.recorder.values[-1]))
+
+
+def twins(make, dls, archs, **options):
+    """A learner for each architecture, with the same weights."""
+    learners = [make(dls, arch, **options) for arch in archs]
+    for learn in learners:
+        learn.model.load_state_dict(learners[0].model.state_dict())
+    return learners
+
+
+@contextlib.contextmanager
+def float64():
+    """float64 everywhere, also of fastai's loss and smoothed loss. Decorates a test."""
+
+    def tensor(x, *more, **options):
+        return x if isinstance(x, torch.Tensor) else torch.tensor((x, *more) if more else x, **options)
+
+    torch.set_default_dtype(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("fastai.learner", "fastai.torch_core"):  # their tensor() makes float32 of float64
+            patch.setattr(f"{module}.tensor", tensor)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)

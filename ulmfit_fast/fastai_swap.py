@@ -150,6 +150,8 @@ def _encoder_like(theirs: awdlstm.AWD_LSTM) -> AWD_LSTM:
 
 def _copy_state(to: nn.Module, source: nn.Module) -> None:
     """From one library's encoder to the other's: parameters, buffers and hooks, in the very same dicts."""
+    for rnn in source.rnns:
+        rnn.module._parameters.pop("weight_hh_l0", None)  # fastai's weight_p = 0 leaves the raw one there
     for name, module in source.named_modules():
         twin = to.get_submodule(name)
         vars(twin).update({key: vars(module)[key] for key in _MODULE_STATE})
@@ -213,7 +215,9 @@ class Logits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
-        raise RuntimeError(f"{func} reads logits that do not exist; restore(learn) brings fastai's decoder back")
+        raise RuntimeError(
+            f"{func} reads logits that do not exist: restore(learn) gives fastai's decoder back"
+        )
 
 
 class FusedDecoder(core.LinearDecoder):
