@@ -41,8 +41,8 @@ def write_reviews(folder, train=32, test=12):
 
 
 def reviews(path, is_lm=False, **options):
-    """DataLoaders of `write_reviews`' folder, on the CPU, tokenized in this process."""
-    options = dict(bs=8, seq_len=16, device=torch.device("cpu"), n_workers=1, num_workers=0) | options
+    """DataLoaders of `write_reviews`' folder, on the CPU, read in this process."""
+    options = dict(bs=8, seq_len=16, device=torch.device("cpu"), num_workers=0) | options
     return TextDataLoaders.from_folder(path, valid="test", is_lm=is_lm, **options)
 
 
