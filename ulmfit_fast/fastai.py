@@ -1,7 +1,7 @@
 """fastai 2 with this library's AWD-LSTM.
 
     from fastai.text.all import *
-    from ulmfit_fast.fastai import AWD_LSTM
+    from ulmfit_fast.fastai import AWD_LSTM  # after the star, which brings fastai's own
 
 and `language_model_learner`, `text_classifier_learner`, `get_language_model`, `get_text_classifier` take it
 where they take fastai's own; weights go both ways. A learner that is there already:
