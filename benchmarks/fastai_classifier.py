@@ -39,13 +39,11 @@ def loaders(ft, args):
         )
     df = pandas.concat(frames, ignore_index=True)
     options = dict(
-        path=args.work, text_col="text", valid_col="is_valid", seq_len=args.bptt, device=torch.device("cpu")
+        path=args.work, text_col="text", valid_col="is_valid", seq_len=args.bptt, bs=args.batch_size
     )
-    lm = ft.TextDataLoaders.from_df(df, is_lm=True, bs=args.batch_size, **options)
-    clas = ft.TextDataLoaders.from_df(
-        df, label_col="label", text_vocab=lm.vocab, bs=args.batch_size, **options
-    )
-    return lm, clas
+    options |= dict(device=torch.device("cpu"), num_workers=0)  # the seconds hold all of the work
+    lm = ft.TextDataLoaders.from_df(df, is_lm=True, **options)
+    return lm, ft.TextDataLoaders.from_df(df, label_col="label", text_vocab=lm.vocab, **options)
 
 
 def learner(ft, arm, make, dls, config, args, **options):

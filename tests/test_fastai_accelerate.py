@@ -90,7 +90,9 @@ def test_everything_is_kept_there_and_back(arch, lm_dls):
     state = [tuple(h.clone() for h in layer) for layer in learn.model[0].hidden]
     calls.clear()
 
+    generator = torch.get_rng_state()
     uf.accelerate(learn)
+    assert torch.equal(torch.get_rng_state(), generator)
     assert learn.model is old_model and isinstance(learn.model[0], OURS) and not learn.model[0].training
     assert all(a is b for a, b in zip(learn.model.parameters(), parameters, strict=True))
     assert [[id(p) for p in g] for g in learn.opt.param_lists] == [[id(p) for p in g] for g in groups]
@@ -120,6 +122,18 @@ def test_everything_is_kept_there_and_back(arch, lm_dls):
     inner.remove()
     fitted(learn)
     assert learn.opt.state_dict()["state"][0]["step"] == 3 * steps
+
+
+@pytest.mark.parametrize("make", [lm_learner, classifier])
+def test_mode_is_that_of_now(make, lm_dls, dls):
+    learn = make(lm_dls if make is lm_learner else dls, THEIRS)
+    for change, undo in ((learn.model.train, learn.model.eval), (learn.model.eval, learn.model.train)):
+        change()
+        uf.accelerate(learn)
+        assert {m.training for m in learn.model.modules()} == {learn.model.training}
+        undo()
+        uf.restore(learn)
+        assert {m.training for m in learn.model.modules()} == {learn.model.training}
 
 
 def test_parameters_that_were_replaced_come_back(lm_dls):
@@ -181,7 +195,7 @@ def test_learners_that_are_refused(lm_dls, dls):
         with pytest.raises(TypeError, match="learn must be a fastai Learner, got Linear"):
             call(nn.Linear(2, 2))
     plain = Learner(DataLoaders(lm_dls.train, lm_dls.valid), nn.Linear(2, 2), loss_func=nn.MSELoss())
-    with pytest.raises(TypeError, match="learn must hold fastai's AWD_LSTM.*its model is a Linear without"):
+    with pytest.raises(TypeError, match="learn must hold fastai's AWD_LSTM .*its model is a Linear without"):
         uf.accelerate(plain)
     with pytest.raises(ValueError, match="learn was not accelerated"):
         uf.restore(plain)

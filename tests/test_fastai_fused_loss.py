@@ -103,6 +103,9 @@ def test_metrics_that_need_logits_get_them_in_validation(lm_dls, made):
     assert repr(learn.accelerated).endswith("logits are made in validation, for accuracy")
     values = fitted(learn)[1]
     assert len(made) == len(lm_dls.valid) and values.isfinite().all()
+    uf.restore(learn).recorder.train_metrics = True
+    uf.accelerate(learn)
+    assert repr(learn.accelerated).endswith("logits are made in training and validation, for accuracy")
 
 
 @pytest.mark.parametrize("what", ["to_fp16", "to_bf16", "lr_find", "accumulation", "smoothing", "ignore"])

@@ -171,8 +171,8 @@ class SentenceEncoder(core.SentenceEncoder):
         for row, begin in enumerate(begins):
             if begin % self.bptt and begin < input.size(1):
                 raise ValueError(
-                    f"input must be padded as fastai's Pad_Chunk does, in whole chunks of bptt = {self.bptt} "
-                    f"before each document; row {row} begins at {begin}"
+                    f"input must be padded in whole chunks of bptt = {self.bptt} before each document, but "
+                    f"row {row} begins at {begin}: give the DataLoaders and the learner the same seq_len"
                 )
         order = sorted(range(len(begins)), key=begins.__getitem__)
         if order == list(range(len(begins))):

@@ -73,19 +73,18 @@ def accelerate(learn: Learner) -> Learner:
             new[module] = _with_class(module, SentenceEncoder)
     if not any(isinstance(module, AWD_LSTM) for module in [*new.values(), *learn.model.modules()]):
         raise TypeError(
-            "learn must hold fastai's AWD_LSTM, as language_model_learner(dls, AWD_LSTM) makes it; "
-            f"its model is a {type(learn.model).__name__} without one"
+            "learn must hold fastai's AWD_LSTM itself, as language_model_learner(dls, AWD_LSTM) makes it (no "
+            f"subclass of it); its model is a {type(learn.model).__name__} without one"
         )
     decoders = [m for m in learn.model.modules() if type(m) is core.LinearDecoder]
-    keeps = "no LinearDecoder, so no loss to fuse" if not decoders else _why_not_fused(learn.loss_func)
-    if keeps:
-        record.loss = f"logits are kept: {keeps}"
+    if not decoders:
+        record.loss = "no language model's decoder, whose loss could be fused"
+    elif why := _why_not_fused(learn.loss_func):
+        record.loss = f"logits are kept: {why}"
     else:
         new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in decoders}
         record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func)
-        readers = [m.name for m in learn.metrics if not isinstance(m, _READ_THE_LOSS)]
-        made = f"are made in validation, for {', '.join(readers)}" if readers else "are not made"
-        record.loss = f"decoder and loss are one op: logits {made}"
+        record.loss = f"decoder and loss are one op: logits are {_when_made(learn)}"
     for parent, name, module in list(_children(learn)):
         if module in new:
             record.swapped.append((parent, name, module, new[module]))
@@ -106,6 +105,8 @@ def restore(learn: Learner) -> Learner:
     for parent, name, old, new in reversed(record.swapped):
         if type(old) is awdlstm.AWD_LSTM:
             _copy_state(old, new)
+        else:
+            vars(old).update(vars(new))  # `training`; the rest is the same objects
         setattr(parent, name, old)
     if isinstance(learn.loss_func, FusedLoss):
         learn.loss_func = record.loss_func
@@ -174,6 +175,14 @@ def _why_not_fused(loss: Callable) -> str:
     if loss.axis != -1 or loss.floatify or not loss.flatten or not loss.is_2d:
         return "the loss has axis, flatten, floatify or is_2d other than by default"
     return ""
+
+
+def _when_made(learn: Learner) -> str:
+    readers = [metric.name for metric in learn.metrics if not isinstance(metric, _READ_THE_LOSS)]
+    if not readers:
+        return "not made"
+    in_training = getattr(getattr(learn, "recorder", None), "train_metrics", False)
+    return f"made in {'training and ' * in_training}validation, for {', '.join(readers)}"
 
 
 class Logits(Tensor):
