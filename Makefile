@@ -26,7 +26,7 @@ CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cma
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
 
-test: $(STAMPS)/built
+test: $(STAMPS)/built $(STAMPS)/fastai
 	$(PY) -m pytest
 
 # the speed programs and their report, into benchmarks/results; QUICK=1: small sizes, minutes;
@@ -101,6 +101,12 @@ $(STAMPS)/built: $(TORCH_STAMP) $(SOURCES)
 	  || { tail -n 60 build/build.log; exit 1; }
 	@grep 'ulmfit_fast: building' build/build.log
 	@touch $@
+
+# naming torch's version keeps the torch that is there; without fastai its tests skip, and say so
+$(STAMPS)/fastai: $(TORCH_STAMP) tests/requirements-fastai.txt
+	$(PY) -m pip install --quiet -r tests/requirements-fastai.txt \
+	  "torch==$$($(PY) -c 'import torch; print(torch.__version__)')" \
+	  && touch $@ || echo "fastai cannot be installed here: its tests will skip"
 
 # pinned: other versions want other formatting
 $(STAMPS)/lint-tools: $(TORCH_STAMP)

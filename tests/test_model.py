@@ -295,3 +295,18 @@ def test_learns_a_cycle():
         loss.backward()
         optimizer.step()
     assert entropy < 0.5  # 3.4 before
+
+
+def test_hooks_of_every_module_of_a_layer_are_called():
+    """The inner LSTM is called as a module, so what looks at activations sees it."""
+    model, seen = encoder(), []
+    for name, module in model.rnns[1].named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, out[0].shape)))
+    model(tokens(batch=4, steps=9))
+    assert seen == [("module", (4, 9, H)), ("", (4, 9, H))]
+
+
+def test_lstm_takes_weights_in_place_of_its_own():
+    lstm, other = (uf.WeightDropLSTM(E, H).to(DEVICE).double() for _ in range(2))
+    x = torch.randn(5, 3, E, dtype=torch.float64).to(DEVICE)
+    close(lstm(x, weights=other.all_weights)[0], other(x)[0])

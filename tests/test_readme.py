@@ -40,6 +40,10 @@ def test_code_blocks_run(tmp_path, monkeypatch):
     ]
     (tmp_path / "wiki.txt").write_text("\n".join(sentences * 200), encoding="utf-8")
     published(tmp_path / "wt103-fwd.tgz", language_model())
+    for i in range(40):
+        review = tmp_path / "reviews" / ("train", "test")[i % 5 // 4] / ("pos", "neg")[i % 2] / f"{i}.txt"
+        review.parent.mkdir(parents=True, exist_ok=True)
+        review.write_text(" ".join(sentences[i % 3 :]), encoding="utf-8")
     text = README.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     assert len(blocks) >= 8

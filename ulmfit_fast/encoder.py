@@ -55,7 +55,7 @@ class WeightDropLayer(nn.Module):
         if lstm.bidirectional:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             weights.append([getattr(lstm, f"{name}_l0_reverse") for name in names])
-        return lstm.run(x, hx, weights, lengths, seed)
+        return lstm(x, hx, lengths=lengths, seed=seed, weights=weights)
 
 
 class AWDLSTM(nn.Module):
@@ -102,13 +102,16 @@ class AWDLSTM(nn.Module):
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
         self.rnns = nn.ModuleList(
-            WeightDropLayer(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p)
+            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p)
             for layer in range(n_layers)
         )
         self.input_dp = VariationalDropout(input_p)
         self.hidden_dps = nn.ModuleList(VariationalDropout(hidden_p) for _ in range(n_layers))
         self.hidden: Hidden = []
         self.reset()
+
+    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropLayer:
+        return WeightDropLayer(n_in, n_out, bidir, weight_p)
 
     def _features(self, layer: int) -> int:
         return (self.n_hid if layer < self.n_layers - 1 else self.emb_sz) // self.n_dir

@@ -181,13 +181,15 @@ class WeightDropLSTM(nn.Module):
         *,
         lengths: Tensor | None = None,
         seed: Seed = None,
+        weights: list[list[Tensor]] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """-> output, (h_n, c_n).
 
         x (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H), without
-        B where x has none; output like x with directions * H features; h_n, c_n like hx.
+        B where x has none; output like x with directions * H features; h_n, c_n like hx; weights in place
+        of the module's own, in the order of `all_weights`.
         """
-        return self.run(x, hx, self.all_weights, lengths, seed)
+        return self.run(x, hx, self.all_weights if weights is None else weights, lengths, seed)
 
     def run(
         self,

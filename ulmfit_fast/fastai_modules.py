@@ -1,0 +1,185 @@
+"""fastai's text modules under their names, on the library's own encoder; see `ulmfit_fast.fastai`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from fastai.text.models import awdlstm, core
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "fastai":
+        raise
+    raise ImportError("ulmfit_fast.fastai needs fastai 2: pip install fastai") from None
+
+from . import ops
+from .encoder import AWDLSTM, WeightDropLayer
+from .nn import EmbeddingDropout, Seed, VariationalDropout, WeightDropLSTM, draw_seed
+
+__all__ = ["AWD_LSTM", "EmbeddingDropout", "RNNDropout", "SentenceEncoder", "WeightDropout", "dropout_mask"]
+
+RNNDropout = VariationalDropout
+
+
+def dropout_mask(x: Tensor, sz: list[int], p: float) -> Tensor:
+    """A mask of shape sz in x's dtype and device: 0 with probability p, else 1 / (1 - p)."""
+    return ops.dropout_mask(draw_seed(x.device), tuple(sz), p, dtype=x.dtype, device=x.device)
+
+
+class _InnerLSTM(WeightDropLSTM):
+    """What stands in place of the `nn.LSTM` that a `WeightDropout` wraps.
+
+    `weight_hh_l0` is there to be looked at, as in fastai: made when it is read, from the last call's mask.
+    """
+
+    def __getattr__(self, name: str) -> Any:  # of what is not found otherwise
+        if name == "weight_hh_l0" and "recall" in vars(self):
+            return self.recall()
+        return super().__getattr__(name)
+
+
+class WeightDropout(WeightDropLayer):
+    """fastai's `WeightDropout(module, weight_p, layer_names)` around one layer of `nn.LSTM`, whose parameters
+    it takes over.
+
+    Unlike fastai's it drops the reverse direction's recurrent weights too, and copies no weight in eval.
+    Other modules are refused: fastai's own class wraps those.
+    """
+
+    def __init__(
+        self, module: nn.LSTM, weight_p: float, layer_names: str | list[str] = "weight_hh_l0"
+    ) -> None:
+        if not isinstance(module, nn.LSTM):
+            raise TypeError(f"module must be an nn.LSTM, got {type(module).__name__}")
+        if module.num_layers != 1 or not module.bias or module.proj_size:
+            raise ValueError(f"module must have one layer, biases and no projection, got {module}")
+        names = [layer_names] if isinstance(layer_names, str) else list(layer_names)
+        if names != ["weight_hh_l0"]:
+            raise ValueError(f"layer_names must be 'weight_hh_l0' (its reverse is dropped too), got {names}")
+        nn.Module.__init__(self)
+        self.layer_names = names
+        self.module = _InnerLSTM(
+            module.input_size,
+            module.hidden_size,
+            batch_first=module.batch_first,
+            bidirectional=module.bidirectional,
+            device="meta",
+            weight_p=weight_p,
+        )
+        parameters = dict(module.named_parameters())
+        self.weight_hh_l0_raw = parameters.pop("weight_hh_l0")
+        del self.module.weight_hh_l0
+        for name, parameter in parameters.items():
+            setattr(self.module, name, parameter)
+        self.module.recall = self._dropped_weight
+        self.reset()
+
+    def forward(
+        self,
+        x: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        p = self.weight_p if self.training else 0.0
+        if p and seed is None:
+            seed = draw_seed(x.device)
+        self._last_mask = (p, seed)
+        return super().forward(x, hx, lengths, seed)
+
+    def reset(self) -> None:
+        """`module.weight_hh_l0` is the raw weight again."""
+        self._last_mask: tuple[float, Seed] = (0.0, None)
+
+    def _dropped_weight(self) -> Tensor:
+        raw, (p, seed) = self.weight_hh_l0_raw, self._last_mask
+        if not p:
+            return raw.clone()
+        return raw * ops.dropout_mask(int(seed), tuple(raw.shape), p, dtype=raw.dtype, device=raw.device)
+
+
+class AWD_LSTM(AWDLSTM):
+    """fastai's `AWD_LSTM`: its constructor, attributes, outputs and state-dict keys, on our kernels.
+
+    What is not as in fastai: with bidir the reverse direction's recurrent weights are dropped too; no weight
+    is copied in eval; it can be deep-copied, pickled and compiled whole.
+    """
+
+    initrange = 0.1
+
+    def __init__(
+        self,
+        vocab_sz: int,
+        emb_sz: int,
+        n_hid: int,
+        n_layers: int,
+        pad_token: int = 1,
+        hidden_p: float = 0.2,
+        input_p: float = 0.6,
+        embed_p: float = 0.1,
+        weight_p: float = 0.5,
+        bidir: bool = False,
+    ) -> None:
+        dropouts = dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p)
+        for name, p in dropouts.items():
+            if not 0 <= p < 1:
+                raise ValueError(
+                    f"{name} must be in [0, 1) (the probability of dropping), got {p:g}: fastai multiplies "
+                    f"each of config's probabilities by drop_mult; take a smaller one, or a smaller {name}"
+                )
+        super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, bidir=bidir, **dropouts)
+
+    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropout:
+        return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir), weight_p)
+
+    def forward(self, inp: Tensor, from_embeds: bool = False, **options: Any) -> Any:
+        """inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds -> (B, T, emb_sz).
+
+        options are those of `AWDLSTM`.  The output is of inp's type, which in fastai is not plain Tensor.
+        """
+        kind = type(inp)
+        if kind is Tensor:
+            return super().forward(inp, from_embeds, **options)
+        # plain inside: every operation of fastai's types takes a detour through Python
+        out = super().forward(inp.as_subclass(Tensor), from_embeds, **options)
+        return out if isinstance(out, tuple) else out.as_subclass(kind)
+
+    def reset(self) -> None:
+        """Forget the state: the next call starts from zeros."""
+        for rnn in self.rnns:
+            rnn.reset()
+        super().reset()
+
+
+class SentenceEncoder(core.SentenceEncoder):
+    """fastai's `SentenceEncoder`, for documents in any order.
+
+    fastai's reads the first rows of each chunk, as many as have begun, which are the right ones only where
+    the rows that begin earlier come first; else it is silently wrong.  Here they are brought into that order
+    and back.  What it has in common with fastai's: documents begin where a chunk does, the state is detached
+    between chunks, and of a document longer than max_len only whole chunks at its end are pooled.
+    """
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """input (B, T) token numbers -> outputs (B, L, emb_sz), mask (B, L): True where there is padding.
+
+        ValueError where a document begins inside a chunk: fastai's leaves the chunk's tokens out.
+        """
+        begins = (input == self.pad_idx).long().cumprod(1).sum(1).tolist()  # padding before each document
+        for row, begin in enumerate(begins):
+            if begin % self.bptt and begin < input.size(1):
+                raise ValueError(
+                    f"input must be padded in whole chunks of bptt = {self.bptt} before each document, but "
+                    f"row {row} begins at {begin}: give the DataLoaders and the learner the same seq_len"
+                )
+        order = sorted(range(len(begins)), key=begins.__getitem__)
+        if order == list(range(len(begins))):
+            return super().forward(input)
+        back = torch.argsort(torch.tensor(order))
+        out, mask = super().forward(input[order])
+        return out[back], mask[back]
+
+
+core._model_meta[AWD_LSTM] = core._model_meta[awdlstm.AWD_LSTM].copy()

@@ -1,0 +1,260 @@
+"""accelerate(learn): this library's modules in an existing fastai learner; restore(learn): fastai's again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, ValueMetric
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import LossMetric, Perplexity
+from fastai.text.models import awdlstm, core
+from fastai.torch_core import TensorBase
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from . import ops
+from .fastai_modules import AWD_LSTM, SentenceEncoder
+
+_MODULE_STATE = set(vars(nn.Module())) - {"_modules"}  # parameters, buffers, hooks, training
+_READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
+_METADATA = {
+    torch.is_floating_point,
+    Tensor.is_floating_point,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+}
+
+
+@dataclass
+class Accelerated:
+    """What `accelerate` did, in `learn.accelerated`; its text says what was swapped and when logits are made.
+
+    swapped: (parent, name in it, the old module, the new one).
+    """
+
+    swapped: list[tuple[Any, str, nn.Module, nn.Module]] = field(default_factory=list)
+    loss_func: Callable | None = None  # the learner's own, where ours stands in its place
+    loss: str = ""
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(old).__name__ for _, _, old, _ in self.swapped) or "no module"
+        return f"swapped: {names}; {self.loss}"
+
+
+def accelerate(learn: Learner) -> Learner:
+    """Put this library's modules into a learner, in place, where it has fastai's `AWD_LSTM`.
+
+    The new modules hold the very Parameter objects and hooks of the old ones, so the optimizer with its
+    state and groups stays as it is.  `SentenceEncoder` is swapped too.  For a language model whose loss is
+    fastai's cross-entropy, the decoder and the loss become one op that never holds all the logits; they are
+    made when something other than that loss reads them: a metric like `accuracy`, `predict`, a callback.
+    `learn.accelerated` says what was done.  A learner made with our `AWD_LSTM` gains the last part.
+
+    Returns:
+        learn; one that is accelerated already is left as it is.
+
+    Raises:
+        TypeError: learn is no Learner, or holds no `AWD_LSTM`.
+    """
+    if _record(learn):
+        return learn
+    record, new = Accelerated(), {}
+    for _, _, module in _children(learn):
+        if type(module) is awdlstm.AWD_LSTM:
+            new[module] = _encoder_like(module)
+        elif type(module) is core.SentenceEncoder and isinstance(module.module, AWD_LSTM | awdlstm.AWD_LSTM):
+            new[module] = _with_class(module, SentenceEncoder)
+    if not any(isinstance(module, AWD_LSTM) for module in [*new.values(), *learn.model.modules()]):
+        raise TypeError(
+            "learn must hold fastai's AWD_LSTM itself, as language_model_learner(dls, AWD_LSTM) makes it (no "
+            f"subclass of it); its model is a {type(learn.model).__name__} without one"
+        )
+    decoders = [m for m in learn.model.modules() if type(m) is core.LinearDecoder]
+    if not decoders:
+        record.loss = "no language model's decoder, whose loss could be fused"
+    elif why := _why_not_fused(learn.loss_func):
+        record.loss = f"logits are kept: {why}"
+    else:
+        new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in decoders}
+        record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func)
+        record.loss = f"decoder and loss are one op: logits are {_when_made(learn)}"
+    for parent, name, module in list(_children(learn)):
+        if module in new:
+            record.swapped.append((parent, name, module, new[module]))
+            setattr(parent, name, new[module])
+    learn.accelerated = record
+    return learn
+
+
+def restore(learn: Learner) -> Learner:
+    """Undo `accelerate`: fastai's own modules and loss again, with the weights and the state of now.
+
+    Raises:
+        ValueError: learn was not accelerated.
+    """
+    record = _record(learn)
+    if not record:
+        raise ValueError("learn was not accelerated, so there is nothing to restore")
+    for parent, name, old, new in reversed(record.swapped):
+        if type(old) is awdlstm.AWD_LSTM:
+            _copy_state(old, new)
+        else:
+            vars(old).update(vars(new))  # `training`; the rest is the same objects
+        setattr(parent, name, old)
+    if isinstance(learn.loss_func, FusedLoss):
+        learn.loss_func = record.loss_func
+    del learn.accelerated
+    return learn
+
+
+def _record(learn: Learner) -> Accelerated | None:
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn must be a fastai Learner, got {type(learn).__name__}")
+    return vars(learn).get("accelerated")
+
+
+def _children(learn: Learner) -> Iterator[tuple[Any, str, nn.Module]]:
+    """(parent, name, module) of every module of learn.model, itself first."""
+    yield learn, "model", learn.model
+    for parent in learn.model.modules():
+        for name, module in parent.named_children():
+            yield parent, name, module
+
+
+def _with_class(module: nn.Module, kind: type) -> nn.Module:
+    """A second module over the same parameters, children and hooks."""
+    twin = copy.copy(module)
+    twin.__class__ = kind
+    return twin
+
+
+def _encoder_like(theirs: awdlstm.AWD_LSTM) -> AWD_LSTM:
+    with torch.device("meta"):
+        ours = AWD_LSTM(
+            len(theirs.encoder.weight),
+            theirs.emb_sz,
+            theirs.n_hid,
+            theirs.n_layers,
+            theirs.pad_token,
+            bidir=theirs.n_dir == 2,
+        )
+    _copy_state(ours, theirs)
+    return ours
+
+
+def _copy_state(to: nn.Module, source: nn.Module) -> None:
+    """From one library's encoder to the other's: parameters, buffers and hooks, in the very same dicts."""
+    for rnn in source.rnns:
+        rnn.module._parameters.pop("weight_hh_l0", None)  # fastai's weight_p = 0 leaves the raw one there
+    for name, module in source.named_modules():
+        twin = to.get_submodule(name)
+        vars(twin).update({key: vars(module)[key] for key in _MODULE_STATE})
+        for key, parameter in twin._parameters.items():
+            setattr(twin, key, parameter)  # nn.LSTM keeps a list of them besides
+    to.encoder_dp.embed_p, to.input_dp.p = source.encoder_dp.embed_p, source.input_dp.p
+    for kind, p in (("rnns", "weight_p"), ("hidden_dps", "p")):
+        for twin, module in zip(getattr(to, kind), getattr(source, kind), strict=True):
+            setattr(twin, p, getattr(module, p))
+    to.reset()  # what the layers keep of a call before
+    to.bs, to.hidden = source.bs, list(source.hidden)
+
+
+def _why_not_fused(loss: Callable) -> str:
+    """Why the decoder cannot be fused with this loss, or ""."""
+    if type(loss) is not CrossEntropyLossFlat:
+        return f"the loss is {loss!r}, not fastai's CrossEntropyLossFlat"
+    if loss.func.weight is not None:
+        return "the loss has class weights"
+    if loss.axis != -1 or loss.floatify or not loss.flatten or not loss.is_2d:
+        return "the loss has axis, flatten, floatify or is_2d other than by default"
+    return ""
+
+
+def _when_made(learn: Learner) -> str:
+    readers = [metric.name for metric in learn.metrics if not isinstance(metric, _READ_THE_LOSS)]
+    if not readers:
+        return "not made"
+    in_training = getattr(getattr(learn, "recorder", None), "train_metrics", False)
+    return f"made in {'training and ' * in_training}validation, for {', '.join(readers)}"
+
+
+class Logits(Tensor):
+    """Logits (B, T, V) that do not exist until they are read: a decoder and its dropped input (B, T, E).
+
+    Shape, dtype and device are known; everything else is done with the real ones, made then and kept.
+    Like fastai's mixed precision wants them, they are float32 where the input has 16 bits.
+    """
+
+    @staticmethod
+    def __new__(cls, decoder: nn.Linear, h: Tensor) -> Logits:
+        shape = (*h.shape[:-1], decoder.out_features)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=h.device)
+
+    def __init__(self, decoder: nn.Linear, h: Tensor) -> None:
+        self.decoder, self.h, self.made = decoder, h, None
+
+    def make(self) -> Tensor:
+        if self.made is None:
+            h = self.h.as_subclass(Tensor)
+            if not torch.is_autocast_enabled(h.device.type):
+                h = h.to(self.decoder.weight.dtype)
+            # not a plain Tensor: fastai casts one that it gets out of a Logits to the type it put in
+            kind = TensorBase if type(self.h) is Tensor else type(self.h)
+            self.made = self.decoder(h).to(self.dtype).as_subclass(kind)
+        return self.made
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is Tensor.float and args[0].dtype == torch.float32:
+            return args[0]
+        args, kwargs = tree_map_only(Logits, Logits.make, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
+        raise RuntimeError(
+            f"{func} reads logits that do not exist: restore(learn) gives fastai's decoder back"
+        )
+
+
+class FusedDecoder(core.LinearDecoder):
+    """fastai's `LinearDecoder` that leaves the logits to the loss."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dropped = self.output_dp(input)
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(self.decoder, name) for name in hooks)  # they want to see the call
+        return self.decoder(dropped) if hooked else Logits(self.decoder, dropped), input, dropped
+
+
+class FusedLoss(CrossEntropyLossFlat):
+    """fastai's cross-entropy, which computes it without the logits where they are not made."""
+
+    def __init__(self, loss: CrossEntropyLossFlat) -> None:
+        vars(self).update(vars(loss))
+
+    def __call__(self, inp: Tensor, targ: Tensor, **kwargs: Any) -> Tensor:
+        if not isinstance(inp, Logits) or inp.made is not None or kwargs:
+            return super().__call__(inp, targ, **kwargs)
+        loss = ops.linear_cross_entropy(
+            inp.h.as_subclass(Tensor),
+            inp.decoder.weight,
+            inp.decoder.bias,
+            targ.as_subclass(Tensor).long(),
+            ignore_index=self.func.ignore_index,
+            label_smoothing=self.func.label_smoothing,
+            reduction=self.func.reduction,
+        )
+        return loss.flatten() if loss.dim() else loss
