@@ -57,11 +57,16 @@ inline double run_in_cache(DType dtype, bool high, int64_t repeats) {
 #define ULMFIT_STRING(x) ULMFIT_STRING_(x)
 
 inline const Kernels& table() {
-  static const Kernels kernels = {ULMFIT_STRING(ULMFIT_ISA),  dropout_mask,
-                                  variational_dropout,        embedding_dropout,
-                                  embedding_dropout_backward, concat_pool,
-                                  concat_pool_backward,       run_lstm,
-                                  run_lstm_backward,          run_linear_cross_entropy,
+  static const Kernels kernels = {ULMFIT_STRING(ULMFIT_ISA),
+                                  dropout_mask,
+                                  variational_dropout,
+                                  embedding_dropout,
+                                  embedding_dropout_backward,
+                                  concat_pool,
+                                  concat_pool_backward,
+                                  run_lstm,
+                                  run_lstm_backward,
+                                  run_linear_cross_entropy,
                                   run_in_cache};
   return kernels;
 }

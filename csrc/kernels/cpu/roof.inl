@@ -16,8 +16,7 @@ double multiply_in_cache(int64_t repeats) {
   std::memset(b.get(), 0, Tile::b_elements(kDepth) * sizeof(typename Tile::Packed));
   std::memset(c.get(), 0, kRows * Tile::kCols * sizeof(typename Tile::Compute));
   [[maybe_unused]] typename Tile::Session session;
-  for (int64_t i = 0; i < repeats; ++i)
-    Tile::block_product(kDepth, a, kDepth, kRows, b, b, c, true);
+  for (int64_t i = 0; i < repeats; ++i) Tile::block_product(kDepth, a, kDepth, kRows, b, b, c, true);
   return 2.0 * kRows * kDepth * Tile::kCols * static_cast<double>(repeats);
 }
 
