@@ -35,6 +35,7 @@ Tensor embedding_dropout_backward(const Tensor& dy, const Tensor& ids, const Ten
       arguments(op, positions, seed, p, padding_idx, num_embeddings, width, dtype_of(op, "dy", dy));
   const Tensor dweight = empty_like(dy, {num_embeddings, width});
   if (dweight.numel() > 0) {
+    use_huge_pages({dweight});
     kernels().embedding_dropout_backward(a, data_of(gradient), data_of(dweight), torch_pool());
   }
   return dweight;
