@@ -104,9 +104,19 @@ def ratio_table(records, without=()):
             times = f"{', '.join(medians)} ms"
             speed = f"**{middle:.2f}** ({low:.2f}-{high:.2f})"
             what = f"{case} ({_sizes(record)})"
-            rows.append([what, *names, times, speed, forward, memory, ", ".join(errors)])
-    head = ["what", "ours", "peer", "median: ours, peer", "times as fast (p20-p80)", "forward only"]
+            rows.append(
+                [what, *names, times, speed, _at_roof(record, ours, peer), forward, memory, ", ".join(errors)]
+            )
+    head = ["what", "ours", "peer", "median: ours, peer", "times as fast (p20-p80)", "at the roof"]
+    head += ["forward only"]
     return _markdown([*head, "peak memory: ours, peer", "gradient error: ours, peer"], rows)
+
+
+def _at_roof(record, ours, peer):
+    """How many times as fast as the peer ours could be: with all products at the roof, and nothing else."""
+    if not peer.get("gflops") or "gpu" in record:  # a GPU's records have a floor of their own
+        return ""
+    return f"{record['roof'][base(ours['precision']) + '_gflops'] / peer['gflops']:.2f}"
 
 
 def side_table(record):
