@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
         ULMFIT_UNROLL_ALL
         for (int u = 0; u < 2; ++u) ULMFIT_UNROLL_ALL
         for (int g = 0; g < 4; ++g)
-          if (p.unit + u < H)
-            start_copy(block.inputs + (4 * u + g) * split.items() + p.item, from + g * H + u);
+          if (p.unit + u < H) start_copy(&block.template input<uint32_t>(p, 4 * u + g), from + g * H + u);
       });
       const unsigned published = static_cast<unsigned>(i) * split.passes + pass + 1;
       block.wait_for_sources(flags, published);
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
           ULMFIT_UNROLL_ALL
           for (int u = 0; u < 2; ++u) {
             if (p.unit + u >= H) continue;
-            const auto input = [&](int g) { return block.inputs[(4 * u + g) * split.items() + p.item]; };
+            const auto input = [&](int g) { return block.template input<float>(p, 4 * u + g); };
             float pre[4];
             ULMFIT_UNROLL_ALL
             for (int g = 0; g < 4; g += 2) {

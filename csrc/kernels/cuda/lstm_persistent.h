@@ -42,7 +42,7 @@ struct Block {
   Fragment* weights;       // (chunks, NT, 32 lanes)
   Pack<float, 4>* sums;    // (warps, MT, NT, 32 lanes)
   Pack<float, 4>* states;  // (passes, items)
-  float* inputs;           // (8, items): the projection of a row block, on its way while the block waits
+  uint32_t* inputs;        // (8, items): what a row block's cells take, on its way while the block waits
   float* bias;             // (8 * NT), by column
 
   __device__ explicit Block(const LstmSteps& a) : split(a.split) {
@@ -52,7 +52,7 @@ struct Block {
     weights = reinterpret_cast<Fragment*>(memory);
     sums = reinterpret_cast<Pack<float, 4>*>(memory += split.weight_bytes());
     states = reinterpret_cast<Pack<float, 4>*>(memory += split.sum_bytes());
-    inputs = reinterpret_cast<float*>(memory += split.state_bytes());
+    inputs = reinterpret_cast<uint32_t*>(memory += split.state_bytes());
     bias = reinterpret_cast<float*>(memory += split.input_bytes());
   }
 
@@ -75,6 +75,12 @@ struct Block {
   }
   __device__ int64_t first_row(int pass) const {
     return static_cast<int64_t>(part) * split.part_rows() + pass * split.block_rows();
+  }
+  // The word'th 4 bytes that an item's cells take: T is float, or a pair of 16-bit elements.
+  template <class T>
+  __device__ T& input(const Place& p, int word) const {
+    static_assert(sizeof(T) == 4);
+    return *reinterpret_cast<T*>(&inputs[word * split.items() + p.item]);
   }
   __device__ Pack<float, 4>& state(int pass, const Place& p) const {
     return states[pass * split.items() + p.item];
@@ -108,7 +114,7 @@ struct Block {
     constexpr int kOfChunk = kChunk / kTileK * 32;  // fragments from chunk to chunk
     const int thread = recomputed(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int first = split.first_chunk(warp), count = split.first_chunk(warp + 1) - first;
-    const int64_t of_tile = split.padded_h() / kTileK * 32;  // fragments from one 16 rows to the next
+    const int of_tile = split.chunks() * kOfChunk;  // fragments from one 16 rows to the next
     const Fragment* next = recomputed(reinterpret_cast<const Fragment*>(rows) + first * kOfChunk + lane);
     int w = recomputed(first * NT * 32 + lane);
     float sum[MT][NT][4] = {};

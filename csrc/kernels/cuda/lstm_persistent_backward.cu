@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   using B = Block<S, MT, NT>;
   const B block(a.steps);
   const LstmSplit& split = block.split;
-  const int64_t H = split.H, T = a.steps.T, units = a.steps.units;
+  const int T = static_cast<int>(a.steps.T);
+  const int64_t H = split.H, units = a.steps.units;
   const int gate = block.cta % kGroup, group = block.cta - gate;  // group: its first block
   const int first_of_part = block.part * split.ctas;
   unsigned* dgates_flags = a.steps.flags + first_of_part;  // how many row blocks of dgates are published
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   };
   const auto sums_of = [&](int cta, int pass) {
     return reinterpret_cast<Pack<float, 4>*>(a.sums) +
-           (static_cast<int64_t>(first_of_part + cta) * split.passes + pass) * B::kSums;
+           static_cast<int64_t>((first_of_part + cta) * split.passes + pass) * B::kSums;
   };
   // dh of a pair of this block's units that the product of the step before gives, gate by gate
   const auto recurrent = [&](int pass, const auto& p) {
@@ -67,45 +68,52 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   }
   __syncthreads();
 
-  for (int64_t i = T - 1; i >= 0; --i) {
-    const int64_t t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
+  for (int i = T - 1; i >= 0; --i) {
+    const int t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
     const unsigned done = static_cast<unsigned>(T - 1 - i) * split.passes;  // row blocks of the steps before
     for (int pass = 0; pass < split.passes; ++pass) {
-      Pair<S> gates[B::kItems][4], dy[B::kItems];
-      Pack<float, 2> c[B::kItems], c_before[B::kItems];
-      bool active[B::kItems];
+      Pair<S> dy[B::kItems];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
-        active[item] = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
-        const int64_t row = t * split.B + p.b;
-        const S* from = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
+        const auto copy = [&](int word, const void* from) {
+          start_copy(&block.template input<uint32_t>(p, word), from);
+        };
+        const int64_t row = t * split.B + p.b, row_before = t_before * split.B + p.b;
+        const S* gates = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
         ULMFIT_UNROLL_ALL
-        for (int g = 0; g < 4; ++g) gates[item][g] = pack_at<S, 2>(from + g * units);
-        c[item] = pack_at<float, 2>(a.cells + row * units + p.unit);
+        for (int g = 0; g < 4; ++g) copy(g, gates + g * units);
         ULMFIT_UNROLL_ALL
         for (int u = 0; u < 2; ++u) {
           const bool inside = p.unit + u < H;
-          c_before[item].v[u] = !inside ? 0.0f
-                                : i > 0 ? a.cells[(t_before * split.B + p.b) * units + p.unit + u]
-                                        : a.c0[p.b * H + p.unit + u];
+          copy(4 + u, a.cells + row * units + p.unit + u);
+          if (i > 0) {
+            copy(6 + u, a.cells + row_before * units + p.unit + u);
+          } else if (inside) {
+            copy(6 + u, a.c0 + p.b * H + p.unit + u);
+          } else {
+            block.template input<float>(p, 6 + u) = 0;
+          }
           const bool given = inside && a.dy.data != nullptr;
           dy[item].v[u] = given ? at<const S>(a.dy, t, p.b)[p.unit + u] : narrow<S>(0);
         }
       });
       if (i < T - 1) wait_for_flags(sums_flags, group, group + kGroup, done - split.passes + pass + 1);
+      finish_copies();
 
       Pair<S> left[B::kItems][4];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         State& state = state_of(pass, p);
+        const bool active = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
         const Pack<float, 2> product = i < T - 1 ? recurrent(pass, p) : Pack<float, 2>{};
         LstmCellGrad<float> d[2] = {};
         ULMFIT_UNROLL_ALL
         for (int u = 0; u < 2; ++u) {
           state.dh[u] += product.v[u];
-          if (!active[item]) continue;
-          const auto& g = gates[item];
-          d[u] = lstm_cell_backward(widen(g[0].v[u]), widen(g[1].v[u]), widen(g[2].v[u]), widen(g[3].v[u]),
-                                    c_before[item].v[u], c[item].v[u], state.dh[u] + widen(dy[item].v[u]),
-                                    state.dc[u]);
+          if (!active) continue;
+          const auto gate_of = [&](int g) { return widen(block.template input<Pair<S>>(p, g).v[u]); };
+          const float c = block.template input<float>(p, 4 + u),
+                      c_before = block.template input<float>(p, 6 + u);
+          d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c,
+                                    state.dh[u] + widen(dy[item].v[u]), state.dc[u]);
           state.dc[u] = d[u].c_prev;
           state.dh[u] = 0;
         }

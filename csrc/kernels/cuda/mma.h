@@ -57,11 +57,11 @@ __device__ T load_shared_by_card(const T* from) {
 #endif
 }
 
-// One float from global to shared memory, while the thread goes on; finish_copies waits for all of a thread's
+// 4 bytes from global to shared memory, while the thread goes on; finish_copies waits for all of a thread's
 // own.
-inline __device__ void start_copy(float* to, const float* from) {
+inline __device__ void start_copy(uint32_t* to, const void* from) {
 #ifndef __CUDACC__
-  *to = *from;
+  std::memcpy(to, from, 4);
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
                :
