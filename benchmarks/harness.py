@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,7 +24,8 @@ DTYPES |= dict.fromkeys(AUTOCAST, torch.float32)
 class Side:
     """One contestant: run(mark) works once and returns the clock's marks, see `clocks`.
 
-    variant: what else tells it from another side. plan: the clock's. error: why it failed on a GPU.
+    variant: what else tells it from another side. environment: variables that it runs with.
+    plan: the clock's. error: why it failed on a GPU.
     """
 
     package: str
@@ -32,6 +34,7 @@ class Side:
     onednn: bool = True
     device: str = "cpu"
     variant: str = ""
+    environment: dict = field(default_factory=dict)
     plan: clocks.Plan | None = None
     error: str | None = None
 
@@ -44,6 +47,8 @@ class Side:
     def settings(self):
         """The global settings this side is measured with."""
         before = torch.get_float32_matmul_precision()
+        variables = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
         torch.set_float32_matmul_precision("high" if self.precision == "high" else "highest")
         if self.device != "cpu":  # or cuDNN's float32 would be TF32, its default
             tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, self.precision == "high"
@@ -57,6 +62,10 @@ class Side:
                         yield
         finally:
             torch.set_float32_matmul_precision(before)
+            for name, value in variables.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
             if self.device != "cpu":
                 torch.backends.cudnn.allow_tf32 = tf32
 

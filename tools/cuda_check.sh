@@ -37,6 +37,9 @@ for python in "$cuda_python" "$cpu_python"; do
   fi
   mkdir "$work/$name"
   (cd "$work/$name" && "$python" -m zipfile -e ../dist/"$name"/*.whl . && cp -r ../tests .)
+  if [ "$python" = "$cuda_python" ]; then
+    "$python" "$work/tools/matrix_check.py" "$work/$name/ulmfit_fast/_C.abi3.so"
+  fi
 done
 
 # Each wheel under each torch, from a directory without sources. The op tests run whole for the CUDA build under its

@@ -119,10 +119,11 @@ struct Block {
     int w = recomputed(first * NT * 32 + lane);
     float sum[MT][NT][4] = {};
     Fragment ring[kDepth][MT][2];
+    if (!kExchange) std::memcpy(ring, weights + lane, sizeof ring);  // anything but zeros
     const auto load = [&](Fragment(&to)[MT][2], const Fragment* from) {
       ULMFIT_UNROLL_ALL
       for (int j = 0; j < 2 * MT; ++j)
-        to[j / 2][j % 2] = load_shared_by_card(from + j / 2 * of_tile + j % 2 * 32);
+        if (kExchange) to[j / 2][j % 2] = load_shared_by_card(from + j / 2 * of_tile + j % 2 * 32);
     };
     ULMFIT_UNROLL_ALL
     for (int d = 0; d < kDepth; ++d)
@@ -133,7 +134,7 @@ struct Block {
       for (int d = 0; d < kDepth; ++d) {
         if (d >= left) break;
         ULMFIT_UNROLL_ALL
-        for (int n = 0; n < NT; ++n) {
+        for (int n = 0; kProducts && n < NT; ++n) {
           ULMFIT_UNROLL_ALL
           for (int m = 0; m < MT; ++m) mma_chunk<S>(sum[m][n], ring[d][m], weights[w + (d * NT + n) * 32]);
         }

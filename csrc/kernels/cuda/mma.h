@@ -1,9 +1,19 @@
 // The matrix units, and words between thread blocks: the instructions that CUDA's language has no function
 // for. On the CPU tests/cpp/cuda_on_cpu.h does what they do.
 #pragma once
+#include <cstring>
+
 #include "device.h"
 
+#ifndef ULMFIT_PERSISTENT_PARTS
+#define ULMFIT_PERSISTENT_PARTS 7  // all; benchmarks/lstm_parts.py leaves some out to time the others
+#endif
+
 namespace ulmfit_fast::cuda {
+
+constexpr bool kWaits = ULMFIT_PERSISTENT_PARTS & 1;     // of blocks for one another
+constexpr bool kExchange = ULMFIT_PERSISTENT_PARTS & 2;  // loads of h and dgates
+constexpr bool kProducts = ULMFIT_PERSISTENT_PARTS & 4;
 
 using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits
 
@@ -88,6 +98,7 @@ inline __device__ void publish(unsigned* flag, unsigned value) {
 // By a whole warp: until the flags from first to end - 1 have all counted to `value`. A wait that takes
 // longer than any launch may, some 20 seconds, is an error of ours: it ends the launch as an assertion does.
 inline __device__ void wait_for_flags(const unsigned* flags, int first, int end, unsigned value) {
+  if (!kWaits) return;
   const int lane = threadIdx.x % kWarp;
   for (int f = first + lane; f < end; f += kWarp) {
 #ifdef __CUDACC__
