@@ -135,7 +135,7 @@ class Model {
     const auto read_sums = [&](int done, int pass, int version) {
       for (int w = 0; w < kSplitWarps; ++w) {
         add(cta, {wait, w, "sums", group, group + kGroup, done + pass + 1});
-        if (cta * s.cta_units() < s.H)
+        if (cta * s.cta_units() < padded_units(s.H))
           add(cta, {read, w, buffer("sums", 0, pass), group, group + kGroup, version});
       }
     };
