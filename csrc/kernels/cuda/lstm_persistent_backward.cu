@@ -11,7 +11,7 @@
 namespace ulmfit_fast::cuda {
 namespace {
 
-struct State {  // gradients of a pair of units; only their own thread touches them
+struct Gradients {  // of a pair of units; only their own thread touches them
   float dh[2];  // what bypasses the product: dh_n, and the carry through padding
   float dc[2];
 };
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   unsigned* dgates_flags = a.steps.flags + first_of_part;  // how many row blocks of dgates are published
   unsigned* sums_flags = a.steps.flags + split.parts * split.ctas + first_of_part;
   S* exchange = static_cast<S*>(a.exchange);
-  const auto state_of = [&](int pass, const auto& p) -> State& {
-    return reinterpret_cast<State&>(block.state(pass, p));
+  const auto state_of = [&](int pass, const auto& p) -> Gradients& {
+    return reinterpret_cast<Gradients&>(block.state(pass, p));
   };
   const auto sums_of = [&](int cta, int pass) {
     return reinterpret_cast<Pack<float, 4>*>(a.sums) +
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   });
   for (int pass = 0; pass < split.passes; ++pass) {
     block.for_items(a.steps, pass, [&](int, const auto& p) {
-      State s = {};
+      Gradients s = {};
       for (int u = 0; u < 2; ++u) {
         if (p.unit + u >= H) continue;
         s.dh[u] = a.dh_n[p.b * H + p.unit + u];
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
       Pair<S> left[B::kItems][4];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
-        State& state = state_of(pass, p);
+        Gradients& state = state_of(pass, p);
         const bool active = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
         const Pack<float, 2> product = i < T - 1 ? recurrent(pass, p) : Pack<float, 2>{};
         LstmCellGrad<float> d[2] = {};
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   for (int pass = 0; pass < split.passes; ++pass) {
     wait_for_flags(sums_flags, group, group + kGroup, static_cast<unsigned>(T - 1) * split.passes + pass + 1);
     block.for_items(a.steps, pass, [&](int, const auto& p) {
-      const State& state = state_of(pass, p);
+      const Gradients& state = state_of(pass, p);
       const Pack<float, 2> product = recurrent(pass, p);
       for (int u = 0; u < 2; ++u) {
         if (p.unit + u >= H) continue;
