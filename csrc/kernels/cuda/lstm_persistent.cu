@@ -37,9 +37,15 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
   };
 
   block.load_weights([&](int column, int k) {
+    Pack<S, 4> to = {};
     const int64_t unit = static_cast<int64_t>(block.cta) * split.cta_units() + column / 4;
-    const S* w = static_cast<const S*>(a.steps.w.data);
-    return unit < H && k < H ? w[split.weight_row(block.cta, column) * a.steps.w.stride + k] : narrow<S>(0);
+    if (unit >= H) return to;
+    const S* from =
+        static_cast<const S*>(a.steps.w.data) + split.weight_row(block.cta, column) * a.steps.w.stride + k;
+    if (k + 4 <= H && reinterpret_cast<uintptr_t>(from) % sizeof to == 0) return pack_at<S, 4>(from);
+    for (int j = 0; j < 4; ++j)
+      if (k + j < H) to.v[j] = from[j];
+    return to;
   });
   for (int n = threadIdx.x; n < split.columns(); n += kSplitThreads) {
     const int64_t unit = static_cast<int64_t>(block.cta) * split.cta_units() + n / 4;

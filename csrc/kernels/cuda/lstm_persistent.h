@@ -150,18 +150,17 @@ struct Block {
     }
   }
 
-  // The weights of this block: element(column, k), 0 where there is none. A lane's 16 bytes are two operands
-  // b: four neighbours of its column in each half of a chunk.
+  // The weights of this block: four(column, k) are those of k .. k + 3, 0 where there is none. A lane's 16
+  // bytes are two operands b: four neighbours of its column in each half of a chunk.
   template <class F>
-  __device__ void load_weights(F&& element) const {
+  __device__ void load_weights(F&& four) const {
     const int count = split.chunks() * NT * 32;
     ULMFIT_UNROLL
     for (int f = threadIdx.x; f < count; f += kSplitThreads) {
       const int column = f / 32 % NT * kTileColumns + f % 32 / 4, k = f / 32 / NT * kChunk + f % 4 * 4;
-      Pack<S, 8> to;
-      ULMFIT_UNROLL_ALL
-      for (int j = 0; j < 8; ++j) to.v[j] = element(column, k + j / 4 * kTileK + j % 4);
-      pack_at<S, 8>(reinterpret_cast<S*>(weights + f)) = to;
+      auto* to = reinterpret_cast<Pack<S, 4>*>(weights + f);
+      to[0] = four(column, k);
+      to[1] = four(column, k + kTileK);
     }
   }
 };

@@ -12,7 +12,7 @@ namespace ulmfit_fast::cuda {
 namespace {
 
 struct Gradients {  // of a pair of units; only their own thread touches them
-  float dh[2];  // what bypasses the product: dh_n, and the carry through padding
+  float dh[2];      // what bypasses the product: dh_n, and the carry through padding
   float dc[2];
 };
 
@@ -51,9 +51,13 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   };
 
   block.load_weights([&](int column, int k) {
-    const int64_t unit = split.group_unit(block.cta, column);
-    const S* w = static_cast<const S*>(a.steps.w.data);
-    return unit < H && k < H ? w[(gate * H + k) * a.steps.w.stride + unit] : narrow<S>(0);
+    Pack<S, 4> to = {};
+    const int64_t unit = split.group_unit(block.cta, column), stride = a.steps.w.stride;
+    const S* from = static_cast<const S*>(a.steps.w.data) + (gate * H + k) * stride + unit;
+    ULMFIT_UNROLL_ALL
+    for (int j = 0; j < 4; ++j)
+      if (unit < H && k + j < H) to.v[j] = from[j * stride];
+    return to;
   });
   for (int pass = 0; pass < split.passes; ++pass) {
     block.for_items(a.steps, pass, [&](int, const auto& p) {
