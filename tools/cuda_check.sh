@@ -13,10 +13,11 @@ if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then
   exit 0
 fi
 
+root=$PWD
 work=$(mktemp -d)
 cleanup() {
   rm -rf "$work"
-  if [ "${KEEP:-0}" != 1 ]; then rm -rf .venv-cuda; fi
+  if [ "${KEEP:-0}" != 1 ]; then rm -rf "$root/.venv-cuda"; fi
 }
 trap cleanup EXIT
 
