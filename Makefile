@@ -55,8 +55,9 @@ asan: build/cmake-tool
 	$(CMAKE_BIN)/cmake --build build/asan -j "$$(nproc)"
 	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure
 
-# the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other, and
-# put through the tests of the ops; what reads threads, instruction sets or positions in a message is the CPU's
+# the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
+# the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
+# positions in a message is the CPU's
 ON_CPU := build/cuda_on_cpu
 FULL_PY = $(shell $(PY) -c "import sys; print(sys.executable)")
 cuda-on-cpu: $(STAMPS)/built build/cmake-tool
@@ -66,7 +67,9 @@ cuda-on-cpu: $(STAMPS)/built build/cmake-tool
 	rm -rf $(ON_CPU)/site && mkdir $(ON_CPU)/site && cp -r ulmfit_fast tests pyproject.toml $(ON_CPU)/site
 	rm -f $(ON_CPU)/site/ulmfit_fast/*.so && cp $(ON_CPU)/_C.abi3.so $(ON_CPU)/site/ulmfit_fast
 	cd $(ON_CPU)/site && PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider --cuda-on-cpu \
-	  $(foreach op,$(notdir $(wildcard ulmfit_fast/ops/[a-z]*.py)),tests/test_$(op))
+	  $(foreach op,$(notdir $(wildcard ulmfit_fast/ops/[a-z]*.py)),tests/test_$(op)) tests/test_lstm_persistent.py
+	cd $(ON_CPU)/site && ULMFIT_FAST_RECURRENCE=auto PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider \
+	  --cuda-on-cpu tests/test_lstm.py
 
 # builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
 cuda-check: $(STAMPS)/built

@@ -2,19 +2,15 @@
 
 import contextlib
 import functools
+import os
 import statistics
-import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy
 import torch
 
-import ulmfit_fast as uf
-
-from . import clocks, floors, gpu
+from . import clocks, floors, gpu, roof
 from .record import provenance, save
 
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
@@ -27,7 +23,8 @@ DTYPES |= dict.fromkeys(AUTOCAST, torch.float32)
 class Side:
     """One contestant: run(mark) works once and returns the clock's marks, see `clocks`.
 
-    variant: what else tells it from another side. plan: the clock's. error: why it failed on a GPU.
+    variant: what else tells it from another side. environment: variables that it runs with.
+    plan: the clock's. error: why it failed on a GPU.
     """
 
     package: str
@@ -36,6 +33,7 @@ class Side:
     onednn: bool = True
     device: str = "cpu"
     variant: str = ""
+    environment: dict = field(default_factory=dict)
     plan: clocks.Plan | None = None
     error: str | None = None
 
@@ -48,6 +46,8 @@ class Side:
     def settings(self):
         """The global settings this side is measured with."""
         before = torch.get_float32_matmul_precision()
+        variables = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
         torch.set_float32_matmul_precision("high" if self.precision == "high" else "highest")
         if self.device != "cpu":  # or cuDNN's float32 would be TF32, its default
             tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, self.precision == "high"
@@ -61,6 +61,10 @@ class Side:
                         yield
         finally:
             torch.set_float32_matmul_precision(before)
+            for name, value in variables.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
             if self.device != "cpu":
                 torch.backends.cudnn.allow_tf32 = tf32
 
@@ -185,51 +189,12 @@ def add_rates(record, roof, flops=None, traffic=None):
 
 
 def measure_roof(args, shapes):
-    """The machine's own rates, best of several: products in each precision, and a copy.
-
-    On the CPU the faster of torch.mm of large matrices and of our micro-kernels on operands in cache. A GPU's
-    are in `gpu.measure_roof`, also at the product shapes given.
-    """
+    """The machine's own rates: of a CPU see `roof`; a GPU's also at the product shapes given."""
     if args.device != "cpu":
         names = dict.fromkeys(["fp32", "bf16", *map(floors.base, args.precision)])
         settings = {p: (DTYPES[p], Side("torch", p, None, device=args.device).settings()) for p in names}
         return gpu.measure_roof(args.quick, settings, shapes)
-    rates, size, repeats = {}, 1024 if args.quick else 2048, 3 if args.quick else 10
-    for name in ("fp32", "bf16"):
-        a, b, out = (torch.rand(size, size).to(DTYPES[name]) for _ in range(3))
-        seconds = _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats)
-        rates[f"{name}_gflops"] = max(2 * size**3 / seconds / 1e9, _in_cache(name, repeats))
-    rates["high_gflops"] = max(rates["fp32_gflops"], rates["bf16_gflops"] / 3, _in_cache("high", repeats))
-    source = torch.ones(1 << 26)  # 256 MB: more than the caches hold
-    target = torch.zeros_like(source)
-    rates["copy_gb_s"] = 2 * source.nbytes / _best(lambda: target.copy_(source), repeats) / 1e9
-    return {name: round(rate, 1) for name, rate in rates.items()}
-
-
-def _in_cache(precision, repeats):
-    """GFLOP/s of our micro-kernels on operands in cache, in as many threads as torch has; 0 where not built.
-
-    Those of "high" count as one product, though they are three.
-    """
-    try:
-        from ulmfit_fast import _kernels
-    except ImportError:  # no editable or in-place build
-        return 0.0
-    dtype = numpy.dtype("uint16" if precision == "bf16" else "float32")  # numpy has no bf16
-    threads, blocks = torch.get_num_threads(), 500
-    call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = _best(lambda: list(pool.map(lambda _: call(), range(threads))), repeats)
-    return threads * call() / seconds / 1e9
-
-
-def _best(call, repeats):
-    seconds = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+    return roof.of_cpu(args.quick)
 
 
 def places(args):

@@ -2,7 +2,7 @@
 
 Both sides drop the recurrent weight inside the timed region. On a GPU torch's, cuDNN's where `cudnn` in the
 record says so, is also measured with nothing to drop and its weights in one piece: what its kernels take
-without the copies that a dropped weight costs there.
+without the copies that a dropped weight costs there; and ours with the persistent recurrence as well.
 
 torch's bf16 LSTM has two paths. The default (oneDNN) returns wrong gradients on CPUs with AMX where H is
 1024 to 1152, so each side's gradient error against float64 is printed beside its time. The other one, without
@@ -23,6 +23,7 @@ from .harness import DTYPES, Side
 
 WEIGHT_P = 0.5
 ERROR_STEPS = 16  # on a CPU a float64 LSTM over all of bptt would take longer than the measurement
+PERSISTENT = dict(variant="persistent", environment={"ULMFIT_FAST_RECURRENCE": "persistent"})
 ON_GPU = ("fp32", "high", "bf16", "fp16", "bf16-autocast", "fp16-autocast")
 
 
@@ -57,10 +58,10 @@ class Layer:
         method = getattr(self, library.replace(" ", "_"))
         return harness.under_autocast(method, precision, self.device)
 
-    def side(self, library, precision, onednn=True):
+    def side(self, library, precision, onednn=True, **more):
         forward, tensors = self.forward(library, precision), [self.x, *self.weights]
         run = lambda mark: harness.timed(mark, lambda: forward(self.x, WEIGHT_P), tensors, self.dy)  # noqa: E731
-        return Side(library, precision, run, onednn, self.device)
+        return Side(library, precision, run, onednn, self.device, **more)
 
     def traffic(self):
         """Bytes of a call: x, dy, the weights read; y, dx and the weights' gradients written."""
@@ -92,6 +93,9 @@ def stock_lstm(x, h0, *weights):
 def contestants(layers, args):
     """The sides; layers: {dtype: Layer}."""
     sides = [layers[DTYPES[p]].side("ours", p) for p in args.precision]
+    if args.device != "cpu":
+        low = [p for p in args.precision if p not in ("fp32", "high")]
+        sides += [layers[DTYPES[p]].side("ours", p, **PERSISTENT) for p in low]
     peers = ["torch"] if args.device == "cpu" else ["torch", "torch undropped"]
     sides += [layers[DTYPES[p]].side(peer, p) for peer in peers for p in harness.peer_precisions(args)]
     if args.slow_peers and torch.bfloat16 in layers:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 MUST_PASS = ("build", "test", "sanitize")
 BUILT = ROOT / "build" / "on_gpu_sources.json"  # {source: digest} of the last build that was made here
 SANITIZED = 9  # compute-sanitizer's exit code where it found something
+PERSISTENT = {"ULMFIT_FAST_RECURRENCE": "auto"}  # the persistent recurrence wherever it can be
+PERSISTENT_TESTS = "tests/test_lstm_persistent.py"
 OURS = "kns=ulmfit_fast"  # the kernels of our namespace: racecheck has nothing to say about libraries'
 
 
@@ -98,10 +100,17 @@ def test(context):
     options = ["--maxfail=30", "--tb=short", "-rfE", "--durations=8", "-o", "faulthandler_timeout=90"]
     workers = ["-n", str(context.workers)] if context.workers > 1 else []
     own = Command("tests/test_cuda.py", python("-m", "pytest", "tests/test_cuda.py", *options), 240)
-    names = "test_cuda", "test_benchmarks", "test_benchmarks_gpu"
+    names = "test_cuda", "test_lstm_persistent", "test_benchmarks", "test_benchmarks_gpu"
     left_out = [f"--ignore=tests/{name}.py" for name in names]
     words = python("-m", "pytest", "tests", "--device", "cuda", *left_out, *options, *workers)
-    return [*([own] if (tests / "test_cuda.py").exists() else []), Command("tests on the GPU", words, 420)]
+    files = [f"tests/test_{name}.py" for name in ("lstm", "cuda", "cuda_runtime", "nn", "graphed")]
+    auto = python("-m", "pytest", *files, "--device", "cuda", *options, *workers)
+    return [
+        *([own] if (tests / "test_cuda.py").exists() else []),
+        Command("tests/test_lstm_persistent.py", python("-m", "pytest", PERSISTENT_TESTS, *options), 240),
+        Command("tests on the GPU", words, 420),
+        Command("tests, persistent recurrence", auto, 300, PERSISTENT),
+    ]
 
 
 def sanitize(context):
@@ -112,18 +121,24 @@ def sanitize(context):
     if tool is None:
         return "compute-sanitizer is not on PATH nor in CUDA_HOME: install it with the CUDA toolkit"
 
-    def command(name, kind, limit, *options, layers=False):
+    def command(name, kind, limit, *options, layers=False, environment=None):
         watch = [tool, "--tool", kind, "--error-exitcode", str(SANITIZED), "--report-api-errors", "no"]
         watch += ["--launch-timeout", "120", "--target-processes", "all", *options]
         small = python("-m", "benchmarks.on_gpu_small", *(["--layers"] if layers else []))
         # each tensor an allocation of its own: inside torch's large ones every access is in bounds
-        return Command(name, [*watch, *small], limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | (environment or {})
+        return Command(name, [*watch, *small], limit, variables)
+
+    def persistent(kind):
+        options = ["--kernel-name", OURS]
+        return command(f"{kind}, persistent", kind, 200, *options, layers=True, environment=PERSISTENT)
 
     return [
         command("memcheck, small sizes", "memcheck", 200),
         command("memcheck, layers", "memcheck", 120, "--kernel-name", OURS, layers=True),
         command("racecheck, small sizes", "racecheck", 200, "--kernel-name", OURS),
         command("racecheck, layers", "racecheck", 120, "--kernel-name", OURS, layers=True),
+        *(persistent(kind) for kind in ("memcheck", "racecheck", "synccheck")),
     ]
 
 
@@ -132,7 +147,8 @@ def bench(context):
     large, both = ["--vocab", "60000"], ["--vocab", "60000", "30000"]
     plan = [
         ("train_step", ["--task", "lm", *both], 200),
-        ("lstm", [], 180),
+        ("lstm", [], 240),
+        ("lstm_parts", [], 150),
         ("linear_cross_entropy", both, 120),
         ("graph_step", large, 120),
         ("dropout_mask", large, 90),

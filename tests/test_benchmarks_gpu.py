@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
     harness,
     linear_cross_entropy,
     lstm,
+    lstm_parts,
     on_gpu,
     on_gpu_small,
     on_gpu_stages,
@@ -34,7 +35,7 @@ from benchmarks.harness import Side  # noqa: E402
 from benchmarks.on_gpu_stages import Command, Context  # noqa: E402
 
 CASE = steps.Case("lm", preset="tiny", batch=3, bptt=5, vocab=50)
-PROGRAMS = dropout_mask, graph_step, linear_cross_entropy, lstm, profile_step, train_step
+PROGRAMS = dropout_mask, graph_step, linear_cross_entropy, lstm, lstm_parts, profile_step, train_step
 
 
 @pytest.fixture
@@ -216,6 +217,21 @@ def test_report_where_nothing_of_ours_worked(tmp_path, monkeypatch):
     publish(monkeypatch, tmp_path, GPU, peers)
     assert len(report.write_report(tmp_path)) == 1
     assert [path.name for path in tmp_path.glob("speed*") if path.suffix != ".json"] == ["speed.md"]
+
+
+def test_a_side_has_its_own_environment(monkeypatch):
+    monkeypatch.setenv("SOME_VARIABLE", "before")
+    side = Side("ours", "fp32", None, variant="v", environment={"SOME_VARIABLE": "in", "ANOTHER": "too"})
+    with side.settings():
+        assert (os.environ["SOME_VARIABLE"], os.environ["ANOTHER"]) == ("in", "too")
+    assert os.environ["SOME_VARIABLE"] == "before" and "ANOTHER" not in os.environ
+    assert side.name == "ours fp32, v"
+
+
+def test_parts_of_a_step_are_built_from_what_is_there():
+    commands = [lstm_parts.build_command("nvcc", "sm_90", n, "out") for n in lstm_parts.VARIANTS.values()]
+    assert len({" ".join(words) for words in commands}) == len(commands)
+    assert all((ROOT / word).is_file() for words in commands for word in words if word.endswith(".cu"))
 
 
 def test_names_of_gpus():

@@ -13,10 +13,11 @@ if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then
   exit 0
 fi
 
+root=$PWD
 work=$(mktemp -d)
 cleanup() {
   rm -rf "$work"
-  if [ "${KEEP:-0}" != 1 ]; then rm -rf .venv-cuda; fi
+  if [ "${KEEP:-0}" != 1 ]; then rm -rf "$root/.venv-cuda"; fi
 }
 trap cleanup EXIT
 
@@ -37,6 +38,9 @@ for python in "$cuda_python" "$cpu_python"; do
   fi
   mkdir "$work/$name"
   (cd "$work/$name" && "$python" -m zipfile -e ../dist/"$name"/*.whl . && cp -r ../tests .)
+  if [ "$python" = "$cuda_python" ]; then
+    "$python" "$work/tools/matrix_check.py" "$work/$name/ulmfit_fast/_C.abi3.so"
+  fi
 done
 
 # Each wheel under each torch, from a directory without sources. The op tests run whole for the CUDA build under its

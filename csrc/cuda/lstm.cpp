@@ -1,72 +1,10 @@
-// The general path of the LSTM: any size, any card. What has no order in time is one product of torch's
-// library each; the recurrence is a product and a fused kernel for every step.
-#include "../lstm_inputs.h"
-#include "glue.h"
+// The LSTM. What has no order in time is one product of torch's library each. The recurrence is a product and
+// a fused kernel for every step, for any size and card; or, where it is asked for, one kernel
+// (lstm_persistent.h).
+#include "lstm_persistent.h"
 
 namespace ulmfit_fast::cuda {
 namespace {
-
-// The rows (T * B, width) of a contiguous sequence, in the order they lie in.
-Tensor as_rows(const Tensor& sequence) {
-  const int64_t flat[] = {sequence.size(0) * sequence.size(1), sequence.size(2)};
-  return torch::stable::view(sequence, flat);
-}
-
-// What both directions share: where a step is, and the weights as the products take them.
-struct Layer {
-  const LstmInputs& in;
-  const Device device;
-  const DType dtype;
-  const ScalarType type, sums;  // of x, and of what products give
-  const Mask mask;
-  const bool reverse;
-
-  Layer(const LstmInputs& in, const Tensor& seed, double weight_p, bool reverse)
-      : in(in),
-        device(in.x),
-        dtype(in.dtype()),
-        type(in.x.scalar_type()),
-        sums(compute_type(in.x)),
-        mask(mask_of(seed, weight_p)),
-        reverse(reverse) {}
-
-  int64_t time_of(int64_t step) const { return reverse ? in.T - 1 - step : step; }
-
-  LstmStep step(int64_t step) const {
-    const int64_t* lengths = in.lengths.has_value() ? ids_of(*in.lengths) : nullptr;
-    return {in.B, in.H, time_of(step), padded_units(in.H), dtype, lengths, step == 0, in.T};
-  }
-
-  // A weight in x's dtype, dropped if there is a mask; itself where nothing is to be done.
-  Tensor operand(const char* name, const Tensor& weight, const Mask& dropped) const {
-    if (dropped.p == 0 && weight.scalar_type() == type) return weight;
-    const Tensor result = empty_like(weight, {weight.size(0), weight.size(1)}, type);
-    masked_copy(in.matrix(name, weight), weight.size(0), weight.size(1), dropped, dtype, data_of(result),
-                device.stream);
-    return result;
-  }
-  Tensor dropped_w_hh() const { return operand("w_hh", in.w_hh, mask); }
-
-  // A (B, H) state in what sums are kept in; none gives zeros.
-  Tensor state(const char* name, const OptionalTensor& given) const {
-    if (!given.has_value()) {
-      const int64_t shape[] = {in.B, in.H};
-      return torch::stable::new_zeros(in.x, shape, sums);
-    }
-    const Tensor result = empty_like(in.x, {in.B, in.H}, sums);
-    masked_copy(in.matrix(name, *given), in.B, in.H, Mask(), dtype_of(in.op, name, result), data_of(result),
-                device.stream);
-    return result;
-  }
-
-  // (T, B, width) in the layout of x, unwritten.
-  Tensor sequence(int64_t width, ScalarType dtype) const {
-    return empty_like(in.x, {in.x.size(0), in.x.size(1), width}, dtype);
-  }
-  void* at(const Tensor& t, int64_t element) const {
-    return static_cast<char*>(t.data_ptr()) + element * t.element_size();
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
     const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
@@ -95,6 +33,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
     Tensor rows = as_rows(projected);
     multiply(as_rows(torch::stable::contiguous(in.x)), transposed(layer.operand("w_ih", in.w_ih, Mask())),
              rows);
+  }
+  const LstmPlan plan = plan_recurrence(layer, Direction::forward);
+  if (plan.fits()) {
+    persistent_forward(layer, plan, projected, bias, first_cell, save, out);
+    return out.all();
   }
   const Tensor w = transposed(layer.dropped_w_hh());
   const int64_t units = padded_units(in.H), cell_size = in.B * units;
@@ -139,6 +82,11 @@ class Backward {
   void recurrence(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n) {
     const Tensor dh = layer.state("dh_n", dh_n), dc = layer.state("dc_n", dc_n);
     const Tensor first_cell = layer.state("c0", in.c0), w = layer.dropped_w_hh();
+    const LstmPlan plan = plan_recurrence(layer, Direction::backward);
+    if (plan.fits()) {
+      const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence();
+      return persistent_backward(layer, plan, upstream, dh, dc, first_cell, w, gates, cells, dgates, out);
+    }
     const Tensor dgates_step = empty_like(in.x, {in.B, 4 * in.H});
     Tensor recurrent = empty_like(in.x, {in.B, in.H}, layer.sums);
     const int64_t units = padded_units(in.H), cell_size = in.B * units;

@@ -1,9 +1,12 @@
 // Runs CUDA kernels on the CPU: what of CUDA's language csrc/kernels/cuda uses, for a compiler that has none.
 //
-// Thread blocks run one after the other. The threads of a block are fibers that take turns: each runs until
-// it ends or meets a barrier, and a barrier opens when all threads that have not ended stand at it. A block
-// whose threads stand at different barriers, which hangs a GPU, throws. Memory accesses are the kernels' own,
-// so the address sanitizer sees them. No two blocks ever run at once: races between blocks stay unseen.
+// The threads of a block are fibers that take turns: each runs until it ends, meets a barrier or waits for
+// another block's flag; a barrier opens when all threads that have not ended stand at it. A block whose
+// threads stand at different barriers, which hangs a GPU, throws. Memory accesses are the kernels' own, so
+// the address sanitizer sees them. The blocks of a plain launch run one after the other; those of a
+// cooperative one take turns, in an order that is drawn anew each time, and each runs until it must wait:
+// where all wait, it throws. No two run at once and memory is never late: what a GPU's memory model allows
+// beyond that stays unseen.
 #pragma once
 #include <ucontext.h>
 
@@ -11,11 +14,14 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -27,6 +33,7 @@
 #define __launch_bounds__(...)
 #define __restrict__
 #define ULMFIT_UNROLL
+#define ULMFIT_UNROLL_ALL
 #define ULMFIT_DEVICE_CHECK(condition, message)          \
   do {                                                   \
     if (!(condition)) throw std::runtime_error(message); \
@@ -56,55 +63,75 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 
 namespace ulmfit_fast::cuda {
 
-class BlockOnCpu {
+class BlocksOnCpu {
  public:
-  static BlockOnCpu*& current() {
-    static thread_local BlockOnCpu* block = nullptr;
-    return block;
+  static BlocksOnCpu*& current() {
+    static thread_local BlocksOnCpu* blocks = nullptr;
+    return blocks;
   }
 
-  explicit BlockOnCpu(dim3 size) : size(size), fibers(size.x * size.y * size.z) {
+  BlocksOnCpu(dim3 grid, dim3 size, unsigned blocks, size_t shared_bytes)
+      : grid(grid), size(size), threads(size.x * size.y * size.z), shared(blocks), fibers(blocks * threads) {
     while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
+    for (auto& memory : shared) memory.resize((shared_bytes + 15) / 16);
   }
 
-  void run(const std::function<void()>& thread) {
+  // The blocks from `first` on, all at once.
+  void run(unsigned first, const std::function<void()>& thread) {
     body = &thread;
+    first_block = first;
     for (size_t i = 0; i < fibers.size(); ++i) start(fibers[i], stacks[i].get());
-    for (bool open = true; open;) {
-      for (unsigned i = 0; i < fibers.size(); ++i) {
-        if (fibers[i].state != kReady) continue;
-        running = i;
-        threadIdx = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
-        swapcontext(&scheduler, &fibers[i].context);
-        if (error) std::rethrow_exception(std::exchange(error, nullptr));
-      }
-      open = release();
+    std::vector<unsigned> order(shared.size());
+    for (unsigned b = 0; b < order.size(); ++b) order[b] = b;
+    for (bool moved = true; moved;) {
+      std::shuffle(order.begin(), order.end(), random);
+      moved = false;
+      for (const unsigned block : order)
+        while (take_turn(block)) moved = true;
     }
+    const auto any = [&](auto test) { return std::any_of(fibers.begin(), fibers.end(), test); };
+    if (any([](const Fiber& f) { return f.state == kAtFlag; }))
+      throw std::logic_error("thread blocks wait for each other");
+    if (any([](const Fiber& f) { return f.state != kDone; }))
+      throw std::logic_error("threads of a block wait at different barriers");
   }
 
   // A barrier of the block, or of the calling thread's warp.
-  void wait(bool whole_block) {
-    fibers[running].state = whole_block ? kAtBlock : kAtWarp;
-    swapcontext(&fibers[running].context, &scheduler);
+  void wait(bool whole_block) { stop(whole_block ? kAtBlock : kAtWarp); }
+
+  void wait_for(const unsigned* flag, unsigned value) {
+    fibers[running].flag = flag;
+    fibers[running].value = value;
+    stop(kAtFlag);
   }
 
+  // Hands `value` to the warp; afterwards of_lane() has what each lane handed over, until the next time.
   template <class V>
-  V exchange(V value, unsigned lane_mask) {
-    const unsigned me = running, round = fibers[me].round++ % 2;  // two slots: a fast reader may write again
-    std::memcpy(fibers[me].slot[round], &value, sizeof value);
+  void hand_over(const V& value) {
+    Fiber& me = fibers[running];
+    ++me.round;  // two slots: a fast reader may write again
+    std::memcpy(me.slot[me.round % 2], &value, sizeof value);
     wait(false);
-    std::memcpy(&value, fibers[me ^ lane_mask].slot[round], sizeof value);
+  }
+  template <class V>
+  V of_lane(unsigned lane) const {
+    V value;
+    std::memcpy(&value, fibers[running / 32 * 32 + lane].slot[fibers[running].round % 2], sizeof value);
     return value;
   }
+  unsigned lane() const { return running % 32; }
+  char* shared_memory() { return reinterpret_cast<char*>(shared[running / threads].data()); }
 
  private:
   static constexpr size_t kStack = 1 << 16;
-  enum State { kReady, kAtWarp, kAtBlock, kDone };
+  enum State { kReady, kAtWarp, kAtBlock, kAtFlag, kDone };
   struct Fiber {
     ucontext_t context;
     State state;
     unsigned round;
-    char slot[2][16];
+    char slot[2][32];
+    const unsigned* flag;  // waits until it is at least value
+    unsigned value;
   };
 
   void start(Fiber& fiber, char* stack) {
@@ -114,67 +141,138 @@ class BlockOnCpu {
     fiber.context.uc_stack.ss_sp = stack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, &BlockOnCpu::enter, 0);
+    makecontext(&fiber.context, &BlocksOnCpu::enter, 0);
   }
 
   static void enter() {
-    BlockOnCpu& block = *current();
+    BlocksOnCpu& blocks = *current();
     try {
-      (*block.body)();
+      (*blocks.body)();
     } catch (...) {
-      block.error = std::current_exception();
+      blocks.error = std::current_exception();
     }
-    block.fibers[block.running].state = kDone;
+    blocks.fibers[blocks.running].state = kDone;
   }
 
-  // Opens what barriers are complete; false when all threads have ended.
-  bool release() {
-    unsigned done = 0, at_block = 0, released = 0;
-    for (const Fiber& fiber : fibers) done += fiber.state == kDone, at_block += fiber.state == kAtBlock;
-    if (done == fibers.size()) return false;
-    const auto open = [&](size_t begin, size_t end, State barrier) {
-      for (size_t i = begin; i < end; ++i)
+  void stop(State state) {
+    fibers[running].state = state;
+    swapcontext(&fibers[running].context, &scheduler);
+  }
+
+  // Runs what threads of a block can run, and opens its complete barriers; false when there was nothing to
+  // do.
+  bool take_turn(unsigned block) {
+    const unsigned first = block * threads, index = first_block + block;
+    bool moved = false;
+    blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[first + i];
+      if (fiber.state == kAtFlag && *fiber.flag >= fiber.value) fiber.state = kReady;
+      if (fiber.state != kReady) continue;
+      moved = true;
+      running = first + i;
+      threadIdx = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+      swapcontext(&scheduler, &fiber.context);
+      if (error) std::rethrow_exception(std::exchange(error, nullptr));
+    }
+    return release(first) || moved;
+  }
+
+  // Opens what barriers of a block are complete; whether there was one.
+  bool release(unsigned first) {
+    const unsigned last = first + threads;
+    unsigned standing = 0, released = 0;
+    for (unsigned i = first; i < last; ++i)
+      standing += fibers[i].state == kDone || fibers[i].state == kAtBlock;
+    const auto open = [&](unsigned begin, unsigned end, State barrier) {
+      for (unsigned i = begin; i < end; ++i)
         if (fibers[i].state == barrier) fibers[i].state = kReady, ++released;
     };
-    if (done + at_block == fibers.size()) open(0, fibers.size(), kAtBlock);
-    for (size_t warp = 0; warp < fibers.size(); warp += 32) {
-      const size_t end = std::min(warp + 32, fibers.size());
+    if (standing == threads) open(first, last, kAtBlock);
+    for (unsigned warp = first; warp < last; warp += 32) {
+      const unsigned end = std::min(warp + 32, last);
       bool complete = true;
-      for (size_t i = warp; i < end; ++i) complete &= fibers[i].state == kAtWarp;
+      for (unsigned i = warp; i < end; ++i) complete &= fibers[i].state == kAtWarp;
       if (complete) open(warp, end, kAtWarp);
     }
-    if (released == 0) throw std::logic_error("threads of a block wait at different barriers");
-    return true;
+    return released > 0;
   }
 
   static inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: kernels run one at a time
-  dim3 size;
-  std::vector<Fiber> fibers;
+  static inline std::minstd_rand random;
+  struct alignas(16) Sixteen {
+    char bytes[16];
+  };
+  dim3 grid, size;
+  unsigned threads;
+  std::vector<std::vector<Sixteen>> shared;  // each block's dynamic shared memory
+  std::vector<Fiber> fibers;                 // block by block
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler;
-  unsigned running = 0;
+  unsigned running = 0, first_block = 0;
   std::exception_ptr error;
 };
 
-inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& thread) {
+// together: a cooperative launch, with shared_bytes of dynamic shared memory.
+inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes = 0,
+                       bool together = false) {
   static std::mutex one_kernel;  // __shared__ is static memory here
   const std::lock_guard<std::mutex> lock(one_kernel);
-  BlockOnCpu runner(block);
-  BlockOnCpu::current() = &runner;
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  BlocksOnCpu runner(grid, block, together ? blocks : 1, shared_bytes);
+  BlocksOnCpu::current() = &runner;
   gridDim = grid;
   blockDim = block;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        runner.run(thread);
-      }
+  for (unsigned b = 0; b < blocks; b += together ? blocks : 1) runner.run(b, thread);
+}
+
+// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory", default an H200's.
+template <class Limits>
+Limits limits_on_cpu() {
+  int multiprocessors = 132, kilobytes = 227;
+  if (const char* card = std::getenv("ULMFIT_ON_CPU_CARD")) {
+    if (std::sscanf(card, "%d,%d", &multiprocessors, &kilobytes) != 2)
+      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two numbers, like 132,227");
+  }
+  return {multiprocessors, kilobytes * 1024, 90, true};
+}
+
+// mma.sync.m16n8k16, by the layout of its fragments in the PTX manual: c += a b with a (16, 16) by rows, b
+// (16, 8) by columns. A register holds two neighbours of a row of a, or of a column of b, the first in its
+// lower half. widen16(uint16_t) gives the value of the bits.
+template <class F>
+void mma_on_cpu(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F&& widen16) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  BlocksOnCpu& blocks = *BlocksOnCpu::current();
+  Operands mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  blocks.hand_over(mine);
+  const unsigned group = blocks.lane() / 4, in_group = blocks.lane() % 4;
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned holder = k % 8 / 2, shift = k % 2 * 16;  // which lane of a group holds element k
+    float column[2];
+    for (unsigned n = 0; n < 2; ++n) {
+      const auto other = blocks.of_lane<Operands>(4 * (2 * in_group + n) + holder);
+      column[n] = widen16(static_cast<uint16_t>(other.b[k / 8] >> shift));
+    }
+    const auto other = blocks.of_lane<Operands>(4 * group + holder);
+    for (unsigned half = 0; half < 2; ++half) {  // rows group and group + 8
+      const float row = widen16(static_cast<uint16_t>(other.a[2 * (k / 8) + half] >> shift));
+      for (unsigned n = 0; n < 2; ++n) c[2 * half + n] += row * column[n];
+    }
+  }
 }
 
 }  // namespace ulmfit_fast::cuda
 
-inline void __syncthreads() { ulmfit_fast::cuda::BlockOnCpu::current()->wait(true); }
+inline void __syncthreads() { ulmfit_fast::cuda::BlocksOnCpu::current()->wait(true); }
+inline void __syncwarp() { ulmfit_fast::cuda::BlocksOnCpu::current()->wait(false); }
 template <class V>
 V __shfl_xor_sync(unsigned, V value, int lane_mask) {
-  return ulmfit_fast::cuda::BlockOnCpu::current()->exchange(value, lane_mask);
+  auto& blocks = *ulmfit_fast::cuda::BlocksOnCpu::current();
+  blocks.hand_over(value);
+  return blocks.of_lane<V>(blocks.lane() ^ static_cast<unsigned>(lane_mask));
 }

@@ -6,6 +6,7 @@
 // I = inputs, H = hidden units, V = vocabulary. Products are the caller's: they go through torch's library.
 #pragma once
 #include "../views.h"
+#include "lstm_plan.h"
 
 namespace ulmfit_fast::cuda {
 
@@ -102,6 +103,47 @@ struct LstmStepBackward {
   void* dgates_step;  // (B, 4H) dtype: the same once more, as the next product wants it
 };
 void lstm_step_backward(const LstmStepBackward&, void* stream);
+
+// All steps of the recurrence in one launch, split as the plan says (lstm_plan.h); for dtypes of 16 bits.
+struct LstmSteps {
+  LstmSplit split;  // B and H are in it
+  int64_t T;
+  int64_t units;  // padded_units(H)
+  bool reverse;
+  DType dtype;             // x's
+  const int64_t* lengths;  // (B); nullptr: every step counts
+  Matrix w;                // W_hh (4H, H) dtype, dropped
+  unsigned* flags;         // split.flags(direction), zeros on entry
+};
+struct LstmPersistentForward {
+  LstmSteps steps;
+  Sequence projected;  // (T, B, 4H) fp32: x @ W_ih^T, gates i, f, g, o
+  const float* bias;   // (4H), or nullptr
+  Matrix h0;           // (B, H) dtype
+  const float* c0;     // (B, H)
+  Sequence y;          // (T, B, H) dtype
+  void* gates;         // (T, B, 4, units) dtype, activated, zeros past H; or nullptr
+  float* cells;        // (T, B, units), zeros past H; nullptr where gates is
+  void *h_n, *c_n;     // (B, H) dtype
+  void* exchange;      // split.exchange_elements(forward) dtype, zeros on entry: h by padded rows and units
+};
+void lstm_persistent(const LstmPersistentForward&, void* stream);
+
+struct LstmPersistentBackward {
+  LstmSteps steps;
+  Sequence dy;                    // (T, B, H) dtype; data may be nullptr
+  const float *dh_n, *dc_n, *c0;  // (B, H)
+  const void* gates;              // as forward left them
+  const float* cells;
+  Sequence dgates;  // (T, B, 4H) dtype
+  void *dh0, *dc0;  // (B, H) dtype
+  void* exchange;   // split.exchange_elements(backward) dtype, zeros on entry: dgates by gate, row and unit
+  float* sums;      // split.sums_elements(): what each CTA of a group adds to its units' dh
+};
+void lstm_persistent_backward(const LstmPersistentBackward&, void* stream);
+
+// What the current device offers a persistent launch.
+DeviceLimits device_limits();
 
 // out[b] = in[t, b] of the step that comes before (t, b), or h0[b], zeros where (t, b) is padding: (T, B, H).
 // With h0.data == nullptr the step itself: in without its padding, which may hold anything.

@@ -11,7 +11,8 @@
 #undef NDEBUG  // a wrong id or length must not pass in a release build
 #include <cassert>
 #define ULMFIT_DEVICE_CHECK(condition, message) assert((condition) && message)
-#define ULMFIT_UNROLL _Pragma("unroll 4")  // loads in flight
+#define ULMFIT_UNROLL _Pragma("unroll 4")    // loads in flight
+#define ULMFIT_UNROLL_ALL _Pragma("unroll")  // arrays indexed by the loop stay in registers
 #else
 #include "cuda_on_cpu.h"
 #endif
@@ -23,18 +24,54 @@ constexpr int64_t kMostBlocksY = 65535;  // CUDA's limit for a grid's second and
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#ifdef __CUDACC__
+inline void check(const char* name, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("ulmfit_fast.") + name +
+                             ": CUDA error at launch: " + cudaGetErrorString(error));
+  }
+}
+#endif
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... arguments) {
   if (grid.x == 0 || grid.y == 0) return;  // no elements: CUDA would call it an error
 #ifdef __CUDACC__
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("ulmfit_fast.") + name +
-                             ": CUDA error at launch: " + cudaGetErrorString(error));
-  }
+  check(name, cudaGetLastError());
 #else
   run_on_cpu(grid, block, [&] { kernel(static_cast<P>(arguments)...); });
+#endif
+}
+
+// All blocks run at once, each with `shared_bytes` of dynamic shared memory: they may wait for one another.
+template <class P>
+void launch_cooperative(const char* name, void (*kernel)(P), unsigned blocks, unsigned threads,
+                        int64_t shared_bytes, void* stream, const P& arguments) {
+#ifdef __CUDACC__
+  const int bytes = static_cast<int>(shared_bytes);
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check(name, cudaLaunchKernelEx(&config, kernel, arguments));
+#else
+  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments); }, shared_bytes, true);
+#endif
+}
+inline __device__ char* dynamic_shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+#else
+  return BlocksOnCpu::current()->shared_memory();
 #endif
 }
 

@@ -1,18 +1,6 @@
 // What the LSTM does between its products: gates and state of one step, forward and backward, and the
 // sequence of states before each step.
-#include "device.h"
-
-ULMFIT_BEGIN
-
-// For the cell, which is the CPU's too. Accurate ones: the step waits for memory, not for these.
-ULMFIT_HD float sigmoid_(float x) { return 1 / (1 + expf(-x)); }
-ULMFIT_HD double sigmoid_(double x) { return 1 / (1 + exp(-x)); }
-ULMFIT_HD float tanh_(float x) { return tanhf(x); }
-ULMFIT_HD double tanh_(double x) { return tanh(x); }
-
-ULMFIT_END
-
-#include "../lstm_cell.h"
+#include "cell.h"
 
 namespace ulmfit_fast::cuda {
 namespace {
@@ -21,10 +9,7 @@ namespace {
 __device__ bool active(const LstmStep& step, int64_t b) {
   if (step.lengths == nullptr) return true;
   const int64_t length = step.lengths[b];
-  if (step.first) {
-    ULMFIT_DEVICE_CHECK(length >= 0 && length <= step.T,
-                        "ulmfit_fast.lstm: lengths must be in 0..T, the number of time steps");
-  }
+  if (step.first) check_length(length, step.T);
   return step.t < length;
 }
 

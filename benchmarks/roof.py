@@ -1,0 +1,53 @@
+"""What a CPU can do at best: products in each precision, and a copy."""
+
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+import torch
+
+import ulmfit_fast as uf
+
+
+def of_cpu(quick):
+    """{"fp32_gflops": ..., "bf16_gflops": ..., "high_gflops": ..., "copy_gb_s": ...}, the best of several.
+
+    Products: the faster of torch.mm of large matrices and of our micro-kernels on operands in cache.
+    """
+    rates, size, repeats = {}, 1024 if quick else 2048, 3 if quick else 10
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b, out = (torch.rand(size, size).to(dtype) for _ in range(3))
+        seconds = _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats)
+        rates[f"{name}_gflops"] = max(2 * size**3 / seconds / 1e9, _in_cache(name, repeats))
+    rates["high_gflops"] = max(rates["fp32_gflops"], rates["bf16_gflops"] / 3, _in_cache("high", repeats))
+    source = torch.ones(1 << 26)  # 256 MB: more than the caches hold
+    target = torch.zeros_like(source)
+    rates["copy_gb_s"] = 2 * source.nbytes / _best(lambda: target.copy_(source), repeats) / 1e9
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def _in_cache(precision, repeats):
+    """GFLOP/s of our micro-kernels on operands in cache, in as many threads as torch has; 0 where not built.
+
+    Those of "high" count as one product, though they are three.
+    """
+    try:
+        from ulmfit_fast import _kernels
+    except ImportError:  # no editable or in-place build
+        return 0.0
+    dtype = numpy.dtype("uint16" if precision == "bf16" else "float32")  # numpy has no bf16
+    threads, blocks = torch.get_num_threads(), 500
+    call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _best(lambda: list(pool.map(lambda _: call(), range(threads))), repeats)
+    return threads * call() / seconds / 1e9
+
+
+def _best(call, repeats):
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])

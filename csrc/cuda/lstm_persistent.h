@@ -1,0 +1,90 @@
+// The persistent recurrence: when it is taken, and its buffers.
+//
+// ULMFIT_FAST_RECURRENCE, read at every call, says which recurrence runs:
+//   general      the default: the persistent kernels have not run on a GPU yet
+//   auto         persistent wherever the plan fits this device, else general
+//   persistent   persistent, or an error that says why it cannot be
+#pragma once
+#include <cstdlib>
+#include <string>
+
+#include "lstm_layer.h"
+
+namespace ulmfit_fast::cuda {
+
+inline LstmPlan plan_recurrence(const Layer& layer, Direction direction) {
+  LstmPlan none;
+  const char* wish = std::getenv("ULMFIT_FAST_RECURRENCE");
+  const std::string wanted = wish == nullptr || *wish == '\0' ? "general" : wish;
+  ULMFIT_CHECK(wanted == "general" || wanted == "auto" || wanted == "persistent", layer.in.op,
+               "ULMFIT_FAST_RECURRENCE must be general, auto or persistent, got ", wanted);
+  if (wanted == "general" || layer.in.T == 0) return none;
+  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, direction, device_limits());
+  ULMFIT_CHECK(plan.fits() || wanted == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
+               plan.why_not);
+  return plan;
+}
+
+// w keeps its tensor alive; flags are zeros in every launch, and in every replay of a graph.
+struct PersistentBuffers {
+  Tensor w, exchange, flags;
+  LstmSteps steps;
+
+  PersistentBuffers(const Layer& layer, const LstmSplit& split, Direction direction, const Tensor& w) : w(w) {
+    const int64_t elements[] = {split.exchange_elements(direction)}, counts[] = {split.flags(direction)};
+    exchange = torch::stable::new_zeros(layer.in.x, elements);
+    flags = torch::stable::new_zeros(layer.in.x, counts, ScalarType::Int);
+    const LstmInputs& in = layer.in;
+    steps = {split,
+             in.T,
+             padded_units(in.H),
+             layer.reverse,
+             layer.dtype,
+             in.lengths.has_value() ? ids_of(*in.lengths) : nullptr,
+             in.matrix("w_hh", w),
+             reinterpret_cast<unsigned*>(flags.data_ptr())};
+  }
+};
+
+inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const Tensor& projected,
+                               const Tensor& bias, const Tensor& first_cell, bool save,
+                               const LstmOutputs& out) {
+  const PersistentBuffers buffers(layer, plan.split, Direction::forward, layer.dropped_w_hh());
+  LstmPersistentForward a;
+  a.steps = buffers.steps;
+  a.projected = layer.in.sequence("x", projected);
+  a.bias = bias.defined() ? static_cast<const float*>(data_of(bias)) : nullptr;
+  a.h0 = layer.in.matrix("h0", layer.in.h0);
+  a.c0 = static_cast<const float*>(data_of(first_cell));
+  a.y = layer.in.sequence("y", out.y);
+  a.gates = save ? data_of(out.gates) : nullptr;
+  a.cells = save ? static_cast<float*>(data_of(out.cells)) : nullptr;
+  a.h_n = data_of(out.h_n);
+  a.c_n = data_of(out.c_n);
+  a.exchange = data_of(buffers.exchange);
+  lstm_persistent(a, layer.device.stream);
+}
+
+inline void persistent_backward(const Layer& layer, const LstmPlan& plan, const Sequence& dy,
+                                const Tensor& dh_n, const Tensor& dc_n, const Tensor& first_cell,
+                                const Tensor& w, const Tensor& gates, const Tensor& cells,
+                                const Tensor& dgates, const LstmGradients& out) {
+  const PersistentBuffers buffers(layer, plan.split, Direction::backward, w);
+  const Tensor sums = empty_like(layer.in.x, {plan.split.sums_elements()}, layer.sums);
+  LstmPersistentBackward a;
+  a.steps = buffers.steps;
+  a.dy = dy;
+  a.dh_n = static_cast<const float*>(data_of(dh_n));
+  a.dc_n = static_cast<const float*>(data_of(dc_n));
+  a.c0 = static_cast<const float*>(data_of(first_cell));
+  a.gates = data_of(gates);
+  a.cells = static_cast<const float*>(data_of(cells));
+  a.dgates = layer.in.sequence("dgates", dgates);
+  a.dh0 = data_of(out.dh0);
+  a.dc0 = data_of(out.dc0);
+  a.exchange = data_of(buffers.exchange);
+  a.sums = static_cast<float*>(data_of(sums));
+  lstm_persistent_backward(a, layer.device.stream);
+}
+
+}  // namespace ulmfit_fast::cuda

@@ -1,0 +1,182 @@
+// The recurrence of the LSTM in one launch, forward (lstm_plan.h has the split).
+//
+// A step of a block: wait until those that own its warps' part of h have published it; multiply; add the
+// warps' sums, the projection and the bias; the cell; store the new h where all blocks read it, publish; and
+// only then store what nobody waits for. h lies in two buffers in turn: who writes h(i + 1) has seen every
+// block publish h(i), so nobody reads h(i - 1) any more.
+#include "lstm_persistent.h"
+
+namespace ulmfit_fast::cuda {
+namespace {
+
+// A state in shared memory: c in fp32, h as stored. Only its own thread touches it.
+template <class S>
+struct State {
+  float c[2];
+  Pair<S> h;
+};
+
+// What a pair of cells leaves besides h: stored after the others have been told.
+template <class S>
+struct Leavings {
+  Pair<S> y, gates[4];
+  Pack<float, 2> c;
+};
+
+template <class S, int MT, int NT>
+__global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmPersistentForward a) {
+  using B = Block<S, MT, NT>;
+  const B block(a.steps);
+  const LstmSplit& split = block.split;
+  const int64_t H = split.H, T = a.steps.T, units = a.steps.units;
+  unsigned* flags =
+      a.steps.flags + block.part * split.ctas;  // of this part: how many row blocks are published
+  S* exchange = static_cast<S*>(a.exchange);
+  const auto state_of = [&](int pass, const auto& p) -> State<S>& {
+    return reinterpret_cast<State<S>&>(block.state(pass, p));
+  };
+
+  block.load_weights([&](int column, int k) {
+    Pack<S, 4> to = {};
+    const int64_t unit = static_cast<int64_t>(block.cta) * split.cta_units() + column / 4;
+    if (unit >= H) return to;
+    const S* from =
+        static_cast<const S*>(a.steps.w.data) + split.weight_row(block.cta, column) * a.steps.w.stride + k;
+    if (k + 4 <= H && reinterpret_cast<uintptr_t>(from) % sizeof to == 0) return pack_at<S, 4>(from);
+    for (int j = 0; j < 4; ++j)
+      if (k + j < H) to.v[j] = from[j];
+    return to;
+  });
+  for (int n = threadIdx.x; n < split.columns(); n += kSplitThreads) {
+    const int64_t unit = static_cast<int64_t>(block.cta) * split.cta_units() + n / 4;
+    block.bias[n] = a.bias != nullptr && unit < H ? a.bias[split.weight_row(block.cta, n)] : 0.0f;
+  }
+  for (int pass = 0; pass < split.passes; ++pass) {
+    block.for_items(a.steps, pass, [&](int, const auto& p) {
+      State<S> s = {};
+      for (int u = 0; u < 2; ++u) {
+        if (p.unit + u >= H) continue;
+        s.c[u] = a.c0[p.b * H + p.unit + u];
+        s.h.v[u] = static_cast<const S*>(a.h0.data)[p.b * a.h0.stride + p.unit + u];
+      }
+      if (a.steps.lengths != nullptr) check_length(a.steps.lengths[p.b], T);
+      state_of(pass, p) = s;
+      pack_at<S, 2>(exchange + block.exchanged(0, 1, 0, p.b, p.unit)) = s.h;
+    });
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) publish(flags + block.cta, split.passes);
+
+  for (int64_t i = 0; i < T; ++i) {
+    const int64_t t = a.steps.reverse ? T - 1 - i : i;
+    for (int pass = 0; pass < split.passes; ++pass) {
+      block.for_items(a.steps, pass, [&](int, const auto& p) {
+        const float* from = at<const float>(a.projected, t, p.b) + p.unit;
+        ULMFIT_UNROLL_ALL
+        for (int u = 0; u < 2; ++u) ULMFIT_UNROLL_ALL
+        for (int g = 0; g < 4; ++g)
+          if (p.unit + u < H) start_copy(&block.template input<uint32_t>(p, 4 * u + g), from + g * H + u);
+      });
+      const unsigned published = static_cast<unsigned>(i) * split.passes + pass + 1;
+      block.wait_for_sources(flags, published);
+      block.multiply(exchange + block.exchanged(i % 2, 1, 0, block.first_row(pass), 0));
+      finish_copies();
+      __syncthreads();
+
+      Leavings<S> left[B::kItems];
+      block.for_items(a.steps, pass, [&](int item, const auto& p) {
+        State<S>& state = state_of(pass, p);
+        const int column = 4 * split.item_unit(p.item);
+        float gates[2][4] = {}, y[2] = {};
+        if (a.steps.lengths == nullptr || t < a.steps.lengths[p.b]) {
+          ULMFIT_UNROLL_ALL
+          for (int u = 0; u < 2; ++u) {
+            if (p.unit + u >= H) continue;
+            const auto input = [&](int g) { return block.template input<float>(p, 4 * u + g); };
+            float pre[4];
+            ULMFIT_UNROLL_ALL
+            for (int g = 0; g < 4; g += 2) {
+              const int n = column + 4 * u + g, f = block.sum_fragment(p.row, n),
+                        pair = 2 * block.sum_pair(p.row);
+              float recurrent[2] = {};
+              ULMFIT_UNROLL_ALL
+              for (int w = 0; w < kSplitWarps; ++w) {
+                recurrent[0] += block.sums[w * B::kSums + f].v[pair];
+                recurrent[1] += block.sums[w * B::kSums + f].v[pair + 1];
+              }
+              pre[g] = input(g) + recurrent[0] + block.bias[n];
+              pre[g + 1] = input(g + 1) + recurrent[1] + block.bias[n + 1];
+            }
+            const LstmCell<float> cell = lstm_cell_forward(pre[0], pre[1], pre[2], pre[3], state.c[u]);
+            state.c[u] = cell.c;
+            state.h.v[u] = narrow<S>(cell.h);
+            y[u] = cell.h;
+            gates[u][0] = cell.i, gates[u][1] = cell.f, gates[u][2] = cell.g, gates[u][3] = cell.o;
+          }
+        }
+        pack_at<S, 2>(exchange + block.exchanged((i + 1) % 2, 1, 0, p.b, p.unit)) = state.h;
+        left[item].y = narrow_pair<S>(y[0], y[1]);
+        ULMFIT_UNROLL_ALL
+        for (int g = 0; g < 4; ++g) left[item].gates[g] = narrow_pair<S>(gates[0][g], gates[1][g]);
+        left[item].c = {{state.c[0], state.c[1]}};
+      });
+      __syncthreads();
+      if (threadIdx.x == 0) publish(flags + block.cta, published + split.passes);
+
+      block.for_items(a.steps, pass, [&](int item, const auto& p) {
+        const Leavings<S>& l = left[item];
+        for (int u = 0; u < 2; ++u)
+          if (p.unit + u < H) at<S>(a.y, t, p.b)[p.unit + u] = l.y.v[u];
+        if (a.gates == nullptr) return;
+        const int64_t row = t * split.B + p.b;
+        S* gates = static_cast<S*>(a.gates) + row * 4 * units + p.unit;
+        for (int g = 0; g < 4; ++g) pack_at<S, 2>(gates + g * units) = l.gates[g];
+        pack_at<float, 2>(a.cells + row * units + p.unit) = l.c;
+      });
+    }
+  }
+  for (int pass = 0; pass < split.passes; ++pass) {
+    block.for_items(a.steps, pass, [&](int, const auto& p) {
+      const State<S>& state = state_of(pass, p);
+      for (int u = 0; u < 2; ++u) {
+        if (p.unit + u >= H) continue;
+        static_cast<S*>(a.h_n)[p.b * H + p.unit + u] = state.h.v[u];
+        static_cast<S*>(a.c_n)[p.b * H + p.unit + u] = narrow<S>(state.c[u]);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void lstm_persistent(const LstmPersistentForward& a, void* stream) {
+  const LstmSplit& split = a.steps.split;
+  with_16_bit_type(a.steps.dtype, [&](auto type) {
+    with_split(split, [&](auto mt, auto nt) {
+      launch_cooperative("lstm", lstm_persistent_kernel<decltype(type), mt(), nt()>, split.parts * split.ctas,
+                         kSplitThreads, split.shared_memory(), stream, a);
+    });
+  });
+}
+
+DeviceLimits device_limits() {
+  DeviceLimits limits;
+#ifdef __CUDACC__
+  int device = 0;
+  check("lstm", cudaGetDevice(&device));
+  const auto ask = [&](cudaDeviceAttr what) {
+    int value = 0;
+    check("lstm", cudaDeviceGetAttribute(&value, what, device));
+    return value;
+  };
+  limits.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  limits.shared_memory = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  limits.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
+#else
+  limits = limits_on_cpu<DeviceLimits>();
+#endif
+  return limits;
+}
+
+}  // namespace ulmfit_fast::cuda

@@ -1,0 +1,191 @@
+// What both directions of the persistent recurrence share: where a thread block stands, its weights in shared
+// memory, the product, and how items are reached. The split, its words and its reasons: lstm_plan.h.
+#pragma once
+#include "cell.h"
+#include "mma.h"
+
+namespace ulmfit_fast::cuda {
+
+template <class S>
+using Pair = Pack<S, 2>;  // two neighbouring units
+
+// value, as if the compiler did not know it: so that it computes addresses again rather than keep dozens of
+// them in registers that the products need.
+inline __device__ int recomputed(int value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+template <class T>
+__device__ T* recomputed(T* value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
+template <class S>
+__device__ Pair<S> narrow_pair(float a, float b) {
+  return {{narrow<S>(a), narrow<S>(b)}};
+}
+
+// A thread block of a persistent launch. MT, NT: the split's row_tiles and column_tiles, known to the
+// compiler.
+template <class S, int MT, int NT>
+struct Block {
+  static constexpr int kItems = (kTileRows * MT * NT + kSplitThreads - 1) / kSplitThreads;  // of a thread
+  static constexpr int kSums = MT * NT * 32;  // fragments of 4 floats: a product
+
+  LstmSplit split;
+  int part, cta;
+  Fragment* weights;       // (chunks, NT, 32 lanes)
+  Pack<float, 4>* sums;    // (warps, MT, NT, 32 lanes)
+  Pack<float, 4>* states;  // (passes, items)
+  uint32_t* inputs;        // (8, items): what a row block's cells take, on its way while the block waits
+  float* bias;             // (8 * NT), by column
+
+  __device__ explicit Block(const LstmSteps& a) : split(a.split) {
+    split.row_tiles = MT, split.column_tiles = NT;
+    part = blockIdx.x / split.ctas, cta = blockIdx.x % split.ctas;
+    char* memory = dynamic_shared_memory();
+    weights = reinterpret_cast<Fragment*>(memory);
+    sums = reinterpret_cast<Pack<float, 4>*>(memory += split.weight_bytes());
+    states = reinterpret_cast<Pack<float, 4>*>(memory += split.sum_bytes());
+    inputs = reinterpret_cast<uint32_t*>(memory += split.state_bytes());
+    bias = reinterpret_cast<float*>(memory += split.input_bytes());
+  }
+
+  // f(i, place) for this thread's items of a row block that lie within the batch and the padded units.
+  struct Place {
+    int item, row;  // row within the block
+    int64_t b, unit;
+  };
+  template <class F>
+  __device__ void for_items(const LstmSteps& a, int pass, F&& f) const {
+    ULMFIT_UNROLL_ALL
+    for (int i = 0; i < kItems; ++i) {
+      Place p;
+      p.item = recomputed(threadIdx.x) + i * kSplitThreads;
+      p.row = split.item_row(p.item);
+      p.b = first_row(pass) + p.row;
+      p.unit = static_cast<int64_t>(cta) * split.cta_units() + split.item_unit(p.item);
+      if (p.item < split.items() && p.b < split.B && p.unit < a.units) f(i, p);
+    }
+  }
+  __device__ int64_t first_row(int pass) const {
+    return static_cast<int64_t>(part) * split.part_rows() + pass * split.block_rows();
+  }
+  // The word'th 4 bytes that an item's cells take: T is float, or a pair of 16-bit elements.
+  template <class T>
+  __device__ T& input(const Place& p, int word) const {
+    static_assert(sizeof(T) == 4);
+    return *reinterpret_cast<T*>(&inputs[word * split.items() + p.item]);
+  }
+  __device__ Pack<float, 4>& state(int pass, const Place& p) const {
+    return states[pass * split.items() + p.item];
+  }
+
+  // Element of an exchange buffer, (2, planes, padded_rows / 16, padded_h / 16, 32 lanes, 8): as the lanes
+  // load it. A lane's 16 bytes are an operand a of mma: 4 neighbouring units, pair by pair, of rows r and r
+  // + 8.
+  __device__ int64_t exchanged(int buffer, int planes, int plane, int64_t row, int64_t unit) const {
+    const int r = row % kTileRows, k = unit % kTileK;
+    const int64_t plane_rows = (static_cast<int64_t>(buffer) * planes + plane) * split.padded_rows();
+    return (plane_rows + row - r) * split.padded_h() + (unit - k) * kTileRows + (r % 8 * 4 + k / 4) * 8 +
+           k % 4 / 2 * 4 + r / 8 * 2 + k % 2;
+  }
+
+  // The four-float fragment position of (row, column): which fragment, and which of its two pairs.
+  __device__ int sum_fragment(int row, int column) const {
+    return (row / kTileRows * NT + column / kTileColumns) * 32 + row % 8 * 4 + column % kTileColumns / 2;
+  }
+  __device__ int sum_pair(int row) const { return row % kTileRows / 8; }
+
+  // Waits until those whose units this warp multiplies have published `value`.
+  __device__ void wait_for_sources(const unsigned* flags, unsigned value) const {
+    const int warp = recomputed(threadIdx.x) / kWarp;
+    wait_for_flags(flags, split.first_source(warp), split.end_source(warp), value);
+  }
+
+  // rows: a row block of an exchange buffer; this warp's quarter of K, times the weights -> this warp's sums.
+  __device__ void multiply(const S* rows) const {
+    constexpr int kDepth = MT == 1 ? 8 : 4;  // chunks on their way from L2: 32 KB for each multiprocessor
+    constexpr int kOfChunk = kChunk / kTileK * 32;  // fragments from chunk to chunk
+    const int thread = recomputed(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+    const int first = split.first_chunk(warp), count = split.first_chunk(warp + 1) - first;
+    const int of_tile = split.chunks() * kOfChunk;  // fragments from one 16 rows to the next
+    const Fragment* next = recomputed(reinterpret_cast<const Fragment*>(rows) + first * kOfChunk + lane);
+    int w = recomputed(first * NT * 32 + lane);
+    float sum[MT][NT][4] = {};
+    Fragment ring[kDepth][MT][2];
+    if (!kExchange) std::memcpy(ring, weights + lane, sizeof ring);  // anything but zeros
+    const auto load = [&](Fragment(&to)[MT][2], const Fragment* from) {
+      ULMFIT_UNROLL_ALL
+      for (int j = 0; j < 2 * MT; ++j)
+        if (kExchange) to[j / 2][j % 2] = load_shared_by_card(from + j / 2 * of_tile + j % 2 * 32);
+    };
+    ULMFIT_UNROLL_ALL
+    for (int d = 0; d < kDepth; ++d)
+      if (d < count) load(ring[d], next + d * kOfChunk);
+    for (int left = count; left > 0; left -= kDepth) {
+      next += kDepth * kOfChunk;
+      ULMFIT_UNROLL_ALL
+      for (int d = 0; d < kDepth; ++d) {
+        if (d >= left) break;
+        ULMFIT_UNROLL_ALL
+        for (int n = 0; kProducts && n < NT; ++n) {
+          ULMFIT_UNROLL_ALL
+          for (int m = 0; m < MT; ++m) mma_chunk<S>(sum[m][n], ring[d][m], weights[w + (d * NT + n) * 32]);
+        }
+        if (d + kDepth < left) load(ring[d], next + d * kOfChunk);
+      }
+      w += kDepth * NT * 32;
+    }
+    ULMFIT_UNROLL_ALL
+    for (int m = 0; m < MT; ++m) ULMFIT_UNROLL_ALL
+    for (int n = 0; n < NT; ++n) {
+      Pack<float, 4>& to = sums[warp * kSums + (m * NT + n) * 32 + lane];
+      to = {{sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]}};
+    }
+  }
+
+  // The weights of this block: four(column, k) are those of k .. k + 3, 0 where there is none. A lane's 16
+  // bytes are two operands b: four neighbours of its column in each half of a chunk.
+  template <class F>
+  __device__ void load_weights(F&& four) const {
+    const int count = split.chunks() * NT * 32;
+    ULMFIT_UNROLL
+    for (int f = threadIdx.x; f < count; f += kSplitThreads) {
+      const int column = f / 32 % NT * kTileColumns + f % 32 / 4, k = f / 32 / NT * kChunk + f % 4 * 4;
+      auto* to = reinterpret_cast<Pack<S, 4>*>(weights + f);
+      to[0] = four(column, k);
+      to[1] = four(column, k + kTileK);
+    }
+  }
+};
+
+template <class F>
+void with_16_bit_type(DType dtype, F&& f) {
+  if (dtype == DType::bf16) return f(bf16{});
+  if (dtype == DType::f16) return f(f16{});
+  throw std::runtime_error("ulmfit_fast.lstm: the persistent kernels are for 16-bit types");
+}
+// f(kernel's MT, NT as std::integral_constant) for what the plan chose.
+template <class F>
+void with_split(const LstmSplit& split, F&& f) {
+  const auto rows = [&](auto nt) {
+    if (split.row_tiles == 1) return f(std::integral_constant<int, 1>{}, nt);
+    return f(std::integral_constant<int, 2>{}, nt);
+  };
+  switch (split.column_tiles) {
+    case 2: return rows(std::integral_constant<int, 2>{});
+    case 4: return rows(std::integral_constant<int, 4>{});
+    case 6: return rows(std::integral_constant<int, 6>{});
+    case 8: return rows(std::integral_constant<int, 8>{});
+    case 9: return rows(std::integral_constant<int, 9>{});
+  }
+  throw std::runtime_error("ulmfit_fast.lstm: no kernel for this split");
+}
+
+}  // namespace ulmfit_fast::cuda

@@ -1,0 +1,183 @@
+// The recurrence of the LSTM in one launch, backward (lstm_plan.h has the split): dgates of every step, dh0,
+// dc0.
+//
+// A step of a block: wait for what the four blocks of its group made of the step before; the cell backward
+// for its own units; store their dgates where all blocks read them, publish; then wait for one gate's plane
+// of everybody's dgates, multiply it by that gate's weights for the group's units, store the sum for the
+// group, publish. dgates lie in two buffers in turn, as h does on the way forward. One buffer is enough for
+// the sums: who overwrites its own has seen every block publish the dgates that it computed from them.
+#include "lstm_persistent.h"
+
+namespace ulmfit_fast::cuda {
+namespace {
+
+struct Gradients {  // of a pair of units; only their own thread touches them
+  float dh[2];      // what bypasses the product: dh_n, and the carry through padding
+  float dc[2];
+};
+
+template <class S, int MT, int NT>
+__global__ void __launch_bounds__(kSplitThreads, 1)
+    lstm_persistent_backward_kernel(LstmPersistentBackward a) {
+  using B = Block<S, MT, NT>;
+  const B block(a.steps);
+  const LstmSplit& split = block.split;
+  const int T = static_cast<int>(a.steps.T);
+  const int64_t H = split.H, units = a.steps.units;
+  const int gate = block.cta % kGroup, group = block.cta - gate;  // group: its first block
+  const int first_of_part = block.part * split.ctas;
+  unsigned* dgates_flags = a.steps.flags + first_of_part;  // how many row blocks of dgates are published
+  unsigned* sums_flags = a.steps.flags + split.parts * split.ctas + first_of_part;
+  S* exchange = static_cast<S*>(a.exchange);
+  const auto state_of = [&](int pass, const auto& p) -> Gradients& {
+    return reinterpret_cast<Gradients&>(block.state(pass, p));
+  };
+  const auto sums_of = [&](int cta, int pass) {
+    return reinterpret_cast<Pack<float, 4>*>(a.sums) +
+           static_cast<int64_t>((first_of_part + cta) * split.passes + pass) * B::kSums;
+  };
+  // dh of a pair of this block's units that the product of the step before gives, gate by gate
+  const auto recurrent = [&](int pass, const auto& p) {
+    const int column = gate * split.cta_units() + split.item_unit(p.item);
+    Pack<float, 2> sum = {};
+    ULMFIT_UNROLL_ALL
+    for (int k = 0; k < kGroup; ++k) {
+      const float* from =
+          sums_of(group + k, pass)[block.sum_fragment(p.row, column)].v + 2 * block.sum_pair(p.row);
+      const auto part = load_shared_by_card(reinterpret_cast<const Pack<float, 2>*>(from));
+      sum.v[0] += part.v[0], sum.v[1] += part.v[1];
+    }
+    return sum;
+  };
+
+  block.load_weights([&](int column, int k) {
+    Pack<S, 4> to = {};
+    const int64_t unit = split.group_unit(block.cta, column), stride = a.steps.w.stride;
+    const S* from = static_cast<const S*>(a.steps.w.data) + (gate * H + k) * stride + unit;
+    ULMFIT_UNROLL_ALL
+    for (int j = 0; j < 4; ++j)
+      if (unit < H && k + j < H) to.v[j] = from[j * stride];
+    return to;
+  });
+  for (int pass = 0; pass < split.passes; ++pass) {
+    block.for_items(a.steps, pass, [&](int, const auto& p) {
+      Gradients s = {};
+      for (int u = 0; u < 2; ++u) {
+        if (p.unit + u >= H) continue;
+        s.dh[u] = a.dh_n[p.b * H + p.unit + u];
+        s.dc[u] = a.dc_n[p.b * H + p.unit + u];
+      }
+      state_of(pass, p) = s;
+    });
+  }
+  __syncthreads();
+
+  for (int i = T - 1; i >= 0; --i) {
+    const int t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
+    const unsigned done = static_cast<unsigned>(T - 1 - i) * split.passes;  // row blocks of the steps before
+    for (int pass = 0; pass < split.passes; ++pass) {
+      Pair<S> dy[B::kItems];
+      block.for_items(a.steps, pass, [&](int item, const auto& p) {
+        const auto copy = [&](int word, const void* from) {
+          start_copy(&block.template input<uint32_t>(p, word), from);
+        };
+        const int64_t row = t * split.B + p.b, row_before = t_before * split.B + p.b;
+        const S* gates = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
+        ULMFIT_UNROLL_ALL
+        for (int g = 0; g < 4; ++g) copy(g, gates + g * units);
+        ULMFIT_UNROLL_ALL
+        for (int u = 0; u < 2; ++u) {
+          const bool inside = p.unit + u < H;
+          copy(4 + u, a.cells + row * units + p.unit + u);
+          if (i > 0) {
+            copy(6 + u, a.cells + row_before * units + p.unit + u);
+          } else if (inside) {
+            copy(6 + u, a.c0 + p.b * H + p.unit + u);
+          } else {
+            block.template input<float>(p, 6 + u) = 0;
+          }
+          const bool given = inside && a.dy.data != nullptr;
+          dy[item].v[u] = given ? at<const S>(a.dy, t, p.b)[p.unit + u] : narrow<S>(0);
+        }
+      });
+      if (i < T - 1) wait_for_flags(sums_flags, group, group + kGroup, done - split.passes + pass + 1);
+      finish_copies();
+
+      Pair<S> left[B::kItems][4];
+      block.for_items(a.steps, pass, [&](int item, const auto& p) {
+        Gradients& state = state_of(pass, p);
+        const bool active = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
+        const Pack<float, 2> product = i < T - 1 ? recurrent(pass, p) : Pack<float, 2>{};
+        LstmCellGrad<float> d[2] = {};
+        ULMFIT_UNROLL_ALL
+        for (int u = 0; u < 2; ++u) {
+          state.dh[u] += product.v[u];
+          if (!active) continue;
+          const auto gate_of = [&](int g) { return widen(block.template input<Pair<S>>(p, g).v[u]); };
+          const float c = block.template input<float>(p, 4 + u),
+                      c_before = block.template input<float>(p, 6 + u);
+          d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c,
+                                    state.dh[u] + widen(dy[item].v[u]), state.dc[u]);
+          state.dc[u] = d[u].c_prev;
+          state.dh[u] = 0;
+        }
+        left[item][0] = narrow_pair<S>(d[0].a_i, d[1].a_i);
+        left[item][1] = narrow_pair<S>(d[0].a_f, d[1].a_f);
+        left[item][2] = narrow_pair<S>(d[0].a_g, d[1].a_g);
+        left[item][3] = narrow_pair<S>(d[0].a_o, d[1].a_o);
+        ULMFIT_UNROLL_ALL
+        for (int g = 0; g < 4; ++g)
+          pack_at<S, 2>(exchange + block.exchanged(i % 2, 4, g, p.b, p.unit)) = left[item][g];
+      });
+      __syncthreads();
+      if (threadIdx.x == 0) publish(dgates_flags + block.cta, done + pass + 1);
+
+      block.for_items(a.steps, pass, [&](int item, const auto& p) {
+        S* to = at<S>(a.dgates, t, p.b) + p.unit;
+        for (int g = 0; g < 4; ++g)
+          for (int u = 0; u < 2; ++u)
+            if (p.unit + u < H) to[g * H + u] = left[item][g].v[u];
+      });
+    }
+    for (int pass = 0; pass < split.passes; ++pass) {
+      block.wait_for_sources(dgates_flags, done + pass + 1);
+      block.multiply(exchange + block.exchanged(i % 2, 4, gate, block.first_row(pass), 0));
+      __syncthreads();
+      for (int f = threadIdx.x; f < B::kSums; f += kSplitThreads) {
+        Pack<float, 4> sum = block.sums[f];
+        ULMFIT_UNROLL_ALL
+        for (int w = 1; w < kSplitWarps; ++w)
+          for (int j = 0; j < 4; ++j) sum.v[j] += block.sums[w * B::kSums + f].v[j];
+        sums_of(block.cta, pass)[f] = sum;
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) publish(sums_flags + block.cta, done + pass + 1);
+    }
+  }
+  for (int pass = 0; pass < split.passes; ++pass) {
+    wait_for_flags(sums_flags, group, group + kGroup, static_cast<unsigned>(T - 1) * split.passes + pass + 1);
+    block.for_items(a.steps, pass, [&](int, const auto& p) {
+      const Gradients& state = state_of(pass, p);
+      const Pack<float, 2> product = recurrent(pass, p);
+      for (int u = 0; u < 2; ++u) {
+        if (p.unit + u >= H) continue;
+        static_cast<S*>(a.dh0)[p.b * H + p.unit + u] = narrow<S>(state.dh[u] + product.v[u]);
+        static_cast<S*>(a.dc0)[p.b * H + p.unit + u] = narrow<S>(state.dc[u]);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
+  const LstmSplit& split = a.steps.split;
+  with_16_bit_type(a.steps.dtype, [&](auto type) {
+    with_split(split, [&](auto mt, auto nt) {
+      launch_cooperative("lstm_backward", lstm_persistent_backward_kernel<decltype(type), mt(), nt()>,
+                         split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a);
+    });
+  });
+}
+
+}  // namespace ulmfit_fast::cuda

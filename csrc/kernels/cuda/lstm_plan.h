@@ -1,0 +1,160 @@
+// How the persistent recurrence is split over a card: the rule, as plain C++ for the host, the kernels and
+// the tests. No CUDA, no torch.
+//
+// One launch runs all time steps. Each thread block (CTA) keeps its slice of W_hh in shared memory; what
+// crosses CTAs is h on the way forward, dgates on the way back. The batch falls into `parts` that never meet.
+// Within a part, CTA c owns 2 * column_tiles hidden units: it computes their cells and keeps their state.
+//
+//   forward   CTA c multiplies h (rows, K = H) by its units' four gates: 8 * column_tiles columns of W_hh^T.
+//   backward  K = 4H would have every CTA read every dgates. So four CTAs share a group of 8 * column_tiles
+//             units, each multiplies the plane of one gate (K = H again), and the four sums meet in L2.
+//
+// So both directions multiply tiles of one shape, (16 * row_tiles, H) x (H, 8 * column_tiles), by the same
+// code. Within a CTA each of 4 warps takes a quarter of K: every weight leaves shared memory, and every h
+// leaves L2, once for a row block.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "../views.h"
+#include "../isa_namespace.h"
+
+namespace ulmfit_fast::cuda {
+
+constexpr int kColumnTiles[] = {2, 4, 6, 8, 9};  // what is compiled: 9 puts H = 1152 on 128 CTAs
+constexpr int kRowTiles[] = {1, 2};
+constexpr int kSplitWarps = 4, kSplitThreads = 32 * kSplitWarps;
+constexpr int kChunk = 32;  // of K: 16 bytes of weights for a lane
+constexpr int kGroup = 4;   // CTAs that share columns on the way back: one for each gate
+constexpr int kTileRows = 16, kTileColumns = 8, kTileK = 16;  // of mma.sync.m16n8k16
+constexpr int64_t kFragment = 16;                             // bytes that a lane loads at once
+
+struct DeviceLimits {
+  int multiprocessors = 0;    // what this process may use: a MIG slice's, not the card's
+  int64_t shared_memory = 0;  // bytes that one CTA may ask for
+  int capability = 0;         // 10 * major + minor
+  bool cooperative = false;   // whether a launch can promise that all its CTAs run at once
+};
+
+enum class Direction { forward, backward };
+
+// Where everything is. `row` counts from the part's first row, `unit` from 0 to H.
+struct LstmSplit {
+  int64_t B = 0, H = 0;
+  int column_tiles = 0, row_tiles = 0;
+  int passes = 0;           // row blocks of a part, one after the other in every step
+  int parts = 0, ctas = 0;  // ctas of each part
+
+  ULMFIT_HD int block_rows() const { return kTileRows * row_tiles; }
+  ULMFIT_HD int part_rows() const { return block_rows() * passes; }
+  ULMFIT_HD int64_t padded_rows() const { return static_cast<int64_t>(parts) * part_rows(); }
+  ULMFIT_HD int cta_units() const { return 2 * column_tiles; }
+  ULMFIT_HD int columns() const { return kTileColumns * column_tiles; }
+  ULMFIT_HD int chunks() const { return static_cast<int>((H + kChunk - 1) / kChunk); }
+  ULMFIT_HD int64_t padded_h() const { return static_cast<int64_t>(chunks()) * kChunk; }
+  ULMFIT_HD int groups() const { return ctas / kGroup; }
+
+  // The chunks of K that a warp multiplies, and the CTAs that own their units.
+  ULMFIT_HD int first_chunk(int warp) const { return chunks() * warp / kSplitWarps; }
+  ULMFIT_HD int first_source(int warp) const { return kChunk * first_chunk(warp) / cta_units(); }
+  ULMFIT_HD int end_source(int warp) const {
+    const int first = first_chunk(warp), end = first_chunk(warp + 1);
+    const int sources = (kChunk * end + cta_units() - 1) / cta_units();
+    return first == end ? first_source(warp) : sources < ctas ? sources : ctas;
+  }
+
+  // Items of a CTA and row block: two neighbouring units of one row, dealt out to the threads in turn.
+  ULMFIT_HD int items() const { return block_rows() * column_tiles; }
+  ULMFIT_HD int item_row(int item) const { return item / column_tiles; }
+  ULMFIT_HD int item_unit(int item) const { return 2 * (item % column_tiles); }
+
+  // The row of W_hh that is column n of a forward CTA's product: a tile's 8 columns are two units' four
+  // gates.
+  ULMFIT_HD int64_t weight_row(int cta, int n) const {
+    return n % 4 * H + static_cast<int64_t>(cta) * cta_units() + n / 4;
+  }
+  // Backward: the unit that is column n of the product of a CTA; its gate is cta % kGroup.
+  ULMFIT_HD int64_t group_unit(int cta, int n) const {
+    return static_cast<int64_t>(cta / kGroup) * columns() + n;
+  }
+
+  // Bytes of shared memory: the weights, the warps' sums, the states of all items (16 bytes each), the
+  // projection of a row block's items (8 floats each), the bias.
+  ULMFIT_HD int64_t weight_bytes() const {
+    return static_cast<int64_t>(chunks()) * column_tiles * 32 * kFragment;
+  }
+  ULMFIT_HD int64_t sum_bytes() const {
+    return static_cast<int64_t>(kSplitWarps) * row_tiles * column_tiles * 32 * kFragment;
+  }
+  ULMFIT_HD int64_t state_bytes() const { return static_cast<int64_t>(passes) * items() * 16; }
+  ULMFIT_HD int64_t input_bytes() const { return static_cast<int64_t>(items()) * 32; }
+  ULMFIT_HD int64_t shared_memory() const {
+    return weight_bytes() + sum_bytes() + state_bytes() + input_bytes() + 4 * columns();
+  }
+
+  // Elements of the buffers in global memory, zeros on entry.
+  int64_t exchange_elements(Direction d) const {  // two buffers; a plane for each gate on the way back
+    return 2 * padded_rows() * padded_h() * (d == Direction::forward ? 1 : 4);
+  }
+  int64_t sums_elements() const { return static_cast<int64_t>(parts) * ctas * part_rows() * columns(); }
+  int64_t flags(Direction d) const {  // for h; or for dgates, then for the sums
+    return static_cast<int64_t>(parts) * ctas * (d == Direction::forward ? 1 : 2);
+  }
+};
+
+struct LstmPlan {
+  LstmSplit split;
+  std::string why_not;  // where it does not fit
+  double cycles = 0;    // of a step, an estimate that only ranks the splits
+  bool fits() const { return split.parts > 0; }
+};
+
+// What a step is thought to take: the L2 traffic of the exchange (about 3000 bytes a cycle for the whole
+// card), the products (1024 multiply-adds a cycle and multiprocessor, and as long to read the weights from
+// shared memory for 16 rows), and what a row block costs besides.
+inline double estimated_cycles(const LstmSplit& s) {
+  const double read = 2.0 * s.part_rows() * s.padded_h() * s.ctas * s.parts;
+  const double products = static_cast<double>(s.part_rows()) * s.columns() * s.padded_h() / 1024;
+  return read / 3000 + products + 600.0 * s.passes;
+}
+
+// Among the splits that are compiled and fit, the one with the fewest estimated cycles.
+inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, Direction direction,
+                          const DeviceLimits& device) {
+  LstmPlan best;
+  if (dtype != DType::bf16 && dtype != DType::f16) {
+    best.why_not = "its kernels are for bfloat16 and float16";
+  } else if (device.capability < 80) {
+    best.why_not = "its kernels need compute capability 8.0 or newer";
+  } else if (!device.cooperative) {
+    best.why_not = "the device cannot launch cooperatively";
+  } else if (H > 1 << 15) {
+    best.why_not = "H = " + std::to_string(H) + " does not fit on any card";
+  }
+  if (!best.why_not.empty()) return best;
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  for (const int columns : kColumnTiles) {
+    for (const int rows : kRowTiles) {
+      LstmPlan plan;
+      LstmSplit& s = plan.split;
+      s.B = B, s.H = H, s.column_tiles = columns, s.row_tiles = rows;
+      const int64_t together = direction == Direction::forward ? 1 : kGroup;
+      s.ctas = static_cast<int>(up(up(padded_units(H), s.cta_units()), together) * together);
+      const int64_t blocks = up(B, s.block_rows()), most = device.multiprocessors / s.ctas;
+      if (most == 0 || B == 0) continue;
+      s.passes = static_cast<int>(up(blocks, most));
+      s.parts = static_cast<int>(up(blocks, s.passes));
+      plan.cycles = estimated_cycles(s);
+      if (s.shared_memory() > device.shared_memory) continue;
+      if (!best.fits() || plan.cycles < best.cycles) best = plan;
+    }
+  }
+  if (!best.fits()) {
+    best.why_not = "no split of W_hh for H = " + std::to_string(H) + " and batch " + std::to_string(B) +
+                   " fits " + std::to_string(device.multiprocessors) + " multiprocessors with " +
+                   std::to_string(device.shared_memory / 1024) + " KB of shared memory each";
+  }
+  return best;
+}
+
+}  // namespace ulmfit_fast::cuda

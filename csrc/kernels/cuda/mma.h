@@ -1,0 +1,120 @@
+// The matrix units, and words between thread blocks: the instructions that CUDA's language has no function
+// for. On the CPU tests/cpp/cuda_on_cpu.h does what they do.
+#pragma once
+#include <cstring>
+
+#include "device.h"
+
+#ifndef ULMFIT_PERSISTENT_PARTS
+#define ULMFIT_PERSISTENT_PARTS 7  // all; benchmarks/lstm_parts.py leaves some out to time the others
+#endif
+
+namespace ulmfit_fast::cuda {
+
+constexpr bool kWaits = ULMFIT_PERSISTENT_PARTS & 1;     // of blocks for one another
+constexpr bool kExchange = ULMFIT_PERSISTENT_PARTS & 2;  // loads of h and dgates
+constexpr bool kProducts = ULMFIT_PERSISTENT_PARTS & 4;
+
+using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits
+
+// c (16, 8) += a (16, 16) b (16, 8), spread over a warp as mma.sync.m16n8k16 wants it. S: bf16 or f16.
+template <class S>
+__device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifndef __CUDACC__
+  mma_on_cpu(c, a, b, [](uint16_t bits) { return widen(std::bit_cast<S>(bits)); });
+#elif __CUDA_ARCH__ >= 800  // the plan asks no older card
+  if constexpr (std::is_same_v<S, bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+// c (16, 8) += a (16, 32) b (32, 8). Which elements of K meet in which instruction does not matter as long as
+// it is the same for a and b.
+template <class S>
+__device__ void mma_chunk(float (&c)[4], const Fragment (&a)[2], const Fragment& b) {
+  mma<S>(c, a[0].v, {b.v[0], b.v[1]});
+  mma<S>(c, a[1].v, {b.v[2], b.v[3]});
+}
+
+// Past the first level of cache, which does not know what other multiprocessors wrote. volatile: the compiler
+// must not move it before the wait for the data.
+template <class T>
+__device__ T load_shared_by_card(const T* from) {
+#ifdef __CUDACC__
+  T to;
+  if constexpr (sizeof(T) == 16) {
+    auto* v = reinterpret_cast<uint32_t*>(&to);
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "l"(from));
+  } else {
+    static_assert(sizeof(T) == 8);
+    auto* v = reinterpret_cast<uint32_t*>(&to);
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(from));
+  }
+  return to;
+#else
+  return *from;
+#endif
+}
+
+// 4 bytes from global to shared memory, while the thread goes on; finish_copies waits for all of a thread's
+// own.
+inline __device__ void start_copy(uint32_t* to, const void* from) {
+#ifndef __CUDACC__
+  std::memcpy(to, from, 4);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#endif
+}
+inline __device__ void finish_copies() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+
+// A flag counts what a block has finished. publish: all that the block's threads wrote before its last
+// __syncthreads() is seen by whoever sees the flag. By one thread.
+inline __device__ void publish(unsigned* flag, unsigned value) {
+#ifdef __CUDACC__
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+#else
+  *flag = value;
+#endif
+}
+
+// By a whole warp: until the flags from first to end - 1 have all counted to `value`. A wait that takes
+// longer than any launch may, some 20 seconds, is an error of ours: it ends the launch as an assertion does.
+inline __device__ void wait_for_flags(const unsigned* flags, int first, int end, unsigned value) {
+  if (!kWaits) return;
+  const int lane = threadIdx.x % kWarp;
+  for (int f = first + lane; f < end; f += kWarp) {
+#ifdef __CUDACC__
+    constexpr int kMostPolls = 1 << 25;
+    unsigned count = 0;
+    for (int polls = 0; true; ++polls) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(flags + f) : "memory");
+      if (count >= value) break;
+      ULMFIT_DEVICE_CHECK(polls < kMostPolls,
+                          "ulmfit_fast.lstm: a block of a persistent launch is not heard of");
+    }
+#else
+    BlocksOnCpu::current()->wait_for(flags + f, value);
+#endif
+  }
+  __syncwarp();
+}
+
+}  // namespace ulmfit_fast::cuda

@@ -1,0 +1,249 @@
+"""The persistent recurrence of `lstm` beside the general one and the fp64 reference.
+
+Where there is a GPU these tests run on it; in the build of `make cuda-on-cpu` the same kernels run on the
+CPU, their thread blocks in turn, on a card that ULMFIT_ON_CPU_CARD makes up.  Elsewhere they are skipped.
+"""
+
+import os
+import subprocess
+import sys
+
+import checks
+import pytest
+import torch
+from checks import assert_near, check_case, lstm_case, with_gradients
+
+import ulmfit_fast as uf
+
+LOW = (torch.bfloat16, torch.float16)
+VARIABLE = "ULMFIT_FAST_RECURRENCE"
+FACTOR = 2  # as in test_lstm.py: what is stored in 16 bits, and the errors of the steps before
+
+
+@pytest.fixture(autouse=True)
+def persistent(request, monkeypatch):
+    """The persistent recurrence or an error, on a GPU or in the build that runs CUDA kernels on the CPU."""
+    if checks.CUDA_KERNELS and checks.DEVICE.type == "cpu":
+        monkeypatch.delenv("ULMFIT_ON_CPU_CARD", raising=False)
+    else:
+        request.getfixturevalue("cuda")
+    monkeypatch.setenv(VARIABLE, "persistent")
+
+
+def on_cpu():
+    return checks.DEVICE.type == "cpu"
+
+
+def needs_gpu():
+    if on_cpu():
+        pytest.skip("needs a GPU")
+
+
+def lengths_of(batch, time):
+    return tuple((3 * i + 1) % (time + 1) for i in range(batch))
+
+
+def general(inputs, op):
+    """The same by the general path."""
+    before = os.environ[VARIABLE]
+    os.environ[VARIABLE] = "general"
+    try:
+        return with_gradients(op, inputs)
+    finally:
+        os.environ[VARIABLE] = before
+
+
+def check_beside_general(case, dtype):
+    """Every result's distance from the general path's, as a share of its norm."""
+    inputs, op, _ = case
+    results = with_gradients(op, inputs)
+    for i, (a, b) in enumerate(zip(results, general(inputs, op), strict=True)):
+        assert a.isfinite().all(), f"result {i}"
+        share = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+        assert share <= FACTOR * torch.finfo(dtype).eps, f"result {i}: {share:.2g}"
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, (5, 0, 3)])
+def test_against_reference(dtype, batch_first, reverse, lengths):
+    case = lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths)
+    check_case(case, dtype, FACTOR)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("hidden", [2, 3, 15, 16, 17, 31, 33, 64, 95, 130, 200])
+def test_ragged_sizes(dtype, hidden):
+    for batch in (1, 15, 17, 33):
+        case = lstm_case(dtype, 3, batch, 5, hidden, bias=hidden % 2 == 1, lengths=lengths_of(batch, 3))
+        check_case(case, dtype, FACTOR, floor=0.5)
+
+
+@pytest.mark.parametrize("card", ["4,227", "5,99", "8,227", "40,30"])
+def test_small_cards_take_row_blocks_in_turn(card, monkeypatch):
+    """Few multiprocessors: several row blocks to a part, several parts, every tile."""
+    if not on_cpu():
+        pytest.skip("a made-up card is the CPU's")
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
+    for hidden, batch in ((33, 70), (17, 100), (40, 50)):
+        case = lstm_case(
+            torch.bfloat16, 4, batch, 5, hidden, lengths=lengths_of(batch, 4), reverse=batch == 70
+        )
+        check_case(case, torch.bfloat16, FACTOR, floor=0.5)
+
+
+def test_any_shape_and_card(monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    sizes = some.tuples(some.integers(1, 4), some.integers(1, 40), some.integers(1, 9), some.integers(1, 60))
+
+    @hypothesis.settings(max_examples=15)
+    @hypothesis.given(some.data(), sizes, some.booleans(), some.booleans(), some.sampled_from((6, 12, 132)))
+    def check(data, sizes, batch_first, reverse, multiprocessors):
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", f"{multiprocessors},227")
+        time, batch = sizes[:2]
+        lengths = data.draw(some.none() | some.tuples(*[some.integers(0, time)] * batch))
+        case = lstm_case(torch.bfloat16, *sizes, batch_first=batch_first, reverse=reverse, lengths=lengths)
+        check_case(case, torch.bfloat16, FACTOR, floor=0.5)
+
+    check()
+
+
+def test_master_weights_and_no_gradient():
+    case = lstm_case(torch.bfloat16, 4, 6, 20, 48, weight_dtype=torch.float32)
+    check_case(case, torch.bfloat16, FACTOR)
+    inputs, op, _ = case
+    with torch.no_grad():  # nothing is saved
+        assert all(torch.equal(a, b) for a, b in zip(op(*inputs), with_gradients(op, inputs), strict=False))
+
+
+def test_equal_to_the_bit_over_repeated_runs():
+    inputs, op, _ = lstm_case(torch.bfloat16, 5, 20, 10, 70, lengths=lengths_of(20, 5))
+    first = with_gradients(op, inputs)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), first, strict=True))
+
+
+def test_one_upstream_gradient_of_another_layout():
+    """A gradient of y alone, expanded over time and batch."""
+    x, h0, c0, *weights = [t.requires_grad_() for t in lstm_case(torch.bfloat16)[0]]
+    results = {}
+    for way in ("persistent", "general"):
+        os.environ[VARIABLE] = way
+        y, _, _ = uf.lstm(x, h0, c0, *weights, weight_p=0.5, seed=3)
+        results[way] = torch.autograd.grad(y.sum(), [x, h0, c0, *weights])
+    for a, b in zip(results["persistent"], results["general"], strict=True):
+        assert_near(a, b, torch.bfloat16, FACTOR)
+
+
+def test_no_steps_and_no_sequences():
+    for time, batch in ((0, 3), (4, 0)):
+        inputs, op, _ = lstm_case(torch.bfloat16, time, batch)
+        results = with_gradients(op, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(results, general(inputs, op), strict=True))
+
+
+def test_says_why_it_cannot(monkeypatch):
+    def refused(dtype, hidden, words):
+        inputs, op, _ = lstm_case(dtype, 1, 1, 1, hidden)
+        with pytest.raises(RuntimeError, match=rf"{VARIABLE}=persistent, but .*{words}"):
+            op(*inputs)
+        monkeypatch.setenv(VARIABLE, "auto")
+        results = with_gradients(op, inputs)
+        monkeypatch.setenv(VARIABLE, "persistent")
+        assert all(torch.equal(a, b) for a, b in zip(results, general(inputs, op), strict=True))
+
+    refused(torch.float32, 20, "for bfloat16 and float16")
+    if on_cpu():
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "2,99")
+        refused(torch.bfloat16, 300, "H = 300 and batch 1 fits 2 multiprocessors with 99 KB")
+    else:
+        refused(torch.bfloat16, 4096, "H = 4096 and batch 1 fits")
+
+
+def test_the_default_is_the_general_path(monkeypatch):
+    """For which any dtype will do; and another word is refused."""
+    inputs, op, _ = lstm_case(torch.float32)
+    for word in ("general", ""):
+        monkeypatch.setenv(VARIABLE, word)
+        op(*inputs)
+    monkeypatch.delenv(VARIABLE)
+    op(*inputs)
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(RuntimeError, match=f"{VARIABLE} must be general, auto or persistent, got fast"):
+        op(*inputs)
+
+
+def test_a_wrong_length_is_refused():
+    """As by the general path: on a GPU a device-side assertion, which ends the process."""
+    code = (
+        "import sys, torch, ulmfit_fast as uf; d = sys.argv[1]; o = dict(dtype=torch.bfloat16, device=d);"
+        "z = lambda *s: torch.zeros(*s, **o); n = torch.tensor([9], device=d);"
+        "y = torch.ops.ulmfit_fast.lstm(z(2, 1, 4), z(1, 8), z(1, 8), z(32, 4), z(32, 8), None, None, n,"
+        " torch.tensor(0, device=d), 0.0, False, False, False, True); print(y[0].sum().item())"
+    )
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checks.DEVICE)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "lengths must be in 0..T" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("batch", [1, 7, 16, 64, 100, 256])
+@pytest.mark.parametrize("hidden", [33, 200, 400, 575, 768, 1024, 1150, 1152, 1500, 2048])
+def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch):
+    needs_gpu()
+    monkeypatch.setenv(VARIABLE, "auto")  # the largest fit on no card
+    check_beside_general(lstm_case(dtype, 6, batch, 48, hidden, lengths=lengths_of(batch, 6)), dtype)
+
+
+@pytest.mark.parametrize(
+    "time, batch, hidden", [(500, 64, 400), (500, 16, 768), (72, 64, 1152), (1, 64, 1152)]
+)
+def test_many_steps_on_a_gpu(time, batch, hidden):
+    needs_gpu()
+    case = lstm_case(torch.bfloat16, time, batch, 64, hidden)
+    check_beside_general(case, torch.bfloat16)
+    inputs, op, _ = case
+    first = with_gradients(op, inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), first, strict=True))
+
+
+def test_two_streams_do_not_wait_for_each_other(cuda):
+    inputs, op, _ = lstm_case(torch.bfloat16, 72, 64, 64, 1152)
+    expected = with_gradients(op, inputs)
+    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    torch.cuda.synchronize()
+    for _ in range(4):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(with_gradients(op, inputs))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_graphs_capture_it(cuda):
+    inputs, op, _ = lstm_case(torch.bfloat16, 20, 32, 40, 400)
+    leaves = [t.requires_grad_() for t in inputs]
+    upstream = torch.ones_like(op(*leaves)[0])
+
+    def step():
+        y = op(*leaves)[0]
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

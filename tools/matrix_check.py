@@ -1,0 +1,77 @@
+"""Whether the persistent kernels use the matrix units as they were meant to: read from the disassembly.
+
+python tools/matrix_check.py LIBRARY.so: every lstm_persistent kernel of every architecture multiplies with
+HMMA in its own dtype, reads its weights 16 bytes at a time from shared memory and its states so from L2, and
+keeps nothing in local memory. Needs cuobjdump: of the CUDA toolkit, or the one that triton brings with torch.
+"""
+
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+KERNEL = re.compile(r"lstm_persistent(?:_backward)?_kernelI(\w+?)Li(\d+)ELi(\d+)E")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)")
+PRODUCT = {"13__nv_bfloat16": "HMMA.16816.F32.BF16", "6__half": "HMMA.16816.F32"}
+
+
+def cuobjdump():
+    folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")]
+    if triton := importlib.util.find_spec("triton"):
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def kernels(lines):
+    """{(architecture, mangled name): Counter of opcodes} of the persistent kernels."""
+    found, architecture, counts = {}, None, None
+    for line in lines:
+        if match := re.match(r"\s*arch = (\w+)", line):
+            architecture, counts = match[1], None
+        elif match := re.match(r"\s*Function : (\w+)", line):
+            counts = None
+            if KERNEL.search(match[1]):
+                counts = found[architecture, match[1]] = collections.Counter()
+        elif counts is not None and (match := INSTRUCTION.match(line)):
+            counts[match[1]] += 1
+    return found
+
+
+def faults(name, counts):
+    """What is not as it was meant to be."""
+    dtype, rows, columns = KERNEL.search(name).groups()
+    least = 2 * int(rows) * int(columns)  # of one chunk of K
+    if counts[PRODUCT[dtype]] < least:
+        yield f"{counts[PRODUCT[dtype]]} of {PRODUCT[dtype]}, at least {least} were expected"
+    for start, what in (("LDG.E.128", "16-byte loads from L2"), ("LDS.128", "16-byte loads of weights")):
+        if not any(op.startswith(start) for op in counts):
+            yield f"no {what}"
+    for op in counts:
+        if op.startswith(("LDL", "STL")):
+            yield f"{counts[op]} of {op}: local memory"
+        if re.match(r"(LD|ST)\.", op):
+            yield f"{counts[op]} of {op}: an address whose memory the compiler does not know"
+
+
+def main():
+    tool = cuobjdump()
+    if tool is None:
+        sys.exit("cuobjdump is neither in CUDA_HOME nor on PATH, nor did triton bring it")
+    words = [tool, "-sass", sys.argv[1]]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as dump:
+        found = kernels(dump.stdout)
+    if dump.returncode != 0 or not found:
+        sys.exit(f"{' '.join(words)} shows no persistent kernel, exit code {dump.returncode}")
+    wrong = [f"{arch} {name}: {what}" for (arch, name), c in found.items() for what in faults(name, c)]
+    if wrong:
+        sys.exit("\n".join(wrong))
+    architectures = collections.Counter(architecture for architecture, _ in found)
+    print("persistent kernels with HMMA: " + ", ".join(f"{n} for {a}" for a, n in architectures.items()))
+
+
+if __name__ == "__main__":
+    main()
