@@ -22,7 +22,8 @@ struct FmaTile {
   static constexpr int L = lanes_of<T>;
   static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
   static constexpr int kCols = kVecs * L;
-  static constexpr int kDepth = 1;  // K is padded to a multiple of this
+  static constexpr int kDepth = 1;      // K is padded to a multiple of this
+  static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
   // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
   // otherwise 16.
   static constexpr int kRows = kLanes == 16 ? 6 : 3;
@@ -213,6 +214,18 @@ inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int
       }
     }
     Tile::store_a_columns(a, ld, rows, k, n, tmp, Tile::kMostRows);
+  }
+}
+// n elements of row r, from column k on, of a matrix that lies in panels of plain B, each of `rows` rows.
+template <class Tile>
+inline void load_from_panels(const typename Tile::Packed* panels, int64_t rows, int64_t r, int64_t k,
+                             int64_t n, typename Tile::Element* out) {
+  constexpr int64_t kCols = Tile::kCols;
+  for (int64_t j = 0; j < n;) {
+    const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
+    const auto* from = panels + ((k + j) / kCols * rows + r) * kCols + (k + j) % kCols;
+    std::memcpy(out + j, from, run * sizeof(*out));
+    j += run;
   }
 }
 // A that lies packed already, with its whole padded depth.

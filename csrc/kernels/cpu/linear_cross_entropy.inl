@@ -22,7 +22,7 @@ class LinearCrossEntropyPass {
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
-  static constexpr bool kPlain = std::is_same_v<T, Packed>;  // a panel of logits is a packed panel
+  static constexpr bool kPlain = Tile::kPlain;  // a panel of logits is a packed panel
   static constexpr int64_t kChunkRows = 512;
   // A logit so far above its row's reference makes the chunk begin again with exact maxima: exp of it, a
   // whole vocabulary of times, still fits.
@@ -307,11 +307,7 @@ class LinearCrossEntropyPass {
           now.rows, p.V, e_panels, w_backward.get(), parallel,
           [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
             pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-              for (int64_t j = 0; j < n;) {  // a row lies in runs of kCols
-                const int64_t in_run = kCols - (k + j) % kCols, run = n - j < in_run ? n - j : in_run;
-                std::memcpy(out + j, run_of((k + j) / kCols, r, now) + (k + j) % kCols, run * sizeof(T));
-                j += run;
-              }
+              load_from_panels<Tile>(exponents, now.rows, r, k, n, out);
             });
           },
           store_rows);

@@ -16,6 +16,7 @@ class LstmBackwardPass {
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
+  static constexpr bool kPlain = Tile::kPlain;
 
  public:
   LstmBackwardPass(const LstmBackward& args, const Parallel& parallel)
@@ -28,8 +29,9 @@ class LstmBackwardPass {
         blocks(unit_blocks<T>(s.H)),
         panels(ceil_div(s.H, kCols)),
         w_hh(panels * panel_elements<Tile>(G)),
-        dgates(Tile::a_elements(s.T * s.B, depth)),
-        next_rows(s.B % Tile::kRowGroup == 0 ? 0 : 2 * Tile::a_elements(s.B, depth)),
+        out_panels(ceil_div(G, kCols)),
+        dgates(kPlain ? out_panels * s.T * s.B * kCols : Tile::a_elements(s.T * s.B, depth)),
+        next_rows(in_place() ? 0 : 2 * Tile::a_elements(s.B, depth)),
         dh(state_size()),
         dc(state_size()),
         c_first(state_size()) {}
@@ -57,17 +59,17 @@ class LstmBackwardPass {
   const T* cell(int64_t step) const {
     return step < 0 ? c_first.get() : static_cast<const T*>(p.cells) + time_of(step) * state_size();
   }
-  // A step's dgates as the operand of the step before: where they lie anyway, if rows fall that way.
+  // Whether a step's dgates are the operand of the step before where they lie anyway.
+  bool in_place() const { return !kPlain && s.B % Tile::kRowGroup == 0; }
   Packed* step_dgates(int64_t step) const {
-    if (s.B % Tile::kRowGroup == 0) return dgates + Tile::a_elements(time_of(step) * s.B, depth);
+    if (in_place()) return dgates + Tile::a_elements(time_of(step) * s.B, depth);
     return next_rows + step % 2 * Tile::a_elements(s.B, depth);
   }
 
   void recurrence() {
     if (depth != G) {  // what pads the depth is multiplied by zeros, and must be a number
       std::memset(dgates.get(), 0, Tile::a_elements(s.T * s.B, depth) * sizeof(Packed));
-      if (s.B % Tile::kRowGroup != 0)
-        std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
+      if (!in_place()) std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
     }
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
@@ -130,8 +132,28 @@ class LstmBackwardPass {
     int64_t k = unit;
     for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
       Tile::store_a_vector(next, depth, b, k, v, n);
-      if (s.B % Tile::kRowGroup != 0) Tile::store_a_vector(dgates, depth, t * s.B + b, k, v, n);
+      if constexpr (kPlain) {
+        store_in_panel(t * s.B + b, k, v, n);
+      } else if (!in_place()) {
+        Tile::store_a_vector(dgates, depth, t * s.B + b, k, v, n);
+      }
       k += s.H;
+    }
+  }
+  void store_in_panel(int64_t row, int64_t k, V v, int n) const {
+    const int64_t rows = s.T * s.B, room = kCols - k % kCols;
+    Packed* to = dgates + (k / kCols * rows + row) * kCols + k % kCols;
+    if (n <= room) return store_n(to, v, n);
+    alignas(64) T values[L];
+    store(values, v);
+    std::memcpy(to, values, room * sizeof(T));
+    std::memcpy(to + (rows - 1) * kCols + room, values + room, (n - room) * sizeof(T));
+  }
+  void load_dgates(int64_t row, int64_t k, int64_t n, Element* out) const {
+    if constexpr (kPlain) {
+      load_from_panels<Tile>(dgates, s.T * s.B, row, k, n, out);
+    } else {
+      Tile::load_a(dgates, depth, row, k, n, out);
     }
   }
 
@@ -146,25 +168,37 @@ class LstmBackwardPass {
         });
       }
     });
-    gemm<Tile>(s.T * s.B, G, in_panels, w_ih.get(), parallel, PackedRows<Tile>{dgates, depth},
-               [&](int64_t row0, int rows, int64_t panel, const T* tile) {
-                 const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
-                 for (int r = 0; r < rows; ++r)
-                   store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n,
-                             tile + r * kCols);
-               });
+    const auto multiply = [&](const auto& rows_of_dgates) {
+      gemm<Tile>(s.T * s.B, G, in_panels, w_ih.get(), parallel, rows_of_dgates,
+                 [&](int64_t row0, int rows, int64_t panel, const T* tile) {
+                   const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
+                   for (int r = 0; r < rows; ++r)
+                     store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n,
+                               tile + r * kCols);
+                 });
+    };
+    if constexpr (kPlain) {
+      multiply([&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
+        pack_a_rows<Tile>(a, row0, rows, k0, kc,
+                          [&](int64_t r, int64_t k, int64_t n, Element* out) { load_dgates(r, k, n, out); });
+      });
+    } else {
+      multiply(PackedRows<Tile>{dgates, depth});
+    }
   }
 
   // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed
   // by rows, which is a copy, once for both, and only the narrow ones have to be transposed.
   void weight_gradients() {
-    const int64_t rows = s.T * s.B, out_panels = ceil_div(G, kCols);
-    Scratch<Packed> packed(out_panels * panel_elements<Tile>(rows));
+    const int64_t rows = s.T * s.B;
+    Scratch<Packed> scratch(kPlain ? 0 : out_panels * panel_elements<Tile>(rows));
+    Packed* packed = kPlain ? dgates.get() : scratch.get();
     parallel(out_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
-        pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, n,
-                          [&](int64_t k, Element* out) { Tile::load_a(dgates, depth, k, col, n, out); });
+        if constexpr (!kPlain)
+          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, n,
+                            [&](int64_t k, Element* out) { load_dgates(k, col, n, out); });
         bias_gradient(col, n);
       }
     });
@@ -213,7 +247,7 @@ class LstmBackwardPass {
     for (int64_t r0 = 0; r0 < s.T * s.B; r0 += 64) {
       std::memset(part, 0, sizeof part);
       for (int64_t r = r0; r < r0 + 64 && r < s.T * s.B; ++r) {
-        Tile::load_a(dgates, depth, r, col, n, elements);
+        load_dgates(r, col, n, elements);
         load_row(Tile::kElement, elements, 0, n, line);
         for (int64_t j = 0; j < n; ++j) part[j] += line[j];
       }
@@ -227,8 +261,10 @@ class LstmBackwardPass {
   const Parallel& parallel;
   const Dropout drop;
   const int64_t G, depth, blocks, panels;
-  Scratch<Packed> w_hh, dgates;  // dgates: rows t * B + b, depth 4H, packed as A
-  Scratch<Packed> next_rows;     // those of two steps, where B is no multiple of the rows that lie together
+  Scratch<Packed> w_hh;
+  const int64_t out_panels;   // of dgates
+  Scratch<Packed> dgates;     // rows t * B + b, depth 4H: packed as A, or in plain panels, which are packed B
+  Scratch<Packed> next_rows;  // those of two steps as A, where they do not lie so in dgates
   Scratch<T> dh, dc, c_first;
 };
 
