@@ -17,7 +17,7 @@ from .record import RESULTS, load_all, write
 TABLES = "speed.md"
 NOTHING = "Not measured yet."
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
-PARTS = ("->", "_dropout", "dropout_mask")  # cases that a summary leaves to the plot and the other tables
+PARTS = ("->", "_dropout", "dropout_mask", ", eval")  # cases that a summary leaves to the plot and the other tables
 COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0"}
 TITLES = {
     "train_step-lm": "Training step of the language model",
@@ -115,6 +115,9 @@ def ratio_table(records, without=()):
 def _at_roof(record, ours, peer):
     """How many times as fast as the peer ours could be: with all products at the roof, and nothing else."""
     if not peer.get("gflops") or "gpu" in record:  # a GPU's records have a floor of their own
+        return ""
+    sides = [side for case in record["cases"].values() for side in case["sides"].values()]
+    if any(side.get("roof_share", 0) > 1 for side in sides):  # a roof that somebody went through is none
         return ""
     return f"{record['roof'][base(ours['precision']) + '_gflops'] / peer['gflops']:.2f}"
 
