@@ -17,7 +17,7 @@ from .record import RESULTS, load_all, write
 TABLES = "speed.md"
 NOTHING = "Not measured yet."
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
-PARTS = ("->", "_dropout", "dropout_mask", ", eval")  # cases that a summary leaves to the plot and the other tables
+PARTS = ("->", "_dropout", "dropout_mask", ", eval")  # cases that a summary leaves to plot and other tables
 COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0"}
 TITLES = {
     "train_step-lm": "Training step of the language model",
@@ -243,8 +243,8 @@ def plot(records):
     main = [r for r in main_records(records) if any(pairs(r))]
     if not main:  # all of ours, or all peers, failed
         return None
-    steps = [r for r in main if r["benchmark"].startswith("train_step")]
-    columns = [column for column in (steps, [r for r in main if r not in steps]) if column]
+    models = [r for r in main if r["benchmark"].startswith(("train_step", "way_back"))]
+    columns = [column for column in (models, [r for r in main if r not in models]) if column]
     bars = [
         [len(list(pairs(r))) + 3 for r in column] for column in columns
     ]  # 3: a title's and a scale's room
