@@ -67,16 +67,18 @@ struct LstmInputs {
   Matrix matrix(const char* name, const Tensor& t) const { return matrix_of(op, name, t); }
 };
 
-// lstm's results, unwritten; gates and cells empty unless saved.
+// lstm's results, unwritten; gates and cells, which only backward sees, are made by new_saved and empty
+// unless saved.
 struct LstmOutputs {
   Tensor y, h_n, c_n, gates, cells;
 
-  LstmOutputs(const LstmInputs& in, bool save)
+  LstmOutputs(const LstmInputs& in, bool save, NewTensor new_saved = empty_like)
       : y(empty_like(in.x, {in.x.size(0), in.x.size(1), in.H})),
         h_n(empty_like(in.x, {in.B, in.H})),
         c_n(empty_like(in.x, {in.B, in.H})),
-        gates(save ? empty_like(in.x, {in.T, in.B, 4 * padded_units(in.H)}) : empty_like(in.x, {0})),
-        cells(save ? empty_like(in.x, {in.T, in.B, padded_units(in.H)}, compute_type(in.x))
+        gates(save ? new_saved(in.x, {in.T, in.B, 4 * padded_units(in.H)}, in.x.scalar_type())
+                   : empty_like(in.x, {0})),
+        cells(save ? new_saved(in.x, {in.T, in.B, padded_units(in.H)}, compute_type(in.x))
                    : empty_like(in.x, {0}, compute_type(in.x))) {}
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const { return {y, h_n, c_n, gates, cells}; }
 };

@@ -21,6 +21,7 @@ inline Tensor empty_like(const Tensor& t, Sizes sizes) {
 inline Tensor empty_like(const Tensor& t, Sizes sizes, ScalarType dtype) {
   return torch::stable::new_empty(t, {sizes.begin(), sizes.size()}, dtype);
 }
+using NewTensor = Tensor (*)(const Tensor& like, Sizes, ScalarType);
 
 // A tensor whose last dimension lies contiguous: itself where it can be, whatever its other strides.
 inline Tensor with_contiguous_rows(const Tensor& t) {

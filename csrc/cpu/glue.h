@@ -1,8 +1,19 @@
 // From torch tensors to the plain arguments of the CPU kernels.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "../kernels/cpu/kernels.h"
 #include "../kernels/cpu/workspace.h"
 #include "../views.h"
+
+#if defined(__GNUC__)
+// torch's from 2.11 on. Weak: a module built here also loads into 2.10, where it is missing.
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+                int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+#endif
 
 namespace ulmfit_fast {
 
@@ -21,6 +32,31 @@ inline Parallel torch_pool() {
 inline void use_huge_pages(std::initializer_list<Tensor> outputs) {
   for (const Tensor& t : outputs)
     if (t.numel() > 0) prefer_huge_pages(t.data_ptr(), t.numel() * t.element_size());
+}
+
+// A new tensor in memory that the workspace lends for as long as the tensor lives, where torch can take such
+// memory; for what an op saves for its backward. Fresh pages for that cost a tenth of the LSTM's forward.
+inline Tensor lent(const Tensor& like, Sizes sizes, ScalarType dtype) {
+#if defined(__GNUC__)
+  int64_t strides[4], numel = 1;
+  for (size_t i = sizes.size(); i-- > 0; numel *= sizes.begin()[i]) strides[i] = numel;
+  if (torch_from_blob != nullptr && numel > 0) {
+    using torch::stable::detail::from;
+    using torch::stable::detail::to;
+    void* memory = workspace_take(numel * size_of(dtype_of("lstm", "x", dtype)));
+    AtenTensorHandle handle = nullptr;
+    const auto error = torch_from_blob(
+        memory, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, 0, to<int32_t>(from(dtype)),
+        aoti_torch_device_type_cpu(), like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr,
+        0, [](void* data, void*) { workspace_give(data); }, nullptr);
+    if (error != AOTI_TORCH_SUCCESS) workspace_give(memory);
+    TORCH_ERROR_CODE_CHECK(error);
+    return Tensor(handle);
+  }
+#endif
+  Tensor t = empty_like(like, sizes, dtype);
+  use_huge_pages({t});
+  return t;
 }
 
 inline uint64_t seed_of(const Tensor& seed) {

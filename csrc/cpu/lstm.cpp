@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
   const ScalarType weight_type = in.w_hh.scalar_type();
   const OptionalTensor bias_ih = in.checked("b_ih", b_ih, weight_type, {4 * in.H}),
                        bias_hh = in.checked("b_hh", b_hh, weight_type, {4 * in.H});
-  const LstmOutputs out(in, save);
-  use_huge_pages({out.y, out.gates, out.cells});
+  const LstmOutputs out(in, save, lent);
+  use_huge_pages({out.y});
   LstmForward a;
   a.shape = shape_of(in, seed, weight_p, reverse, high);
   a.x = in.sequence("x", in.x);

@@ -26,21 +26,17 @@ std::vector<T> product(int64_t M, int64_t N, int64_t K, const std::vector<T>& A,
     for (int64_t n = 0; n < N; ++n) transposed_b[k * N + n] = B[n * K + k];
   }
   Scratch<T> packed(panels * panel_elements<Tile>(K));
-  for (int64_t p = 0; p < panels; ++p) {
-    T* panel = packed.get() + p * panel_elements<Tile>(K);
-    if (form == kColumns) {
-      pack_b_rows<Tile>(panel, K, Tile::kCols, [&](int64_t k, T* out) {
-        for (int c = 0; c < Tile::kCols; ++c) {
-          const int64_t n = p * Tile::kCols + c;
-          out[c] = n < N ? transposed_b[k * N + n] : T(0);
-        }
-      });
-    } else {
-      pack_b_columns<Tile>(panel, K, [&](int c, int64_t k0, int n, T* out) {
-        const int64_t row = p * Tile::kCols + c;
-        for (int k = 0; k < n; ++k) out[k] = row < N ? B[row * K + k0 + k] : T(0);
-      });
-    }
+  if (form == kColumns) {
+    pack_b_rows<Tile>(packed.get(), K, N, threads(count), [&](int64_t k, int64_t col, int64_t n, T* out) {
+      for (int64_t c = 0; c < n; ++c) out[c] = transposed_b[k * N + col + c];
+    });
+  } else {
+    for (int64_t p = 0; p < panels; ++p)
+      pack_b_columns<Tile>(packed.get() + p * panel_elements<Tile>(K), K,
+                           [&](int c, int64_t k0, int n, T* out) {
+                             const int64_t row = p * Tile::kCols + c;
+                             for (int k = 0; k < n; ++k) out[k] = row < N ? B[row * K + k0 + k] : T(0);
+                           });
   }
   if (form == kPlaced) {
     std::vector<T> tiles(panels * M * Tile::kCols, T(1));

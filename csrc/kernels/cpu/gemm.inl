@@ -146,56 +146,68 @@ inline void no_elements(int64_t n, typename Tile::Element* out) {
   std::memset(out, 0, n * sizeof(typename Tile::Element));
 }
 
-// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n elements of it from
-// depth k0 on.
+// Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n <= 64 elements of it
+// from depth k0 on.
 template <class Tile, class Load>
 inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_column) {
   using Element = typename Tile::Element;
-  constexpr int kChunk = 64;
-  alignas(64) Element tmp[Tile::kCols * kChunk];
+  // Runs of 1 KB, which the processor sees coming; in shorter ones each column would wait for memory anew.
+  constexpr int64_t kPiece = 64, kChunk = 1024 / sizeof(Element), kLine = kChunk + 64 / sizeof(Element);
+  alignas(64) Element tmp[Tile::kCols * kLine];
   for (int64_t k0 = 0; k0 < padded_depth<Tile>(K); k0 += kChunk) {
-    const int there = static_cast<int>(K - k0 < kChunk ? K - k0 : kChunk);
-    const int padded = static_cast<int>(round_up(there, Tile::kDepth));
+    const int64_t there = K - k0 < kChunk ? K - k0 : kChunk, padded = round_up(there, Tile::kDepth);
     for (int c = 0; c < Tile::kCols; ++c) {
-      load_column(c, k0, there, tmp + c * kChunk);
-      no_elements<Tile>(padded - there, tmp + c * kChunk + there);
+      Element* column = tmp + c * kLine;
+      for (int64_t k = 0; k < there; k += kPiece)
+        load_column(c, k0 + k, static_cast<int>(there - k < kPiece ? there - k : kPiece), column + k);
+      no_elements<Tile>(padded - there, column + there);
     }
-    Tile::store_b_columns(panel, k0, padded, tmp, kChunk);
+    Tile::store_b_columns(panel, k0, static_cast<int>(padded), tmp, kLine);
   }
 }
-// Packs one B panel whose row k is a run of memory: load(k, out) fetches the `cols` elements of it that the
-// matrix has; the others are zeros.
+// Packs all panels of B, (K, N), whose row k is a run of memory: load(k, column, n, out) fetches n <= kCols
+// elements of it. Threads share out the rows, so that memory is read as it lies; kRowsAtOnce of them are one
+// thread's.
+constexpr int64_t kRowsAtOnce = 64;
 template <class Tile, class Load>
-inline void pack_b_rows(typename Tile::Packed* panel, int64_t K, int64_t cols, Load&& load_row_) {
+inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, const Parallel& parallel,
+                        Load&& load_row_) {
   using Element = typename Tile::Element;
-  alignas(64) Element rows[Tile::kDepth * Tile::kCols] = {};
-  for (int64_t k = 0; k < K; k += Tile::kDepth) {
-    for (int r = 0; r < Tile::kDepth; ++r) {
-      if (k + r < K) {
-        load_row_(k + r, rows + r * Tile::kCols);
-      } else {
-        no_elements<Tile>(cols, rows + r * Tile::kCols);
+  constexpr int64_t kCols = Tile::kCols;
+  parallel(ceil_div(K, kRowsAtOnce), [&](int64_t begin, int64_t end) {
+    alignas(64) Element rows[Tile::kDepth * kCols];
+    const int64_t k1 = end * kRowsAtOnce < K ? end * kRowsAtOnce : K;
+    for (int64_t k = begin * kRowsAtOnce; k < k1; k += Tile::kDepth)
+      for (int64_t col = 0; col < N; col += kCols) {
+        const int64_t n = N - col < kCols ? N - col : kCols,
+                      there = K - k < Tile::kDepth ? K - k : Tile::kDepth;
+        if (n < kCols || there < Tile::kDepth) no_elements<Tile>(Tile::kDepth * kCols, rows);
+        for (int64_t r = 0; r < there; ++r) load_row_(k + r, col, n, rows + r * kCols);
+        Tile::store_b_rows(packed + col / kCols * panel_elements<Tile>(K), k, rows);
       }
-    }
-    Tile::store_b_rows(panel, k, rows);
-  }
+  });
 }
 
 // Packs a block of A whose row is a run of memory: load(row, k0, n, out).
 template <class Tile, class Load>
 inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
                         Load&& load_row_) {
-  constexpr int64_t kChunk = 256;
-  alignas(64) typename Tile::Element tmp[kChunk];
-  const int64_t ld = padded_depth<Tile>(kc);
-  for (int r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < ld; k += kChunk) {
-      const int64_t n = ld - k < kChunk ? ld - k : kChunk;
-      const int64_t there = kc - k < n ? (kc - k > 0 ? kc - k : 0) : n;
-      load_row_(row0 + r, k0 + k, there, tmp);
-      no_elements<Tile>(n - there, tmp + there);
-      Tile::store_a(a, ld, r, k, tmp, n);
-    }
+  if constexpr (Tile::kPlain) {  // no padding either
+    for (int r = 0; r < rows; ++r) load_row_(row0 + r, k0, kc, a + r * kc);
+    return;
+  } else {
+    constexpr int64_t kChunk = 256;
+    alignas(64) typename Tile::Element tmp[kChunk];
+    const int64_t ld = padded_depth<Tile>(kc);
+    for (int r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < ld; k += kChunk) {
+        const int64_t n = ld - k < kChunk ? ld - k : kChunk;
+        const int64_t there = kc - k < n ? (kc - k > 0 ? kc - k : 0) : n;
+        load_row_(row0 + r, k0 + k, there, tmp);
+        no_elements<Tile>(n - there, tmp + there);
+        Tile::store_a(a, ld, r, k, tmp, n);
+      }
+  }
 }
 // Packs a block of A whose column is a run of memory: load(k, row0, rows, out).
 template <class Tile, class Load>
@@ -261,7 +273,7 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
   constexpr bool kPlaced = !std::is_same_v<std::decay_t<Place>, std::nullptr_t>;
-  constexpr int64_t kWholeBytes = 4 << 20;
+  constexpr int64_t kWholeBytes = 8 << 20;
   if (M == 0 || panels == 0) return;
   const int64_t depth = block_depth<Tile>(K);
   // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 288 x 64

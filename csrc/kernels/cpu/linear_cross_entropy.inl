@@ -99,15 +99,10 @@ class LinearCrossEntropyPass {
       }
     });
     if (!gradient) return;
-    parallel(ceil_div(p.E, kCols), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
-        pack_b_rows<Tile>(w_backward + panel * panel_elements<Tile>(p.V), p.V, n,
-                          [&](int64_t k, Element* out) {
-                            load_elements<Tile>(p.weight.dtype, p.weight.row(k), col, n, out);
-                          });
-      }
-    });
+    pack_b_rows<Tile>(w_backward.get(), p.V, p.E, parallel,
+                      [&](int64_t k, int64_t col, int64_t n, Element* out) {
+                        load_elements<Tile>(p.weight.dtype, p.weight.row(k), col, n, out);
+                      });
   }
 
   // The product h @ W^T over the first `n` panels; store(row, rows, panel, tile) takes its tiles.

@@ -71,13 +71,8 @@ class LstmBackwardPass {
       std::memset(dgates.get(), 0, Tile::a_elements(s.T * s.B, depth) * sizeof(Packed));
       if (!in_place()) std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
     }
-    parallel(panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * kCols, n = s.H - col < kCols ? s.H - col : kCols;
-        pack_b_rows<Tile>(w_hh + panel * panel_elements<Tile>(G), G, n, [&](int64_t k, Element* out) {
-          load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
-        });
-      }
+    pack_b_rows<Tile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
+      load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
     });
     run_steps<Tile>(s, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
                     [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
@@ -160,13 +155,8 @@ class LstmBackwardPass {
   void input_gradient() {
     const int64_t in_panels = ceil_div(s.I, kCols);
     Scratch<Packed> w_ih(in_panels * panel_elements<Tile>(G));
-    parallel(in_panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
-        pack_b_rows<Tile>(w_ih + panel * panel_elements<Tile>(G), G, n, [&](int64_t k, Element* out) {
-          load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
-        });
-      }
+    pack_b_rows<Tile>(w_ih.get(), G, s.I, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
+      load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
     });
     const auto multiply = [&](const auto& rows_of_dgates) {
       gemm<Tile>(s.T * s.B, G, in_panels, w_ih.get(), parallel, rows_of_dgates,
@@ -193,15 +183,25 @@ class LstmBackwardPass {
     const int64_t rows = s.T * s.B;
     Scratch<Packed> scratch(kPlain ? 0 : out_panels * panel_elements<Tile>(rows));
     Packed* packed = kPlain ? dgates.get() : scratch.get();
-    parallel(out_panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * kCols, n = G - col < kCols ? G - col : kCols;
-        if constexpr (!kPlain)
-          pack_b_rows<Tile>(packed + panel * panel_elements<Tile>(rows), rows, n,
-                            [&](int64_t k, Element* out) { load_dgates(k, col, n, out); });
-        bias_gradient(col, n);
-      }
-    });
+    Scratch<T> sums(ceil_div(rows, kRowsAtOnce) * G);  // of dgates' columns, for db
+    if constexpr (kPlain) {
+      parallel(ceil_div(rows, kRowsAtOnce), [&](int64_t begin, int64_t end) {
+        alignas(64) Element line[kCols];
+        const int64_t end_row = end * kRowsAtOnce < rows ? end * kRowsAtOnce : rows;
+        for (int64_t col = 0; col < G; col += kCols)
+          for (int64_t r = begin * kRowsAtOnce; r < end_row; ++r) {
+            const int64_t n = G - col < kCols ? G - col : kCols;
+            load_dgates(r, col, n, line);
+            add_row(sums, r, col, n, line);
+          }
+      });
+    } else {
+      pack_b_rows<Tile>(packed, rows, G, parallel, [&](int64_t r, int64_t col, int64_t n, Element* out) {
+        load_dgates(r, col, n, out);
+        add_row(sums, r, col, n, out);
+      });
+    }
+    bias_gradient(sums, ceil_div(rows, kRowsAtOnce));
     weight_gradient(s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(),
                     [&](int64_t r, int64_t col, int64_t n, Element* out) {
                       const int64_t t = r / s.B, b = r % s.B;
@@ -239,21 +239,20 @@ class LstmBackwardPass {
         });
   }
 
-  // db = column sums of dgates; 64 rows at a time, so that fp32 sums of thousands of rows keep their low
-  // bits.
-  void bias_gradient(int64_t col, int64_t n) const {
-    alignas(64) T total[kCols] = {}, part[kCols], line[kCols];
-    alignas(64) Element elements[kCols];
-    for (int64_t r0 = 0; r0 < s.T * s.B; r0 += 64) {
-      std::memset(part, 0, sizeof part);
-      for (int64_t r = r0; r < r0 + 64 && r < s.T * s.B; ++r) {
-        load_dgates(r, col, n, elements);
-        load_row(Tile::kElement, elements, 0, n, line);
-        for (int64_t j = 0; j < n; ++j) part[j] += line[j];
-      }
-      for (int64_t j = 0; j < n; ++j) total[j] += part[j];
+  // sums[r / 64] += a piece of row r. db adds those up: fp32 sums of thousands of rows keep their low bits.
+  void add_row(T* sums, int64_t r, int64_t col, int64_t n, const Element* values) const {
+    T* to = sums + r / kRowsAtOnce * G + col;
+    const bool first = r % kRowsAtOnce == 0;
+    for (int64_t j = 0; j < n; j += L) {
+      const int there = static_cast<int>(n - j < L ? n - j : L);
+      const V v = load_as<T>(Tile::kElement, values, j, there);
+      store_n(to + j, first ? v : load_n(to + j, there) + v, there);
     }
-    store_row(p.w_ih.dtype, p.db, col, n, total);
+  }
+  void bias_gradient(T* sums, int64_t count) const {
+    for (int64_t i = 1; i < count; ++i)
+      for (int64_t j = 0; j < G; ++j) sums[j] += sums[i * G + j];
+    store_row(p.w_ih.dtype, p.db, 0, G, sums);
   }
 
   const LstmBackward& p;

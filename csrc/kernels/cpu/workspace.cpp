@@ -13,53 +13,61 @@ namespace ulmfit_fast {
 namespace {
 
 constexpr int64_t kHuge = 2 << 20;
-constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks: malloc reuses them well
-constexpr int64_t kKeepBytes = 256 << 20;  // in all
-constexpr int kSlots = 32;
+constexpr int64_t kKeepFrom = 1 << 20;  // smaller blocks: malloc reuses them well
 
 struct Header {  // before each block, in a cache line of its own
   int64_t bytes;
 };
 constexpr int64_t kHeader = 64;
 
-Header* kept[kSlots] = {};
-int64_t kept_bytes = 0;
+// Blocks that wait for their next use. Small ones are taken many times in a call, large ones once: a shelf
+// for each, or the large ones would push out the small ones, which cost more.
+struct Shelf {
+  int64_t limit;  // bytes kept, at most
+  Header* kept[24];
+  int64_t bytes;
+};
+constexpr int64_t kLarge = 8 << 20;
+Shelf shelves[] = {{64 << 20, {}, 0}, {448 << 20, {}, 0}};
+Shelf& shelf_of(int64_t bytes) { return shelves[bytes >= kLarge]; }
 // Only ever tried: where another thread holds it, or held it when the process forked, malloc serves.
 std::mutex mutex;
 
 Header* take_kept(int64_t bytes) {
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock.owns_lock()) return nullptr;
+  Shelf& shelf = shelf_of(bytes);
   Header** best = nullptr;
-  for (Header*& block : kept) {
+  for (Header*& block : shelf.kept) {
     if (block == nullptr || block->bytes < bytes || block->bytes / 2 > bytes) continue;
     if (best == nullptr || block->bytes < (*best)->bytes) best = &block;
   }
   if (best == nullptr) return nullptr;
-  kept_bytes -= (*best)->bytes;
+  shelf.bytes -= (*best)->bytes;
   return std::exchange(*best, nullptr);
 }
 
 // Keeps the block if there is room, where the smallest ones kept make room for a larger one.
 bool keep(Header* block) {
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-  if (!lock.owns_lock() || block->bytes > kKeepBytes) return false;
+  Shelf& shelf = shelf_of(block->bytes);
+  if (!lock.owns_lock() || block->bytes > shelf.limit) return false;
   for (;;) {
     Header **room = nullptr, **smallest = nullptr;
-    for (Header*& other : kept) {
+    for (Header*& other : shelf.kept) {
       if (other == nullptr) {
         room = &other;
       } else if (smallest == nullptr || other->bytes < (*smallest)->bytes) {
         smallest = &other;
       }
     }
-    if (room != nullptr && kept_bytes + block->bytes <= kKeepBytes) {
+    if (room != nullptr && shelf.bytes + block->bytes <= shelf.limit) {
       *room = block;
-      kept_bytes += block->bytes;
+      shelf.bytes += block->bytes;
       return true;
     }
     if (smallest == nullptr || (*smallest)->bytes >= block->bytes) return false;
-    kept_bytes -= (*smallest)->bytes;
+    shelf.bytes -= (*smallest)->bytes;
     std::free(std::exchange(*smallest, nullptr));
   }
 }
@@ -77,7 +85,7 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t b
 void* workspace_take(int64_t bytes) {
   Header* block = bytes >= kKeepFrom ? take_kept(bytes) : nullptr;
   if (block == nullptr) {
-    const int64_t unit = bytes >= 4 * kHuge ? kHuge : kHeader;
+    const int64_t unit = bytes >= kHuge ? kHuge : kHeader;
     const int64_t size = (bytes + kHeader + unit - 1) / unit * unit;
     void* memory = std::aligned_alloc(unit, size);
     if (memory == nullptr) throw std::bad_alloc();
@@ -95,9 +103,11 @@ void workspace_give(void* data) noexcept {
 int64_t workspace_release() {
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock.owns_lock()) return 0;
-  const int64_t released = kept_bytes;
-  for (Header*& block : kept) std::free(std::exchange(block, nullptr));
-  kept_bytes = 0;
+  int64_t released = 0;
+  for (Shelf& shelf : shelves) {
+    released += std::exchange(shelf.bytes, 0);
+    for (Header*& block : shelf.kept) std::free(std::exchange(block, nullptr));
+  }
   return released;
 }
 
