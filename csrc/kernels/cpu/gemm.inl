@@ -146,6 +146,14 @@ inline void no_elements(int64_t n, typename Tile::Element* out) {
   std::memset(out, 0, n * sizeof(typename Tile::Element));
 }
 
+// Into how many blocks threads best divide M rows, each block to be met `times` times over: none higher than
+// most_rows, and as many for one thread as for another, give or take a 16th.
+inline int64_t even_blocks(int64_t M, int64_t most_rows, int64_t unit, int64_t times, int threads) {
+  int64_t blocks = ceil_div(M, most_rows);
+  while (blocks * times % threads != 0 && blocks * times < 16 * threads && blocks * unit < M) ++blocks;
+  return blocks;
+}
+
 // Packs one B panel whose column c is a run of memory: load(c, k0, n, out) fetches n <= 64 elements of it
 // from depth k0 on.
 template <class Tile, class Load>
@@ -284,12 +292,9 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   const int64_t most_rows = room < Tile::kBlockRows  ? Tile::kBlockRows
                             : room < Tile::kMostRows ? room
                                                      : Tile::kMostRows;
-  int64_t blocks = ceil_div(M, most_rows / Tile::kRows * Tile::kRows);
-  const auto uneven = [&] {  // one thread more than another, by more than a 16th
-    return blocks * groups % parallel.threads != 0 && blocks * groups < 16 * parallel.threads;
-  };
-  while (uneven() && blocks * Tile::kRows < M) ++blocks;
-  const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);  // even blocks: threads end together
+  const int64_t blocks =
+      even_blocks(M, most_rows / Tile::kRows * Tile::kRows, Tile::kRows, groups, parallel.threads);
+  const int64_t block_rows = round_up(ceil_div(M, blocks), Tile::kRows);
   // A row block that several groups of panels meet is packed once for all of them, if that is not too large.
   const int64_t row_bytes = Tile::a_elements(block_rows, K) * static_cast<int64_t>(sizeof(Packed));
   const bool whole = groups > 1 && row_bytes <= kWholeBytes;

@@ -1,16 +1,17 @@
 // Linear layer + cross-entropy over a vocabulary, a chunk of rows at a time: logits are never whole in
-// memory.
+// memory, and no pass over them makes their gradient.
 //
-// A tile of the product h @ W^T becomes exp(logit - reference) while it is in L1, in the type that the next
-// products take. The reference is the row's largest logit among the first panel's words: any near the largest
-// will do. A second pass, panel by panel, makes the gradient of a chunk's exponentials, in place, and
-// multiplies it into dW at once, while the panel is in L2. dW is summed in fp32, read and written once a
-// chunk, which is why a chunk has many rows. Exponentials lie as the next product wants them: for the FMA
-// tile in panels, [panel][row][kCols], the packed operand of dW = dlogits^T @ h, for the others in rows,
-// packed as that of dh = dlogits @ W.
+// With e = exp(logit - reference), s = sum e, g a row's upstream gradient and a the label smoothing, the
+// gradient of a row's logits is
+//     g / s * (e - (1 - a) s onehot(target)) - g a / V
+// so the products can take e itself: dh is scaled by g / s after, h before that of dW; the target is one word
+// a row, apart, and smoothing the same vector for all words. A tile of the product h @ W^T becomes e
+// while it is in L1, written as both products want it: as A, for dh += e @ W while a few panels' e are in L2,
+// and as B, kept for the whole chunk, for dW^T += (g / s h)^T @ e. dW is summed in fp32, read and written
+// once a chunk, which is why a chunk has many rows. The reference is the row's largest logit among the first
+// panel's words: any near the largest will do.
 #pragma once
-#include "dropout_mask.inl"
-#include "gemm.inl"
+#include "linear_cross_entropy_weight.inl"
 
 ULMFIT_BEGIN
 
@@ -22,63 +23,74 @@ class LinearCrossEntropyPass {
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
-  static constexpr bool kPlain = Tile::kPlain;  // a panel of logits is a packed panel
+  static constexpr bool kPlain = Tile::kPlain;  // B is rows of elements
   static constexpr int64_t kChunkRows = 512;
-  // A logit so far above its row's reference makes the chunk begin again with exact maxima: exp of it, a
-  // whole vocabulary of times, still fits.
-  static constexpr T kFar = std::is_same_v<T, double> ? T(600) : T(60);
+  // Rows and panels of an item of the forward: its e (128 x 512, 256 KB in fp32) and dh (128 x 448, 224 KB)
+  // share L2 with the panels that pass.
+  static constexpr int64_t kUnit = Tile::kRows > Tile::kDepth ? Tile::kRows : Tile::kDepth;
+  static constexpr int64_t kItemRows = (128 + kUnit - 1) / kUnit * kUnit, kGroup = 8;
+  // A row's dh is summed in slices of the vocabulary, each one item, whatever the number of threads.
+  static constexpr int64_t kSlice = 16 * kGroup;
+  // A logit so far above its row's reference makes the chunk begin again with exact maxima: e, summed over a
+  // vocabulary, and h times g over that sum still fit their types.
+  static constexpr T kFar = std::is_same_v<T, double> ? T(300) : T(30);
 
  public:
   LinearCrossEntropyPass(const LinearCrossEntropy& args, const Parallel& parallel)
       : p(args),
         parallel(parallel),
         panels(ceil_div(p.V, kCols)),
+        e_panels(ceil_div(p.E, kCols)),
+        slices(ceil_div(panels, kSlice)),
         gradient(p.row_gradient != nullptr),
         smoothing(p.label_smoothing != 0),
-        chunk(p.N < kChunkRows ? p.N : kChunkRows),
+        chunk(chunk_rows(p.N)),
         stride(round_up(chunk, L)),
-        depth(panels * kCols),
         w_forward(panels * panel_elements<Tile>(p.E)),
-        w_backward(gradient ? ceil_div(p.E, kCols) * panel_elements<Tile>(p.V) : 0),
-        h_columns(gradient ? Tile::a_elements(round_up(p.E, Tile::kRows), padded_depth<Tile>(chunk)) : 0),
-        exponents(!gradient ? 0
-                  : kPlain  ? panels * chunk * kCols
-                            : Tile::a_elements(chunk, depth)),
+        w_backward(gradient ? e_panels * panel_elements<Tile>(p.V) : 0),
+        exponents(gradient ? panels * panel_elements<Tile>(chunk) : 0),
+        dh(gradient ? slices * chunk * e_panels * kCols : 0),
         sums(panels * stride),
         totals(smoothing ? panels * stride : 0),
         reference(stride),
         z_target(stride),
         scale(stride),
-        shift(stride),
-        dw(gradient ? panels * p.E * kCols : 0),
+        target_scale(stride),
+        dweight(p, parallel, panels, chunk),
         bias(panels * kCols),
-        db(gradient ? panels * kCols : 0) {}
+        w_sum(smoothing ? p.E : 0) {}
 
   void run() {
     pack_weights();
     for (int64_t first = 0; first < p.N; first += chunk) {
-      const Chunk now{first, p.N - first < chunk ? p.N - first : chunk};
-      forward(now);
-      if (!gradient) continue;
-      pack_columns(now);
-      parallel(panels, [&](int64_t begin, int64_t end) {
-        [[maybe_unused]] typename Tile::Session session;
-        Scratch<Packed> scratch(kPlain ? 0 : panel_elements<Tile>(now.rows));
-        for (int64_t panel = begin; panel < end; ++panel) weight_gradient(now, panel, scratch);
+      Chunk now{first, p.N - first < chunk ? p.N - first : chunk, 0};
+      const int64_t blocks = even_blocks(now.rows, kItemRows, kUnit, slices, parallel.threads);
+      now.block = round_up(ceil_div(now.rows, blocks), kUnit);
+      find_reference(now, 1);
+      if (forward(now)) find_reference(now, panels), forward(now);
+      parallel(ceil_div(now.rows, L), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) finish_rows(now, i * L);
       });
-      hidden_gradient(now);
+      if (gradient) dweight.add(now.first, now.rows, exponents, scale, target_scale);
     }
-    if (gradient) store_weight_gradient();
+    if (gradient) dweight.store();
   }
 
  private:
   struct Chunk {
-    int64_t first, rows;
+    int64_t first, rows, block;  // rows of an item
   };
+  // Even chunks of items of whole units.
+  static int64_t chunk_rows(int64_t N) {
+    if (N <= kItemRows) return N;
+    return round_up(ceil_div(N, ceil_div(N, kChunkRows)), 4 * kUnit);
+  }
   int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
-  // Where the FMA tile has a row's piece of a panel.
-  Packed* run_of(int64_t panel, int64_t row, const Chunk& now) const {
-    return exponents + (panel * now.rows + row) * kCols;
+  bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
+  T upstream(int64_t row) const { return static_cast<const T*>(p.row_gradient)[row]; }
+  T target_share() const { return 1 - static_cast<T>(p.label_smoothing); }
+  Packed* exponents_of(int64_t panel, const Chunk& now) const {
+    return exponents + panel * panel_elements<Tile>(now.rows);
   }
 
   void pack_weights() {
@@ -93,9 +105,6 @@ class LinearCrossEntropyPass {
         T* b = bias + panel * kCols;
         std::memset(b, 0, kCols * sizeof(T));
         if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, width(panel), b);
-        if (!gradient) continue;
-        std::memset(dw + panel * p.E * kCols, 0, p.E * kCols * sizeof(T));
-        std::memset(db + panel * kCols, 0, kCols * sizeof(T));
       }
     });
     if (!gradient) return;
@@ -103,48 +112,43 @@ class LinearCrossEntropyPass {
                       [&](int64_t k, int64_t col, int64_t n, Element* out) {
                         load_elements<Tile>(p.weight.dtype, p.weight.row(k), col, n, out);
                       });
+    if (!smoothing) return;
+    parallel(ceil_div(p.E, kCols), [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin * kCols; e < end * kCols && e < p.E; e += L) {
+        V sum{}, part{};  // two levels: sums of a whole vocabulary keep their low bits
+        for (int64_t v = 0; v < p.V; ++v) {
+          part += load_as<T>(p.weight.dtype, p.weight.row(v), e, there(p.E - e));
+          if (v % 128 == 127) sum += part, part = V{};
+        }
+        store_n(w_sum + e, sum + part, there(p.E - e));
+      }
+    });
   }
+  static int there(int64_t n) { return static_cast<int>(n < L ? n : L); }
 
-  // The product h @ W^T over the first `n` panels; store(row, rows, panel, tile) takes its tiles.
-  template <class Store>
-  void multiply(const Chunk& now, int64_t n, Store&& store_tile) {
-    gemm<Tile>(
-        now.rows, p.E, n, w_forward.get(), parallel,
-        [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, now.first + r0, n_rows, k0, kc,
-                            [&](int64_t r, int64_t k, int64_t n, Element* out) {
-                              load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
-                            });
-        },
-        store_tile);
-  }
-
-  void forward(const Chunk& now) {
-    find_reference(now, 1);
-    std::atomic<bool> far{false};
-    const auto make = [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-      if (exponentials(now, r0, n_rows, panel, tile)) far.store(true, std::memory_order_relaxed);
-    };
-    multiply(now, panels, make);
-    if (far.load()) find_reference(now, panels), multiply(now, panels, make);
-    parallel(ceil_div(now.rows, L), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) finish_rows(now, i * L);
+  void pack_h(Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) const {
+    pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+      load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
     });
   }
 
   // reference[row] = the largest logit of the first n panels.
   void find_reference(const Chunk& now, int64_t n) {
-    multiply(now, n, [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-      const int there = static_cast<int>(width(panel));
-      for (int r = 0; r < n_rows; ++r) {
-        T max = -std::numeric_limits<T>::infinity();
-        for (int j = 0; j < there; ++j) {
-          const T z = tile[r * kCols + j] + bias[panel * kCols + j];
-          max = z > max ? z : max;
-        }
-        sums[panel * stride + r0 + r] = max;
-      }
-    });
+    gemm<Tile>(
+        now.rows, p.E, n, w_forward.get(), parallel,
+        [&](Packed* a, int64_t r0, int rows, int64_t k0, int64_t kc) {
+          pack_h(a, now.first + r0, rows, k0, kc);
+        },
+        [&](int64_t r0, int rows, int64_t panel, const T* tile) {
+          for (int r = 0; r < rows; ++r) {
+            T max = -std::numeric_limits<T>::infinity();
+            for (int j = 0; j < width(panel); ++j) {
+              const T z = tile[r * kCols + j] + bias[panel * kCols + j];
+              max = z > max ? z : max;
+            }
+            sums[panel * stride + r0 + r] = max;
+          }
+        });
     for (int64_t r = 0; r < now.rows; ++r) {
       T max = sums[r];
       for (int64_t panel = 1; panel < n; ++panel)
@@ -153,40 +157,93 @@ class LinearCrossEntropyPass {
     }
   }
 
-  // A tile's logits become exp(logit - reference), with the sum of each row's; true where one is too far off.
-  bool exponentials(const Chunk& now, int64_t r0, int n_rows, int64_t panel, const T* tile) const {
+  // e of the chunk, its sums, and each slice's part of dh, unscaled; true where a logit is too far off.
+  bool forward(const Chunk& now) {
+    std::atomic<bool> far{false};
+    const int64_t block = now.block, group_depth = kGroup * kCols;
+    const int64_t depth = padded_depth<Tile>(p.E), v_depth = padded_depth<Tile>(p.V);
+    parallel(ceil_div(now.rows, block) * slices, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] typename Tile::Session session;
+      Scratch<Packed> h(Tile::a_elements(block, depth)),
+          e(Tile::a_elements(gradient ? block : 0, group_depth));
+      Scratch<T> logits(block * kCols);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t r0 = item / slices * block, slice = item % slices;
+        const int rows = static_cast<int>(now.rows - r0 < block ? now.rows - r0 : block);
+        if (item == begin || slice == 0) pack_h(h, now.first + r0, rows, 0, p.E);
+        const int64_t last = (slice + 1) * kSlice < panels ? (slice + 1) * kSlice : panels;
+        for (int64_t panel = slice * kSlice; panel < last; ++panel) {
+          const Packed* w = w_forward + panel * panel_elements<Tile>(p.E);
+          panel_product<Tile>(depth, h.get(), rows, w, 1,
+                              panel + 1 < last ? w + panel_elements<Tile>(p.E) : w, logits.get(), false);
+          const int64_t in_group = panel % kGroup * kCols;
+          if (exponentials(now, r0, rows, panel, logits, e, in_group))
+            far.store(true, std::memory_order_relaxed);
+          if (!gradient || (panel % kGroup != kGroup - 1 && panel + 1 < last)) continue;
+          const int64_t v0 = panel / kGroup * group_depth;
+          const int64_t n = v_depth - v0 < group_depth ? v_depth - v0 : group_depth;
+          for (int64_t j = 0; j < e_panels; ++j) {
+            const Packed* b = w_backward + j * panel_elements<Tile>(p.V) + Tile::b_elements(v0);
+            Tile::block_product(n, e, group_depth, rows, b,
+                                j + 1 < e_panels ? b + panel_elements<Tile>(p.V) : b,
+                                dh_of(now, slice, r0, rows, j), v0 > slice * kSlice * kCols);
+          }
+        }
+      }
+    });
+    return far.load();
+  }
+  // A slice's part of an item's dh, one panel of features: [rows][kCols].
+  T* dh_of(const Chunk& now, int64_t slice, int64_t r0, int64_t rows, int64_t e_panel) const {
+    return dh + ((slice * now.rows + r0) * e_panels + e_panel * rows) * kCols;
+  }
+
+  // A tile's logits become e, with the sum of each row's; the target's element stays zero, as do ignored
+  // rows, whose gradient is none whatever their h is. True where a logit is too far off.
+  bool exponentials(const Chunk& now, int64_t r0, int rows, int64_t panel, const T* tile, Packed* as_a,
+                    int64_t column) const {
     constexpr int kRuns = kCols / L;
-    const int there = static_cast<int>(width(panel));
-    const int64_t first = panel * kCols;
+    alignas(64) Element b_rows[Tile::kDepth * kCols];
+    const int words = static_cast<int>(width(panel));
+    const int64_t word = panel * kCols;
     V b[kRuns], highest = broadcast(T(0));
-    for (int j = 0; j < kRuns; ++j) b[j] = load(bias + first + j * L);
-    for (int r = 0; r < n_rows; r += L) {
-      const int count = n_rows - r < L ? n_rows - r : L;
+    for (int j = 0; j < kRuns; ++j) b[j] = load(bias + word + j * L);
+    for (int r1 = 0; r1 < rows; r1 += L) {
+      const int count = rows - r1 < L ? rows - r1 : L;
       V row_sums[L] = {}, row_totals[L] = {};
       for (int i = 0; i < count; ++i) {
-        const int64_t row = r0 + r + i, target = p.target[now.first + row] - first;
-        const T* z = tile + (r + i) * kCols;
+        const int r = r1 + i;
+        const int64_t row = r0 + r, target = p.target[now.first + row] - word;
+        const T* z = tile + r * kCols;
         const V from = broadcast(reference[row]);
+        Element* line = b_rows + r % Tile::kDepth * kCols;
         for (int j = 0; j < kRuns; ++j) {
-          const V logit = load(z + j * L) + b[j], above = first_n(logit - from, there - j * L, V{});
-          const V e = first_n(exp_(above), there - j * L, V{});
+          const V logit = load(z + j * L) + b[j], above = first_n(logit - from, words - j * L, V{});
+          const V e = first_n(exp_(above), words - j * L, V{});
           highest = above > highest ? above : highest;
           row_sums[i] += e;
-          if (gradient) store_exponential(now, panel, row, j * L, e);
-          if (smoothing) row_totals[i] += first_n(logit, there - j * L, V{});
+          store_as<T>(Tile::kElement, line, j * L, e, L);
+          if (smoothing) row_totals[i] += first_n(logit, words - j * L, V{});
         }
-        if (target >= 0 && target < there) z_target[row] = z[target] + bias[first + target];
+        if (target >= 0 && target < words) z_target[row] = z[target] + bias[word + target], line[target] = 0;
+        if (!gradient) continue;
+        if (ignored(now.first + row)) no_elements<Tile>(kCols, line);
+        Tile::store_a(as_a, kGroup * kCols, r, column, line, kCols);
+        if (r + 1 < rows && (r + 1) % Tile::kDepth != 0) continue;
+        for (int rest = r % Tile::kDepth + 1; rest < Tile::kDepth; ++rest)
+          no_elements<Tile>(kCols, b_rows + rest * kCols);
+        Tile::store_b_rows(exponents_of(panel, now), row / Tile::kDepth * Tile::kDepth, b_rows);
       }
-      store_n(sums + panel * stride + r0 + r, sum_of_each(row_sums), count);
-      if (smoothing) store_n(totals + panel * stride + r0 + r, sum_of_each(row_totals), count);
+      store_n(sums + panel * stride + r0 + r1, sum_of_each(row_sums), count);
+      if (smoothing) store_n(totals + panel * stride + r0 + r1, sum_of_each(row_totals), count);
     }
     bool far = false;
     for (int l = 0; l < L; ++l) far |= highest[l] > kFar;
     return far;
   }
 
-  // loss = (1 - e)(lse - z_target) + e (lse - mean z), e = label_smoothing; scale and shift are what makes
-  // the gradient of the exponentials. L rows from r0 on, together.
+  // loss = (1 - a)(lse - z_target) + a (lse - mean z), and what the gradient of L rows from r0 on needs of
+  // it.
   void finish_rows(const Chunk& now, int64_t r0) const {
     const auto over_panels = [&](const T* parts) {
       V sum{}, part{};  // two levels again: an error here is one of the whole row
@@ -201,136 +258,58 @@ class LinearCrossEntropyPass {
     for (int64_t r = r0; r < r0 + L && r < now.rows; ++r) {
       const int64_t n = now.first + r;
       const T exp_sum = sum[r - r0], lse = reference[r] + std::log(exp_sum);
-      T loss = lse - (1 - smooth) * z_target[r];
+      T loss = lse - target_share() * z_target[r];
       if (smoothing) loss -= smooth * total[r - r0] / static_cast<T>(p.V);
       static_cast<T*>(p.loss)[n] = ignored(n) ? T(0) : loss;
       if (!gradient) continue;
-      const T upstream = static_cast<const T*>(p.row_gradient)[n];
-      scale[r] = upstream / exp_sum;
-      shift[r] = upstream * smooth / static_cast<T>(p.V);
-    }
-  }
-  bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
-
-  void store_exponential(const Chunk& now, int64_t panel, int64_t row, int column, V e) const {
-    if constexpr (kPlain) {
-      store(run_of(panel, row, now) + column, e);
-    } else {
-      Tile::store_a_vector(exponents, depth, row, panel * kCols + column, e, L);
+      if (ignored(n)) {
+        scale[r] = target_scale[r] = 0;
+        const T zeros[kCols] = {};
+        for (int64_t e = 0; e < p.E; e += kCols) store_hidden_gradient(n, e, zeros);
+      } else {
+        scale[r] = upstream(n) / exp_sum;
+        target_scale[r] = scale[r] * std::exp(z_target[r] - reference[r]) - upstream(n) * target_share();
+        hidden_gradient(now, r);
+      }
     }
   }
 
-  // h^T, as the operand of dW; zeros in ignored rows, whose gradient is none whatever h is.
-  void pack_columns(const Chunk& now) {
-    constexpr int64_t kBlock = 64;  // a multiple of every tile's kRowGroup
-    parallel(ceil_div(p.E, kBlock), [&](int64_t begin, int64_t end) {
-      for (int64_t e0 = begin * kBlock; e0 < end * kBlock && e0 < p.E; e0 += kBlock) {
-        const int n_e = static_cast<int>(p.E - e0 < kBlock ? p.E - e0 : kBlock);
-        pack_a_columns<Tile>(h_columns + Tile::a_elements(e0, padded_depth<Tile>(now.rows)), e0, n_e, 0,
-                             now.rows, [&](int64_t r, int64_t e, int64_t n, Element* out) {
-                               if (ignored(now.first + r)) return no_elements<Tile>(n, out);
-                               load_elements<Tile>(p.h.dtype, p.h.row(now.first + r), e, n, out);
-                             });
+  // dh of a row = scale * the slices' parts + target_scale * the target's word - g a / V * the sum of words
+  void hidden_gradient(const Chunk& now, int64_t r) const {
+    const int64_t n = now.first + r, in_block = r % now.block, r1 = r - in_block;
+    const int64_t rows = now.rows - r1 < now.block ? now.rows - r1 : now.block;
+    const T shift = upstream(n) * static_cast<T>(p.label_smoothing) / static_cast<T>(p.V);
+    for (int64_t panel = 0; panel < e_panels; ++panel) {
+      alignas(64) T out[kCols];
+      for (int64_t j = 0; j < kCols && panel * kCols + j < p.E; j += L) {
+        const int64_t e = panel * kCols + j;
+        V sum{};
+        for (int64_t slice = 0; slice < slices; ++slice)
+          sum += load(dh_of(now, slice, r1, rows, panel) + in_block * kCols + j);
+        sum *= scale[r];
+        sum += target_scale[r] * load_as<T>(p.weight.dtype, p.weight.row(p.target[n]), e, there(p.E - e));
+        if (smoothing) sum -= shift * load_n(w_sum + e, there(p.E - e));
+        store(out + j, sum);
       }
-    });
-  }
-
-  // A panel's exponentials become upstream * (softmax - (1 - e) onehot - e / V), zeros in ignored rows, and
-  // with them dW^T += h^T @ dlogits. Transposed, because then the wide operand is the packed one.
-  void weight_gradient(const Chunk& now, int64_t panel, Packed* scratch) const {
-    constexpr int kRuns = kCols / L;
-    alignas(64) T gradients[Tile::kDepth * kCols];
-    alignas(64) Element elements[Tile::kDepth * kCols];
-    const int there = static_cast<int>(width(panel));
-    const int64_t first = panel * kCols;
-    const T target_share = 1 - static_cast<T>(p.label_smoothing);
-    Packed* packed = kPlain ? run_of(panel, 0, now) : scratch;
-    V column_sums[kRuns] = {};  // of up to 128 rows: added up in two levels, db keeps its low bits
-    const auto keep_sums = [&] {
-      for (int j = 0; j < kCols; j += L) store(db + first + j, load(db + first + j) + column_sums[j / L]);
-      std::memset(column_sums, 0, sizeof column_sums);
-    };
-    for (int64_t r0 = 0; r0 < now.rows; r0 += Tile::kDepth) {
-      if (r0 % 128 == 0) keep_sums();
-      const int count = static_cast<int>(now.rows - r0 < Tile::kDepth ? now.rows - r0 : Tile::kDepth);
-      for (int i = 0; i < count; ++i) {
-        const int64_t r = r0 + i, target = p.target[now.first + r];
-        T* out = gradients + i * kCols;
-        if (target == p.ignore_index) {
-          std::memset(out, 0, kCols * sizeof(T));
-          continue;
-        }
-        const Element* e = elements;
-        if constexpr (kPlain) {
-          e = run_of(panel, r, now);
-        } else {
-          Tile::load_a(exponents, depth, r, first, kCols, elements);
-        }
-        for (int j = 0; j < kCols; j += L)
-          store(out + j, load_as<T>(Tile::kElement, e, j, L) * scale[r] - shift[r]);
-        for (int j = there; j < kCols; ++j) out[j] = 0;
-        if (target >= first && target < first + kCols)
-          out[target - first] -= static_cast<const T*>(p.row_gradient)[now.first + r] * target_share;
-        for (int j = 0; j < kRuns; ++j) column_sums[j] += load(out + j * L);
-      }
-      std::memset(gradients + count * kCols, 0, (Tile::kDepth - count) * kCols * sizeof(T));
-      store_row(Tile::kElement, elements, 0, Tile::kDepth * kCols, gradients);
-      if constexpr (!kPlain) {
-        for (int i = 0; i < count; ++i)
-          Tile::store_a(exponents, depth, r0 + i, first, elements + i * kCols, kCols);
-      }
-      Tile::store_b_rows(packed, r0, elements);
-    }
-    keep_sums();
-    panel_product<Tile>(padded_depth<Tile>(now.rows), h_columns, static_cast<int>(p.E), packed, 1, packed,
-                        dw + panel * p.E * kCols, true);
-  }
-
-  // dh = dlogits @ W
-  void hidden_gradient(const Chunk& now) {
-    const auto store_rows = [&](int64_t r0, int n_rows, int64_t panel, const T* tile) {
-      const int64_t col = panel * kCols, n = p.E - col < kCols ? p.E - col : kCols;
-      for (int r = 0; r < n_rows; ++r)
-        store_row(p.h.dtype, p.dh, (now.first + r0 + r) * p.E + col, n, tile + r * kCols);
-    };
-    const int64_t e_panels = ceil_div(p.E, kCols);
-    if constexpr (!kPlain) {
-      gemm<Tile>(now.rows, p.V, e_panels, w_backward.get(), parallel, PackedRows<Tile>{exponents, depth},
-                 store_rows);
-    } else {
-      gemm<Tile>(
-          now.rows, p.V, e_panels, w_backward.get(), parallel,
-          [&](Packed* a, int64_t r0, int n_rows, int64_t k0, int64_t kc) {
-            pack_a_rows<Tile>(a, r0, n_rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-              load_from_panels<Tile>(exponents, now.rows, r, k, n, out);
-            });
-          },
-          store_rows);
+      store_hidden_gradient(n, panel * kCols, out);
     }
   }
-
-  void store_weight_gradient() {
-    parallel(panels, [&](int64_t begin, int64_t end) {
-      Scratch<T> lines(kCols * p.E);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        transpose(dw + panel * p.E * kCols, kCols, p.E, width(panel), lines.get(), p.E);
-        store_row(p.weight.dtype, p.dweight, panel * kCols * p.E, width(panel) * p.E, lines.get());
-        if (p.dbias != nullptr)
-          store_row(p.weight.dtype, p.dbias, panel * kCols, width(panel), db + panel * kCols);
-      }
-    });
+  void store_hidden_gradient(int64_t n, int64_t e, const T* values) const {
+    store_row(p.h.dtype, p.dh, n * p.E + e, p.E - e < kCols ? p.E - e : kCols, values);
   }
 
   const LinearCrossEntropy& p;
   const Parallel& parallel;
-  const int64_t panels;
+  const int64_t panels, e_panels, slices;
   const bool gradient, smoothing;
-  const int64_t chunk, stride, depth;     // rows, and in whole vectors; columns in whole panels
-  Scratch<Packed> w_forward, w_backward;  // (V, E) packed for h @ W^T and for dlogits @ W
-  Scratch<Packed> h_columns, exponents;   // of a chunk: h^T packed, and what becomes the logits' gradient
-  Scratch<T> sums, totals;                // [panel][row] of a chunk: of exponentials, of logits
-  Scratch<T> reference, z_target, scale, shift;  // of a chunk's rows; the last two make the gradient
-  Scratch<T> dw, bias, db;                       // dw: [panel][E][kCols], summed over chunks
+  const int64_t chunk, stride;                          // rows, and in whole vectors
+  Scratch<Packed> w_forward, w_backward;                // (V, E) packed for h @ W^T and for e @ W
+  Scratch<Packed> exponents;                            // e of a chunk, as B of dW^T
+  Scratch<T> dh;                                        // of a chunk: [slice][item][panel of E][row][kCols]
+  Scratch<T> sums, totals;                              // [panel][row] of a chunk: of e, of logits
+  Scratch<T> reference, z_target, scale, target_scale;  // of a chunk's rows
+  WordGradient<Tile> dweight;
+  Scratch<T> bias, w_sum;  // w_sum: of all words
 };
 
 template <class Tile>
