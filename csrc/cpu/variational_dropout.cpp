@@ -9,6 +9,7 @@ Tensor apply(const char* op, const char* name, const Tensor& x, const Tensor& se
              bool batch_first) {
   const VariationalDropoutInputs in(op, name, x, seed, p, batch_first);
   if (in.F == 0) return in.result;
+  use_huge_pages({in.result});
   kernels().variational_dropout({in.T, in.B, in.F, sequence_of(op, name, in.x, batch_first),
                                  sequence_of(op, name, in.y, batch_first), seed_of(seed), p},
                                 torch_pool());

@@ -23,12 +23,12 @@ class LinearCrossEntropyPass {
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
-  static constexpr bool kPlain = Tile::kPlain;  // B is rows of elements
   static constexpr int64_t kChunkRows = 512;
-  // Rows and panels of an item of the forward: its e (128 x 512, 256 KB in fp32) and dh (128 x 448, 224 KB)
-  // share L2 with the panels that pass.
-  static constexpr int64_t kUnit = Tile::kRows > Tile::kDepth ? Tile::kRows : Tile::kDepth;
-  static constexpr int64_t kItemRows = (128 + kUnit - 1) / kUnit * kUnit, kGroup = 8;
+  // Rows and panels of an item of the forward: its e, 256 KB, and dh, 256 x 448 floats, stay in L2 beside the
+  // panels that pass.
+  static constexpr int64_t kUnit = Tile::kRows > Tile::kDepth ? Tile::kRows : Tile::kDepth, kGroup = 8;
+  static constexpr int64_t kItemRows =
+      (512 / static_cast<int64_t>(sizeof(Element)) + kUnit - 1) / kUnit * kUnit;
   // A row's dh is summed in slices of the vocabulary, each one item, whatever the number of threads.
   static constexpr int64_t kSlice = 16 * kGroup;
   // A logit so far above its row's reference makes the chunk begin again with exact maxima: e, summed over a

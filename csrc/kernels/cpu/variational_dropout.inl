@@ -6,33 +6,31 @@ ULMFIT_BEGIN
 
 template <class T>
 inline void variational_dropout_as(const VariationalDropout& a, const Parallel& parallel) {
-  // A work item is a block of features of one sequence over a block of time: the mask is generated once for
-  // 256 rows, and a long document of batch 1 still has work for every thread.
-  constexpr int64_t kFeatures = 1024, kTime = 256;
   constexpr int L = lanes_of<T>;
   const Dropout drop(a.seed, a.p);
-  const int64_t feature_blocks = (a.F + kFeatures - 1) / kFeatures, time_blocks = (a.T + kTime - 1) / kTime;
-
-  parallel(a.B * feature_blocks * time_blocks, [&](int64_t begin, int64_t end) {
-    alignas(64) T mask[kFeatures];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t f0 = item % feature_blocks * kFeatures, b = item / feature_blocks / time_blocks;
-      const int64_t t0 = item / feature_blocks % time_blocks * kTime;
-      const int64_t t1 = t0 + kTime < a.T ? t0 + kTime : a.T;
-      const int64_t n = a.F - f0 < kFeatures ? a.F - f0 : kFeatures;
-      for (int64_t j = 0; j < n; ++j) mask[j] = T(1);
-      apply_mask(drop, b * a.F + f0, n, mask);
-      for (int64_t t = t0; t < t1; ++t) {
-        const void* in = a.in.row(t, b);
-        void* out = a.out.row(t, b);
-        int64_t j = 0;
-        for (; j + L <= n; j += L) {
-          store_as<T>(a.out.dtype, out, f0 + j, load_as<T>(a.in.dtype, in, f0 + j, L) * load(mask + j), L);
-        }
-        if (const int rest = static_cast<int>(n - j)) {
-          const Vec<T> value = load_as<T>(a.in.dtype, in, f0 + j, rest) * load_n(mask + j, rest);
-          store_as<T>(a.out.dtype, out, f0 + j, value, rest);
-        }
+  // The mask is generated once, in pieces that begin a group of the generator, and read T times.
+  constexpr int64_t kPiece = 64 * kMaskGroup;
+  const int64_t size = a.B * a.F;
+  Scratch<T> mask(size);
+  parallel((size + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * kPiece < size ? end * kPiece : size;
+    for (int64_t j = begin * kPiece; j < last; ++j) mask[j] = T(1);
+    apply_mask(drop, begin * kPiece, last - begin * kPiece, mask + begin * kPiece);
+  });
+  // Rows in the order in which `out` lies in memory, so that it is written from one end to the other.
+  const bool time_first = a.out.stride_t >= a.out.stride_b;
+  parallel(a.T * a.B, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t t = time_first ? row / a.B : row % a.T, b = time_first ? row % a.B : row / a.T;
+      const void* in = a.in.row(t, b);
+      void* out = a.out.row(t, b);
+      const T* factor = mask + b * a.F;
+      int64_t j = 0;
+      for (; j + L <= a.F; j += L)
+        store_as<T>(a.out.dtype, out, j, load_as<T>(a.in.dtype, in, j, L) * load(factor + j), L);
+      if (const int rest = static_cast<int>(a.F - j)) {
+        const Vec<T> value = load_as<T>(a.in.dtype, in, j, rest) * load_n(factor + j, rest);
+        store_as<T>(a.out.dtype, out, j, value, rest);
       }
     }
   });
