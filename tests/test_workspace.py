@@ -9,7 +9,7 @@ from checks import lstm_case
 
 import ulmfit_fast as uf
 
-KEPT_AT_MOST = 256 << 20
+KEPT_AT_MOST = 384 << 20
 pytestmark = pytest.mark.cpu_only("the CPU kernels' memory")
 
 

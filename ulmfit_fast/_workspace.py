@@ -8,7 +8,8 @@ from . import ops  # noqa: F401  (registers the op)
 def release_workspace() -> int:
     """Give the scratch memory that the CPU kernels keep for their next call back to the system.
 
-    No more than 256 MB is kept in a process, and no tensor lies in it.
+    No more than 384 MB is kept in a process. What an LSTM saves for its backward lies in such memory as well,
+    but not in what is given back: it comes back when the graph is freed.
 
     Returns:
         bytes given back.

@@ -28,7 +28,7 @@ struct Shelf {
   int64_t bytes;
 };
 constexpr int64_t kLarge = 8 << 20;
-Shelf shelves[] = {{64 << 20, {}, 0}, {448 << 20, {}, 0}};
+Shelf shelves[] = {{64 << 20, {}, 0}, {320 << 20, {}, 0}};
 Shelf& shelf_of(int64_t bytes) { return shelves[bytes >= kLarge]; }
 // Only ever tried: where another thread holds it, or held it when the process forked, malloc serves.
 std::mutex mutex;
