@@ -68,6 +68,19 @@ def test_records_say_where_and_what(results):
                 assert min(samples) <= side["total_ms"]["median"] <= max(samples)
 
 
+def test_profile_counts_what_our_ops_must_do(tmp_path):
+    done = run("profile_ops", *TINY, "--vocab", "50", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(next(tmp_path.iterdir()).read_text())
+    assert set(record["sides"]) == {"ours fp32", "ours high", "ours bf16", "torch fp32", "torch bf16"}
+    for name, side in record["sides"].items():
+        ops = {row["op"]: row for row in side["top"]}
+        assert sum(row["share"] for row in side["top"]) <= 1.001
+        if name.startswith("ours"):
+            assert ops["ulmfit_fast::lstm"]["flops"] * 2 == ops["ulmfit_fast::lstm_backward"]["flops"] > 0
+            assert ops["ulmfit_fast::lstm"]["calls"] == 3  # layers
+
+
 def test_errors_and_memory_are_recorded(results):
     for name in ("lstm", "linear_cross_entropy", "train_step-lm"):
         record = json.loads(next(results.glob(f"speed-{name}-*.json")).read_text())
