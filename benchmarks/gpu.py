@@ -1,8 +1,12 @@
 """What a GPU says about itself for a record: name, versions, its measured rates, the memory of a call."""
 
 import gc
+import json
 import re
 import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -53,6 +57,27 @@ def _driver():
         return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
+
+
+def trace(call):
+    """The events of a call, on the host and on the GPU, as torch.profiler writes them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def longest_kernels(events, count=4):
+    """Names of the kernels that took longest in a trace: they tell which algorithm a library chose."""
+    us = defaultdict(float)
+    for event in events:
+        if event.get("cat") == "kernel" and event.get("ph") == "X":
+            us[event["name"]] += event["dur"]
+    return [name[:200] for name in sorted(us, key=us.get, reverse=True)[:count]]
 
 
 def measure_roof(quick, settings, shapes):

@@ -1,8 +1,9 @@
 """Each LSTM layer with DropConnect, forward and backward, against torch's own: python -m benchmarks.lstm
 
-Both sides drop the recurrent weight inside the timed region. On a GPU torch's, cuDNN's where `cudnn` in the
-record says so, is also measured with nothing to drop and its weights in one piece: what its kernels take
-without the copies that a dropped weight costs there; and ours with the persistent recurrence as well.
+Both sides drop the recurrent weight inside the timed region. On a GPU torch's is also measured with nothing
+to drop and its weights in one piece: what its kernels take without the copies that a dropped weight costs
+there; and ours with the persistent recurrence as well. `kernels` in such a record names the kernels of a call
+that took longest, which tell cuDNN's algorithms apart.
 
 torch's bf16 LSTM has two paths. The default (oneDNN) returns wrong gradients on CPUs with AMX where H is
 1024 to 1152, so each side's gradient error against float64 is printed beside its time. The other one, without
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 import ulmfit_fast as uf
 
-from . import arguments, clocks, floors, harness
+from . import arguments, clocks, floors, gpu, harness
 from .floors import layer_flops, layer_sizes
 from .harness import DTYPES, Side
 
@@ -118,7 +119,8 @@ def measure(inputs, hidden, batch, args, roof, clock):
         if side.name in seconds:
             figures = harness.figures(side, seconds[side.name], gradient_error=error)
             if args.device != "cpu":
-                figures["cudnn"] = torch.cudnn_is_acceptable(layer.x)
+                call = partial(side.run, lambda: None)
+                figures["kernels"] = side.attempt(lambda c=call: gpu.longest_kernels(gpu.trace(c)))
             figures = add_counted(figures, roof, flops, layer.traffic(), args)
             case["sides"][side.name] = figures
     return case | harness.failures(sides), seconds, sides

@@ -5,13 +5,8 @@ and fills of a step, the kernels that take longest, and how much of the time fro
 them the GPU was busy.
 """
 
-import json
-import tempfile
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from . import arguments, gpu, harness, steps
 from .harness import Side
@@ -26,16 +21,7 @@ def profile(step, precision):
     """The trace events, as torch.profiler writes them, of STEPS steps."""
     for _ in range(WARM_UPS):
         step.run(precision, lambda: None)
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            step.run(precision, lambda: None)
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return gpu.trace(lambda: [step.run(precision, lambda: None) for _ in range(STEPS)])
 
 
 def summarise(events, steps):

@@ -249,6 +249,7 @@ def test_profile_counts_kernels_of_a_step():
     assert (found["kernels"], found["copies"], found["fills"], found["us"]) == (1, 0.5, 0, 5)
     assert found["busy_share"] == 0.8
     assert found["top"][0] == {"name": "a", "calls": 1, "us": 4, "us_each": 4, "share": 0.8}
+    assert gpu.longest_kernels([*events, event("kernel", "b", 9, 9)]) == ["b", "a"]
 
 
 def test_small_calls_of_the_sanitizer(monkeypatch):

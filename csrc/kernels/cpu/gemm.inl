@@ -32,7 +32,7 @@ struct FmaTile {
   static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
   static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
   // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
-  static constexpr int kRowsToHide = 4 * kRows;
+  static constexpr int kRowsToHide = 8 * kRows;
 
   struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
 
