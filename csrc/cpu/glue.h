@@ -43,10 +43,11 @@ inline Tensor lent(const Tensor& like, Sizes sizes, ScalarType dtype) {
   if (torch_from_blob != nullptr && numel > 0) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
-    void* memory = workspace_take(numel * size_of(dtype_of("lstm", "x", dtype)));
+    const auto type = to<int32_t>(from(dtype));
+    void* memory = workspace_take(numel * static_cast<int64_t>(aoti_torch_dtype_element_size(type)));
     AtenTensorHandle handle = nullptr;
     const auto error = torch_from_blob(
-        memory, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, 0, to<int32_t>(from(dtype)),
+        memory, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, 0, type,
         aoti_torch_device_type_cpu(), like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr,
         0, [](void* data, void*) { workspace_give(data); }, nullptr);
     if (error != AOTI_TORCH_SUCCESS) workspace_give(memory);

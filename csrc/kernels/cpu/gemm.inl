@@ -69,8 +69,9 @@ struct FmaTile {
   // c[rows][kCols] (+)= A block (packed with depth lda) * B block, both of depth kc. Meanwhile `next`, the B
   // block whose turn is next, comes into L2: in the recurrence a block is used for one batch only, and
   // waiting for L3 would cost a fifth of the time.
+  // Of a panel of which only the first `columns` are wanted, a tile may leave out the rest.
   static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
-                            bool accumulate) {
+                            bool accumulate, int /*columns*/ = kCols) {
     constexpr int kAheadCalls = 4;  // calls that fetch it, a line for each k
     for (int r = 0, call = 0; r < rows; r += kRows, ++call, a += kRows * lda, c += kRows * kCols) {
       const T* from = call < kAheadCalls ? next + call * kc * kCols / kAheadCalls : b;  // b: here already

@@ -2,6 +2,9 @@
 #pragma once
 #include "gemm_bf16.inl"
 
+#ifdef ULMFIT_AMX_ON_CPU
+#include "amx_on_cpu.h"  // of the tests
+#else
 ULMFIT_BEGIN
 
 // GCC's tile intrinsics declare too little of the memory they touch (tile configuration: 8 of 64 bytes;
@@ -22,6 +25,15 @@ template <int C, int A, int B>
 ULMFIT_HD void tile_dot() {  // C += A * B
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+inline void tile_configure(const uint8_t* config) {
+  asm volatile("ldtilecfg %0" ::"m"(*reinterpret_cast<const uint8_t (*)[64]>(config)) : "memory");
+}
+inline void tile_release() { asm volatile("tilerelease" ::: "memory"); }
+
+ULMFIT_END
+#endif
+
+ULMFIT_BEGIN
 
 struct AmxTile : Bf16Packing {
   static constexpr int kRows = 32;  // two tile registers' rows
@@ -38,19 +50,19 @@ struct AmxTile : Bf16Packing {
         config[16 + 2 * r] = 64;  // bytes a row
         config[48 + r] = 16;      // rows
       }
-      asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+      tile_configure(config);
     }
-    ~Session() { asm volatile("tilerelease" ::: "memory"); }
+    ~Session() { tile_release(); }
   };
 
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
-                            const uint16_t* next, float* c, bool accumulate) {
+                            const uint16_t* next, float* c, bool accumulate, int columns = kCols) {
     // Two tiles by two: 32 rows and half a panel. All rows meet a half before the other one's turn, because
     // that half then comes from L1 at least in part: with both operands from L2, loading takes longer than
     // multiplying.
     const int whole = rows / kRows, tail = rows % kRows;
     Ahead ahead{reinterpret_cast<const char*>(next), (2 * whole + (tail > 0 ? 2 : 0))};
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; 32 * half < columns; ++half)
       for (int r = 0; r < whole * kRows; r += kRows) {
         float* out = c + r * kCols + 32 * half;
         if (r + kRows < whole * kRows) expect(out + kRows * kCols);
@@ -63,7 +75,7 @@ struct AmxTile : Bf16Packing {
     // The caller's tile has room for `tail` rows alone; the last, partial one goes through a buffer.
     alignas(64) float edge[16 * kCols];
     if (accumulate) std::memcpy(edge, c + 16 * kCols, (tail - 16) * kCols * sizeof(float));
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; 32 * half < columns; ++half)
       micro_2x2(kc, a, lda, b + 2 * half * kTile, c + 32 * half, edge + 32 * half, accumulate, ahead);
     std::memcpy(c + 16 * kCols, edge, (tail - 16) * kCols * sizeof(float));
   }

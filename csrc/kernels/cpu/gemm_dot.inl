@@ -13,7 +13,7 @@ struct DotTile : Bf16Packing {
   struct Session {};
 
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
-                            const uint16_t* next, float* c, bool accumulate) {
+                            const uint16_t* next, float* c, bool accumulate, int columns = kCols) {
     // The first four calls fetch the next B block into L2, a line for each pair of depths.
     const uint16_t* ahead = next;
     const auto call = [&](auto m, auto vecs, const uint16_t* a_rows, const uint16_t* b_part, float* out) {
@@ -21,7 +21,7 @@ struct DotTile : Bf16Packing {
       if (ahead < next + 3 * kc * 16) ahead += kc * 16;
     };
     if (rows <= 4) return with_rows<4>(rows, [&](auto m) { call(m, Int<4>(), a, b, c); });
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; 32 * half < columns; ++half)
       for (int r = 0; r < rows; r += 8)
         with_rows<8>(rows - r, [&](auto m) {
           call(m, Int<2>(), a + r / 16 * 16 * lda + r % 16 * 32, b + 2 * half * kTile,

@@ -73,12 +73,12 @@ struct SplitTile : AmxTile {
   }
 
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
-                            const uint16_t* next, float* c, bool accumulate) {
+                            const uint16_t* next, float* c, bool accumulate, int columns = kCols) {
     // The next B block, 8 KB for every 32 of depth, comes into L2 in even shares meanwhile.
     const char* ahead = reinterpret_cast<const char*>(next);
     const int lines = static_cast<int>(128 / (2 * ceil_div(rows, kRows)));
     alignas(64) float edge[kRows * kCols];
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; 32 * half < columns; ++half)
       for (int r = 0; r < rows; r += kRows) {
         const int m = rows - r < kRows ? rows - r : kRows;
         float *c0 = c + r * kCols, *out = m < kRows ? edge : c0;  // the caller has room for m rows alone

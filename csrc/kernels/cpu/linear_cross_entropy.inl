@@ -186,7 +186,8 @@ class LinearCrossEntropyPass {
             const Packed* b = w_backward + j * panel_elements<Tile>(p.V) + Tile::b_elements(v0);
             Tile::block_product(n, e, group_depth, rows, b,
                                 j + 1 < e_panels ? b + panel_elements<Tile>(p.V) : b,
-                                dh_of(now, slice, r0, rows, j), v0 > slice * kSlice * kCols);
+                                dh_of(now, slice, r0, rows, j), v0 > slice * kSlice * kCols,
+                                static_cast<int>(p.E - j * kCols < kCols ? p.E - j * kCols : kCols));
           }
         }
       }

@@ -19,6 +19,12 @@ struct Header {  // before each block, in a cache line of its own
   int64_t bytes;
 };
 constexpr int64_t kHeader = 64;
+// What a block for so many bytes is allocated in, and how much of it there is to use.
+int64_t unit_of(int64_t bytes) { return bytes >= kHuge ? kHuge : kHeader; }
+int64_t usable(int64_t bytes) {
+  const int64_t unit = unit_of(bytes);
+  return (bytes + kHeader + unit - 1) / unit * unit - kHeader;
+}
 
 // Blocks that wait for their next use. Small ones are taken many times in a call, large ones once: a shelf
 // for each, or the large ones would push out the small ones, which cost more.
@@ -83,14 +89,13 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t b
 }
 
 void* workspace_take(int64_t bytes) {
-  Header* block = bytes >= kKeepFrom ? take_kept(bytes) : nullptr;
+  const int64_t size = usable(bytes);
+  Header* block = size >= kKeepFrom ? take_kept(size) : nullptr;
   if (block == nullptr) {
-    const int64_t unit = bytes >= kHuge ? kHuge : kHeader;
-    const int64_t size = (bytes + kHeader + unit - 1) / unit * unit;
-    void* memory = std::aligned_alloc(unit, size);
+    void* memory = std::aligned_alloc(unit_of(bytes), kHeader + size);
     if (memory == nullptr) throw std::bad_alloc();
-    if (unit == kHuge) prefer_huge_pages(memory, size);
-    block = new (memory) Header{size - kHeader};
+    if (unit_of(bytes) == kHuge) prefer_huge_pages(memory, kHeader + size);
+    block = new (memory) Header{size};
   }
   return reinterpret_cast<char*>(block) + kHeader;
 }
