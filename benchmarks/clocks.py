@@ -28,12 +28,17 @@ class Plan:
 
 
 class WallClock:
+    """Time on the wall. The first of a side's two calls in a row does not count: it finds the memory and the
+    caches as another side left them, where in training it would find its own.
+    """
+
     mark = staticmethod(time.perf_counter)
 
     def warm_up(self, run):
-        run(self.mark)
+        """Nothing: each sample warms up."""
 
     def sample(self, run, plan=None):
+        run(self.mark)
         return _intervals(run(self.mark), lambda begin, end: end - begin)
 
     def describe(self):

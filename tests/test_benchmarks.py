@@ -132,15 +132,15 @@ def test_option_that_is_no_size_is_refused():
     assert "argument --batch: must be an integer of at least 1, got '0'" in done.stderr
 
 
-def test_sides_take_turns_after_a_warm_up():
+def test_sides_take_turns_of_two_calls_the_second_counting():
     calls = []
 
     def side(library, onednn=True):
         return Side(library, "fp32", lambda mark: (0, calls.append(library) or len(calls)), onednn)
 
     samples = harness.interleave([side("a"), side("b"), side("slow", onednn=False)], repeats=2)
-    assert calls == ["slow", "b", "a", "a", "b", "slow", "b", "a"]
-    assert samples == {"a fp32": [4, 8], "b fp32": [5, 7], "slow fp32 without oneDNN": [6]}
+    assert calls == [*"aabb", "slow", "slow", *"bbaa"]
+    assert samples == {"a fp32": [2, 10], "b fp32": [4, 8], "slow fp32 without oneDNN": [6]}
 
 
 def test_settings_of_a_side_end_with_it():
