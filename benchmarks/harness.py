@@ -116,8 +116,8 @@ def interleave(sides, repeats, slow_repeats=1, clock=None):
 
     A machine whose speed drifts is then as unkind to one side as to the others. Each round goes the other way
     round than the one before it, so that no side always finds the caches that the same other one has left.
-    The first round is for the clock to warm up. Sides without oneDNN stop after slow_repeats counted rounds; sides that
-    fail on a GPU are left out.
+    The first round is for the clock to warm up. Sides without oneDNN stop after slow_repeats counted rounds;
+    sides that fail on a GPU are left out.
     """
     clock = clock or clocks.WallClock()
     samples = {side.name: [] for side in sides}
