@@ -40,6 +40,17 @@ def test_what_is_left_in_it_does_not_matter():
         assert torch.equal(a, b)
 
 
+def test_what_is_saved_for_backward_is_kept_until_its_graph_is_freed():
+    expected = step(hidden=600)
+    (x, h0, c0, *weights), _, _ = lstm_case(torch.float32, 6, 64, 20, 600)
+    leaves = [w.requires_grad_() for w in weights]
+    y, _, _ = uf.lstm(x, h0, c0, *leaves, weight_p=0.5, seed=1)
+    uf.release_workspace()
+    step(hidden=600)  # takes, writes and gives back blocks of the same sizes
+    for a, b in zip(expected[1:], torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_threads_at_once():
     expected, failures = step(), []
 
