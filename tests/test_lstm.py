@@ -261,3 +261,15 @@ def test_dropconnect_of_a_slice_of_a_wider_weight():
     sliced[4] = torch.cat([inputs[4], inputs[4]], 1)[:, :33]
     assert sliced[4].stride() == (66, 1)
     assert_same(op(*sliced), op(*inputs))
+
+
+@pytest.mark.cpu_only("what the CPU's vectors and their edges make of it")
+@pytest.mark.parametrize("hidden", [33, 64])  # 64: whole groups of the mask
+def test_a_dropped_nan_is_no_zero(hidden):
+    """w_hh * mask is NaN there, so a model that has gone wrong shows it."""
+    (x, h0, c0, w_ih, w_hh, *biases), _, _ = lstm_case(torch.float32, 2, 3, 5, hidden)
+    dropped = uf.dropout_mask(1, w_hh.shape, 0.5)[0] == 0
+    w_hh = w_hh.clone()
+    w_hh[0, dropped] = float("nan")
+    y, _, _ = uf.lstm(x, h0, c0, w_ih, w_hh, *biases, weight_p=0.5, seed=1)
+    assert y[0, :, 0].isnan().all()

@@ -31,8 +31,8 @@ inline void apply_mask_group(const Dropout& drop, uint64_t first, int n, T* valu
   if (n == kMaskGroup) {
     if constexpr (std::is_same_v<T, float>) {
       for (int i = 0; i < kMaskVectors; ++i) {
-        float* at = values + i * kLanes;
-        store(at, words[i] >= drop.threshold ? load(at) * scale : VF{});
+        const VF kept = words[i] >= drop.threshold ? broadcast(scale) : VF{};
+        store(values + i * kLanes, load(values + i * kLanes) * kept);
       }
       return;
     }

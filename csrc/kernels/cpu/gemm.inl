@@ -203,7 +203,6 @@ inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_
                         Load&& load_row_) {
   if constexpr (Tile::kPlain) {  // no padding either
     for (int r = 0; r < rows; ++r) load_row_(row0 + r, k0, kc, a + r * kc);
-    return;
   } else {
     constexpr int64_t kChunk = 256;
     alignas(64) typename Tile::Element tmp[kChunk];
