@@ -200,7 +200,8 @@ py::tuple linear_cross_entropy(const std::string& isa, const py::array& h, const
   c.row_gradient = ones.data();
   c.loss = loss.mutable_data();
   c.dh = dh.mutable_data();
-  c.dweight = dweight.mutable_data();
+  c.results = dweight.mutable_data();
+  c.new_dweight = [](void* memory) { return memory; };
   c.dbias = dbias.mutable_data();
   {
     py::gil_scoped_release release;

@@ -53,10 +53,10 @@ struct LinearCrossEntropyInputs {
 struct LinearCrossEntropyResults {
   Tensor loss, dh, dweight, dbias;
 
-  LinearCrossEntropyResults(const LinearCrossEntropyInputs& in, bool grad)
+  LinearCrossEntropyResults(const LinearCrossEntropyInputs& in, bool grad, bool dweight_later = false)
       : loss(empty_like(in.h, {in.N}, compute_type(in.h))),
         dh(grad ? empty_like(in.h, {in.N, in.E}) : empty_like(in.h, {0})),
-        dweight(grad ? empty_like(in.weight, {in.V, in.E}) : empty_like(in.weight, {0})),
+        dweight(grad && !dweight_later ? empty_like(in.weight, {in.V, in.E}) : empty_like(in.weight, {0})),
         dbias(empty_like(in.weight, {grad && in.bias.has_value() ? in.V : 0})) {}
 };
 

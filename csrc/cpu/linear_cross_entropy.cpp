@@ -7,8 +7,8 @@ namespace {
 // row_gradient (N), or nullptr: no gradient wanted.
 LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, const Tensor* row_gradient) {
   check_range(in.op, "target", ids_of(in.target), in.N, 0, in.V, in.ignore_index);
-  const LinearCrossEntropyResults out(in, row_gradient != nullptr);
-  use_huge_pages({out.dh, out.dweight});
+  LinearCrossEntropyResults out(in, row_gradient != nullptr, true);
+  use_huge_pages({out.dh});
   LinearCrossEntropy a;
   a.N = in.N;
   a.E = in.E;
@@ -24,8 +24,14 @@ LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, con
   a.row_gradient = row_gradient == nullptr ? nullptr : in.N > 0 ? data_of(*row_gradient) : &in;
   a.loss = data_of(out.loss);
   a.dh = data_of(out.dh);
-  a.dweight = data_of(out.dweight);
   a.dbias = out.dbias.numel() > 0 ? data_of(out.dbias) : nullptr;
+  std::pair results(&in, &out);
+  a.results = &results;
+  a.new_dweight = [](void* memory) {
+    const auto& [in, out] = *static_cast<decltype(results)*>(memory);
+    out->dweight = lent(in->weight, {in->V, in->E}, in->weight.scalar_type());
+    return data_of(out->dweight);
+  };
   kernels().linear_cross_entropy(a, torch_pool());
   return out;
 }

@@ -144,9 +144,10 @@ class _ScaleGradients(torch.autograd.Function):
     ) -> tuple:
         # Out of place: the saved gradients must survive a second backward pass over a retained graph.  In
         # dloss's dtype: float32 / positions rounded to 16 bits would scale all gradients by the same error.
-        # torch's product with a scalar does so by itself on a CPU, without a copy of the gradients.
+        # torch's product with a scalar does so by itself on a CPU, without a copy of the gradients; its
+        # results lie where the forward had its packed weights.
         if readable(dloss):
-            return tuple(g * dloss for g in grads)
+            return tuple(torch.mul(g, dloss, out=torch.ops.ulmfit_fast.lent_like(g)) for g in grads)
         return tuple((g.to(dloss.dtype) * dloss).to(g.dtype) for g in grads)
 
     @staticmethod

@@ -75,7 +75,11 @@ struct LinearCrossEntropy {
   const void*
       row_gradient;  // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64); nullptr: none wanted
   void* loss;        // (N) fp32 (fp64): each row's loss, 0 where ignored
-  void *dh, *dweight, *dbias;  // (N, E) in h's dtype, (V, E) and (V) in weight's; dbias may be nullptr
+  void *dh, *dbias;  // (N, E) in h's dtype, (V) in weight's or nullptr
+  // Returns where dweight goes, (V, E) in weight's dtype. Asked last, once the packed weights and logits are
+  // given back: it may lie in their memory.
+  void* (*new_dweight)(void* results);
+  void* results;
 };
 
 struct EmbeddingDropout {

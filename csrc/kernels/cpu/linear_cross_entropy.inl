@@ -73,7 +73,9 @@ class LinearCrossEntropyPass {
       });
       if (gradient) dweight.add(now.first, now.rows, exponents, scale, target_scale);
     }
-    if (gradient) dweight.store();
+    if (!gradient) return;
+    w_forward.release(), w_backward.release(), exponents.release();
+    dweight.store(p.new_dweight(p.results));
   }
 
  private:

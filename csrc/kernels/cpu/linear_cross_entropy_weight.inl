@@ -50,7 +50,7 @@ class WordGradient {
     });
   }
 
-  void store() const {
+  void store(void* to) const {
     parallel(panels, [&](int64_t begin, int64_t end) {
       Scratch<T> rows(kCols * lines);
       T db[kCols];
@@ -60,7 +60,7 @@ class WordGradient {
         for (int64_t c = 0; c < n; ++c) {
           T* row = rows + c * lines;
           for (int64_t e = 0; smoothing && e < lines; ++e) row[e] -= h_sum[e];
-          store_row(p.weight.dtype, p.dweight, (word + c) * p.E, p.E, row);
+          store_row(p.weight.dtype, to, (word + c) * p.E, p.E, row);
           db[c] = row[p.E];
         }
         if (p.dbias != nullptr) store_row(p.weight.dtype, p.dbias, word, n, db);

@@ -124,11 +124,15 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t n) : data_(static_cast<T*>(workspace_take(n * static_cast<int64_t>(sizeof(T))))) {}
-  ~Scratch() { workspace_give(data_); }
+  ~Scratch() { release(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return data_; }
   T* get() const { return data_; }
+  void release() {
+    if (data_ != nullptr) workspace_give(data_);
+    data_ = nullptr;
+  }
 
  private:
   T* data_;
