@@ -87,8 +87,10 @@ def test_gradcheck(options):
 
 @pytest.mark.cpu_only("thread counts")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_thread_count(dtype):
-    inputs, op, _ = lstm_case(dtype, 6, 20, 30, 150, lengths=tuple(i % 7 for i in range(20)))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_thread_count(dtype, ragged):
+    lengths = tuple(i % 7 for i in range(20)) if ragged else None
+    inputs, op, _ = lstm_case(dtype, 6, 20, 30, 150, lengths=lengths)
     assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs))
 
 

@@ -1,4 +1,4 @@
-// What the LSTM's two directions share: where steps, rows and packed weights lie.
+// What the LSTM's two directions share: which rows a step has, where states lie, the dropped weight.
 #pragma once
 #include "dropout_mask.inl"
 #include "gemm.inl"
@@ -7,18 +7,58 @@
 
 ULMFIT_BEGIN
 
-inline bool active(const LstmShape& s, int64_t t, int64_t b) {
-  return s.lengths == nullptr || t < s.lengths[b];
-}
-// The step whose state is h_n, and the one that starts from h0.
-inline int64_t last_step(const LstmShape& s, int64_t b) {
-  const int64_t length = s.lengths == nullptr ? s.T : s.lengths[b];
-  return s.reverse ? 0 : length - 1;
-}
-inline int64_t first_step(const LstmShape& s, int64_t b) {
-  const int64_t length = s.lengths == nullptr ? s.T : s.lengths[b];
-  return s.reverse ? length - 1 : 0;
-}
+// Where rows and steps are. Sequences of various lengths are taken longest first, so that those which reach a
+// step are its first rows: padding is never multiplied, in any product. Rows of all steps follow each other,
+// step by step, with nothing between them.
+class Batch {
+ public:
+  explicit Batch(const LstmShape& shape)
+      : s(shape),
+        ragged(is_ragged(s)),
+        reach(ragged ? s.T + 1 : 0),
+        first_row(ragged ? s.T + 1 : 0),
+        order(ragged ? s.B : 0),
+        time(ragged ? sum_of_lengths(s) : 0) {
+    if (!ragged) return;
+    std::memset(reach.get(), 0, (s.T + 1) * sizeof(int64_t));
+    for (int64_t b = 0; b < s.B; ++b)
+      if (s.lengths[b] > 0) ++reach[s.lengths[b] - 1];
+    for (int64_t t = s.T - 1; t-- > 0;) reach[t] += reach[t + 1];
+    // For a moment first_row[n] is where the next sequence of length n goes: behind the longer ones.
+    std::memcpy(first_row.get(), reach.get(), (s.T + 1) * sizeof(int64_t));
+    for (int64_t b = 0; b < s.B; ++b) order[first_row[s.lengths[b]]++] = b;
+    first_row[0] = 0;
+    for (int64_t t = 0; t < s.T; ++t) {
+      first_row[t + 1] = first_row[t] + reach[t];
+      for (int64_t r = first_row[t]; r < first_row[t + 1]; ++r) time[r] = t;
+    }
+  }
+
+  const LstmShape& s;
+  const bool ragged;
+
+  // The rows of step t; none before the first step and after the last.
+  int64_t rows(int64_t t) const { return t < 0 || t >= s.T ? 0 : ragged ? reach[t] : s.B; }
+  int64_t first(int64_t t) const { return ragged ? first_row[t] : t * s.B; }  // of step t, among all
+  int64_t total() const { return first(s.T); }
+  int64_t time_of(int64_t r) const { return ragged ? time[r] : r / s.B; }  // r: among all
+  // The place in the caller's batch of a step's row.
+  int64_t sequence(int64_t row) const { return ragged ? order[row] : row; }
+
+ private:
+  static bool is_ragged(const LstmShape& s) {
+    for (int64_t b = 0; s.lengths != nullptr && b < s.B; ++b)
+      if (s.lengths[b] < s.T) return true;
+    return false;
+  }
+  static int64_t sum_of_lengths(const LstmShape& s) {
+    int64_t sum = 0;
+    for (int64_t b = 0; b < s.B; ++b) sum += s.lengths[b];
+    return sum;
+  }
+
+  Scratch<int64_t> reach, first_row, order, time;
+};
 
 // n <= 64 elements of a row of the recurrent weight, from column k0 on, dropped and scaled: the published
 // DropConnect, W * mask / (1 - p).
@@ -36,7 +76,9 @@ inline void load_dropped(const Matrix& w_hh, int64_t H, const Dropout& drop, int
 // By batch they never wait for each other, but each reads all of W_hh every step: that pays where W_hh stays
 // in a core's L2, or where each thread has rows enough to hide the reading. Both ways give the same bits.
 template <class Tile>
-inline bool split_by_batch(const LstmShape& s, int threads) {
+inline bool split_by_batch(const Batch& batch, int threads) {
+  const LstmShape& s = batch.s;
+  if (batch.ragged) return false;  // the last rows have less to do
   constexpr int64_t kL2 = 1 << 20;
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
   const int64_t groups = ceil_div(s.B, Tile::kRowGroup), most = ceil_div(groups, threads);
@@ -47,9 +89,10 @@ inline bool split_by_batch(const LstmShape& s, int threads) {
 // Calls step(i, items_begin, items_end, row_begin, row_end) for i = 0..steps-1 in order, for all items and
 // rows.
 template <class Tile, class Step>
-inline void run_steps(const LstmShape& s, const Parallel& parallel, int64_t steps, int64_t items,
+inline void run_steps(const Batch& batch, const Parallel& parallel, int64_t steps, int64_t items,
                       Step&& step) {
-  if (split_by_batch<Tile>(s, parallel.threads)) {
+  const LstmShape& s = batch.s;
+  if (split_by_batch<Tile>(batch, parallel.threads)) {
     constexpr int64_t group = Tile::kRowGroup;
     parallel(ceil_div(s.B, group), [&](int64_t begin, int64_t end) {
       const int64_t row_end = end * group < s.B ? end * group : s.B;
@@ -73,20 +116,23 @@ inline int units_there(int64_t H, int64_t unit, int lanes) {
 }
 // A (B, H) state into blocks, zeros past H; nullptr gives zeros.
 template <class T>
-inline void load_state(const Matrix& m, int64_t B, int64_t H, T* out) {
+inline void load_state(const Matrix& m, const Batch& batch, T* out) {
   constexpr int L = lanes_of<T>;
+  const int64_t B = batch.s.B, H = batch.s.H;
   for (int64_t block = 0; block < unit_blocks<T>(H); ++block)
     for (int64_t b = 0; b < B; ++b) {
       const int n = m.data == nullptr ? 0 : units_there(H, block * L, L);
-      store(out + (block * B + b) * L, n > 0 ? load_as<T>(m.dtype, m.row(b), block * L, n) : Vec<T>{});
+      store(out + (block * B + b) * L,
+            n > 0 ? load_as<T>(m.dtype, m.row(batch.sequence(b)), block * L, n) : Vec<T>{});
     }
 }
 template <class T>
-inline void store_state(const T* in, DType dtype, int64_t B, int64_t H, void* out) {
+inline void store_state(const T* in, DType dtype, const Batch& batch, void* out) {
   constexpr int L = lanes_of<T>;
+  const int64_t B = batch.s.B, H = batch.s.H;
   for (int64_t block = 0; block * L < H; ++block)
     for (int64_t b = 0; b < B; ++b)
-      store_as<T>(dtype, out, b * H + block * L, load(in + (block * B + b) * L),
+      store_as<T>(dtype, out, batch.sequence(b) * H + block * L, load(in + (block * B + b) * L),
                   units_there(H, block * L, L));
 }
 

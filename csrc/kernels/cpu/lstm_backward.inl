@@ -22,6 +22,7 @@ class LstmBackwardPass {
   LstmBackwardPass(const LstmBackward& args, const Parallel& parallel)
       : p(args),
         s(args.shape),
+        batch(s),
         parallel(parallel),
         drop(args.shape.seed, args.shape.weight_p),
         G(4 * s.H),
@@ -30,17 +31,17 @@ class LstmBackwardPass {
         panels(ceil_div(s.H, kCols)),
         w_hh(panels * panel_elements<Tile>(G)),
         out_panels(ceil_div(G, kCols)),
-        dgates(kPlain ? out_panels * s.T * s.B * kCols : Tile::a_elements(s.T * s.B, depth)),
+        dgates(kPlain ? out_panels * batch.total() * kCols : Tile::a_elements(batch.total(), depth)),
         next_rows(in_place() ? 0 : 2 * Tile::a_elements(s.B, depth)),
         dh(state_size()),
         dc(state_size()),
         c_first(state_size()) {}
 
   void run() {
-    load_state(p.dh_n, s.B, s.H, dh.get());
-    load_state(p.dc_n, s.B, s.H, dc.get());
-    load_state(p.c0, s.B, s.H, c_first.get());
-    if (s.T > 0 && s.B > 0) {
+    load_state(p.dh_n, batch, dh.get());
+    load_state(p.dc_n, batch, dc.get());
+    load_state(p.c0, batch, c_first.get());
+    if (batch.total() > 0) {
       recurrence();
       if (p.dx.data != nullptr) input_gradient();
       if (p.dw_ih != nullptr) weight_gradients();
@@ -49,18 +50,17 @@ class LstmBackwardPass {
       std::memset(p.dw_hh, 0, G * s.H * size_of(p.w_hh.dtype));
       std::memset(p.db, 0, G * size_of(p.w_ih.dtype));
     }
-    store_state(dh.get(), p.h0.dtype, s.B, s.H, p.dh0);
-    store_state(dc.get(), p.c0.dtype, s.B, s.H, p.dc0);
+    if (p.dx.data != nullptr) clear_padding();
+    store_state(dh.get(), p.h0.dtype, batch, p.dh0);
+    store_state(dc.get(), p.c0.dtype, batch, p.dc0);
   }
 
  private:
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t state_size() const { return blocks * s.B * L; }
-  const T* cell(int64_t step) const {
-    return step < 0 ? c_first.get() : static_cast<const T*>(p.cells) + time_of(step) * state_size();
-  }
+  const T* cell(int64_t step) const { return static_cast<const T*>(p.cells) + time_of(step) * state_size(); }
   // Whether a step's dgates are the operand of the step before where they lie anyway.
-  bool in_place() const { return !kPlain && s.B % Tile::kRowGroup == 0; }
+  bool in_place() const { return !kPlain && !batch.ragged && s.B % Tile::kRowGroup == 0; }
   Packed* step_dgates(int64_t step) const {
     if (in_place()) return dgates + Tile::a_elements(time_of(step) * s.B, depth);
     return next_rows + step % 2 * Tile::a_elements(s.B, depth);
@@ -68,13 +68,13 @@ class LstmBackwardPass {
 
   void recurrence() {
     if (depth != G) {  // what pads the depth is multiplied by zeros, and must be a number
-      std::memset(dgates.get(), 0, Tile::a_elements(s.T * s.B, depth) * sizeof(Packed));
+      std::memset(dgates.get(), 0, Tile::a_elements(batch.total(), depth) * sizeof(Packed));
       if (!in_place()) std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
     }
     pack_b_rows<Tile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
       load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
     });
-    run_steps<Tile>(s, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
+    run_steps<Tile>(batch, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
                     [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
                       step_back(s.T - 1 - i, panel0, panel1, row0, row1);
                     });
@@ -86,57 +86,64 @@ class LstmBackwardPass {
     const int64_t count = panel_end - panel_begin;
     const Packed* w = w_hh + panel_begin * panel_elements<Tile>(G);
     Scratch<T> sums(count * Tile::kBlockRows * kCols);
-    for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
-      const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
-      if (step < s.T - 1) {
+    // Rows that the step after this one hands something down to, and those of this step. Of a row that only
+    // the former have, this is where its h0 is reached.
+    const int64_t given = batch.rows(time_of(step + 1)), reached = batch.rows(time_of(step));
+    const int64_t most = given > reached ? given : reached, end = row_end < most ? row_end : most;
+    const int64_t before = batch.rows(time_of(step - 1));
+    for (int64_t b0 = row_begin; b0 < end; b0 += Tile::kBlockRows) {
+      const int64_t b1 = end - b0 < Tile::kBlockRows ? end : b0 + Tile::kBlockRows;
+      const int rows = static_cast<int>(given <= b0 ? 0 : (given < b1 ? given : b1) - b0);
+      if (rows > 0) {
         const Packed* next = step_dgates(step + 1) + Tile::a_elements(b0, depth);
         panel_product<Tile>(depth, next, rows, w, count, w, sums.get(), false);
-      } else {
-        std::memset(sums.get(), 0, count * rows * kCols * sizeof(T));
       }
       for (int64_t panel = 0; panel < count; ++panel)
         for (int v = 0; v < Tile::kVecs; ++v) {
           const int64_t block = (panel_begin + panel) * Tile::kVecs + v;
           if (block >= blocks) break;
-          for (int r = 0; r < rows; ++r)
-            cell_back(step, b0 + r, block, load(sums + (panel * rows + r) * kCols + v * L));
+          for (int64_t row = b0; row < b1; ++row) {
+            const int64_t r = row - b0, at = (block * s.B + row) * L;
+            V dh_total = load(dh + at);
+            if (r < rows) dh_total += load(sums + (panel * rows + r) * kCols + v * L);
+            if (row < reached) {
+              cell_back(step, row, block, dh_total, row >= before);
+            } else {
+              store(dh + at, dh_total);
+            }
+          }
         }
     }
   }
 
-  // One row's L hidden units. dh holds what bypasses the recurrent product: dh_n, and the carry through
-  // padded steps.
-  void cell_back(int64_t step, int64_t b, int64_t block, V dh_recurrent) const {
-    const int64_t t = time_of(step), unit = block * L, at = (block * s.B + b) * L;
+  // One row's L hidden units. first: of the sequence's steps. dh keeps what bypasses the recurrent product:
+  // dh_n before a sequence's last step, then nothing, and what reaches h0 in the end.
+  void cell_back(int64_t step, int64_t row, int64_t block, V dh_total, bool first) const {
+    const int64_t t = time_of(step), unit = block * L, at = (block * s.B + row) * L;
     const int n = units_there(s.H, unit, L);
-    V dh_total = dh_recurrent + load(dh + at);
-    if (step < 0) return store(dh + at, dh_total);
-    LstmCellGrad<V> d = {};
-    if (active(s, t, b)) {
-      if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, b), unit, n);
-      const auto gate = [&](int g) {
-        return load_as<T>(p.y.dtype, p.gates, 4 * (t * state_size() + at) + g * L, L);
-      };
-      d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3), load(cell(step - 1) + at),
-                             load(cell(step) + at), dh_total, load(dc + at));
-      store(dc + at, d.c_prev);
-      dh_total = V{};
-    }
-    store(dh + at, dh_total);
+    if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, batch.sequence(row)), unit, n);
+    const auto gate = [&](int g) {
+      return load_as<T>(p.y.dtype, p.gates, 4 * (t * state_size() + at) + g * L, L);
+    };
+    const LstmCellGrad<V> d = lstm_cell_backward(gate(0), gate(1), gate(2), gate(3),
+                                                 load((first ? c_first.get() : cell(step - 1)) + at),
+                                                 load(cell(step) + at), dh_total, load(dc + at));
+    store(dc + at, d.c_prev);
+    store(dh + at, V{});
     Packed* next = step_dgates(step);
     int64_t k = unit;
     for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
-      Tile::store_a_vector(next, depth, b, k, v, n);
+      Tile::store_a_vector(next, depth, row, k, v, n);
       if constexpr (kPlain) {
-        store_in_panel(t * s.B + b, k, v, n);
+        store_in_panel(batch.first(t) + row, k, v, n);
       } else if (!in_place()) {
-        Tile::store_a_vector(dgates, depth, t * s.B + b, k, v, n);
+        Tile::store_a_vector(dgates, depth, batch.first(t) + row, k, v, n);
       }
       k += s.H;
     }
   }
   void store_in_panel(int64_t row, int64_t k, V v, int n) const {
-    const int64_t rows = s.T * s.B, room = kCols - k % kCols;
+    const int64_t rows = batch.total(), room = kCols - k % kCols;
     Packed* to = dgates + (k / kCols * rows + row) * kCols + k % kCols;
     if (n <= room) return store_n(to, v, n);
     alignas(64) T values[L];
@@ -146,7 +153,7 @@ class LstmBackwardPass {
   }
   void load_dgates(int64_t row, int64_t k, int64_t n, Element* out) const {
     if constexpr (kPlain) {
-      load_from_panels<Tile>(dgates, s.T * s.B, row, k, n, out);
+      load_from_panels<Tile>(dgates, batch.total(), row, k, n, out);
     } else {
       Tile::load_a(dgates, depth, row, k, n, out);
     }
@@ -159,12 +166,13 @@ class LstmBackwardPass {
       load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
     });
     const auto multiply = [&](const auto& rows_of_dgates) {
-      gemm<Tile>(s.T * s.B, G, in_panels, w_ih.get(), parallel, rows_of_dgates,
+      gemm<Tile>(batch.total(), G, in_panels, w_ih.get(), parallel, rows_of_dgates,
                  [&](int64_t row0, int rows, int64_t panel, const T* tile) {
                    const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
-                   for (int r = 0; r < rows; ++r)
-                     store_row(p.dx.dtype, p.dx.row((row0 + r) / s.B, (row0 + r) % s.B), col, n,
-                               tile + r * kCols);
+                   for (int64_t r = row0; r < row0 + rows; ++r, tile += kCols) {
+                     const int64_t t = batch.time_of(r), b = batch.sequence(r - batch.first(t));
+                     store_row(p.dx.dtype, p.dx.row(t, b), col, n, tile);
+                   }
                  });
     };
     if constexpr (kPlain) {
@@ -177,10 +185,18 @@ class LstmBackwardPass {
     }
   }
 
+  void clear_padding() const {
+    parallel(s.T, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t row = batch.rows(t); row < s.B; ++row)
+          std::memset(p.dx.row(t, batch.sequence(row)), 0, s.I * size_of(p.dx.dtype));
+    });
+  }
+
   // Both weight gradients are computed transposed, [x | h_prev]^T @ dgates: then the wide operand is packed
   // by rows, which is a copy, once for both, and only the narrow ones have to be transposed.
   void weight_gradients() {
-    const int64_t rows = s.T * s.B;
+    const int64_t rows = batch.total();
     Scratch<Packed> scratch(kPlain ? 0 : out_panels * panel_elements<Tile>(rows));
     Packed* packed = kPlain ? dgates.get() : scratch.get();
     Scratch<T> sums(ceil_div(rows, kRowsAtOnce) * G);  // of dgates' columns, for db
@@ -204,25 +220,23 @@ class LstmBackwardPass {
     bias_gradient(sums, ceil_div(rows, kRowsAtOnce));
     weight_gradient(s.I, packed, p.w_ih.dtype, p.dw_ih, Dropout(),
                     [&](int64_t r, int64_t col, int64_t n, Element* out) {
-                      const int64_t t = r / s.B, b = r % s.B;
-                      if (!active(s, t, b)) return no_elements<Tile>(n, out);  // whatever padding holds
+                      const int64_t t = batch.time_of(r), b = batch.sequence(r - batch.first(t));
                       load_elements<Tile>(p.x.dtype, p.x.row(t, b), col, n, out);
                     });
     weight_gradient(s.H, packed, p.w_hh.dtype, p.dw_hh, drop,
                     [&](int64_t r, int64_t col, int64_t n, Element* out) {
-                      const int64_t t = r / s.B, b = r % s.B;
-                      if (!active(s, t, b)) return no_elements<Tile>(n, out);
-                      const bool first = t == first_step(s, b);
-                      const void* row = first ? p.h0.row(b) : p.y.row(s.reverse ? t + 1 : t - 1, b);
-                      load_elements<Tile>(p.y.dtype, row, col, n, out);
+                      const int64_t t = batch.time_of(r), row = r - batch.first(t), b = batch.sequence(row);
+                      const int64_t before = s.reverse ? t + 1 : t - 1;
+                      const void* h = row >= batch.rows(before) ? p.h0.row(b) : p.y.row(before, b);
+                      load_elements<Tile>(p.y.dtype, h, col, n, out);
                     });
   }
 
-  template <class LoadInput>  // load_input(row, column, n, out): n elements of x or h_prev, row = t * B + b
+  template <class LoadInput>  // load_input(row, column, n, out): n elements of x or h_prev
   void weight_gradient(int64_t inputs, const Packed* packed, DType dtype, void* dw, const Dropout& mask,
                        LoadInput&& load_input) {
     gemm<Tile>(
-        inputs, s.T * s.B, ceil_div(G, kCols), packed, parallel,
+        inputs, batch.total(), ceil_div(G, kCols), packed, parallel,
         [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
           pack_a_columns<Tile>(a, row0, rows, k0, kc, load_input);
         },
@@ -257,12 +271,13 @@ class LstmBackwardPass {
 
   const LstmBackward& p;
   const LstmShape& s;
+  const Batch batch;
   const Parallel& parallel;
   const Dropout drop;
   const int64_t G, depth, blocks, panels;
   Scratch<Packed> w_hh;
-  const int64_t out_panels;   // of dgates
-  Scratch<Packed> dgates;     // rows t * B + b, depth 4H: packed as A, or in plain panels, which are packed B
+  const int64_t out_panels;  // of dgates
+  Scratch<Packed> dgates;  // rows of all steps, depth 4H: packed as A, or in plain panels, which are packed B
   Scratch<Packed> next_rows;  // those of two steps as A, where they do not lie so in dgates
   Scratch<T> dh, dc, c_first;
 };

@@ -23,6 +23,7 @@ class LstmForwardPass {
   LstmForwardPass(const LstmForward& args, const Parallel& parallel)
       : p(args),
         s(args.shape),
+        batch(s),
         parallel(parallel),
         drop(args.shape.seed, args.shape.weight_p),
         blocks(unit_blocks<T>(s.H)),
@@ -44,7 +45,7 @@ class LstmForwardPass {
     for (int64_t step0 = 0; step0 < s.T; step0 += chunk_steps) {
       const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
       project(step0, steps);
-      run_steps<Tile>(s, parallel, steps, blocks,
+      run_steps<Tile>(batch, parallel, steps, blocks,
                       [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
                         recur(step0 + i, projected + i * blocks * s.B * kCols, block0, block1, row0, row1);
                       });
@@ -55,17 +56,16 @@ class LstmForwardPass {
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t state_size() const { return blocks * s.B * L; }
   T* cell(int64_t step) const {
-    if (step < 0) return c_first;
     if (p.cells == nullptr) return c_rolling + step % 2 * state_size();
     return static_cast<T*>(p.cells) + time_of(step) * state_size();
   }
 
   void start_state() {
-    load_state(p.c0, s.B, s.H, c_first.get());
-    store_state(c_first.get(), p.c0.dtype, s.B, s.H, p.c_n);  // rows of length 0 keep these
+    load_state(p.c0, batch, c_first.get());
+    store_state(c_first.get(), p.c0.dtype, batch, p.c_n);  // rows of length 0 keep these
     Scratch<T> h0(state_size());
-    load_state(p.h0, s.B, s.H, h0.get());
-    store_state(h0.get(), p.h0.dtype, s.B, s.H, p.h_n);
+    load_state(p.h0, batch, h0.get());
+    store_state(h0.get(), p.h0.dtype, batch, p.h_n);
     // Both buffers start as h0: a reversed sequence that has not begun yet keeps it without being written.
     for (Packed* h : {h_even.get(), h_odd.get()}) {
       std::memset(h, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
@@ -108,22 +108,24 @@ class LstmForwardPass {
     });
   }
 
-  // projected[i][block][b][gate][L] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
+  // projected[i][block][row][gate][L] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
   void project(int64_t step0, int64_t steps) {
+    const int64_t t0 = s.reverse ? s.T - step0 - steps : step0, first = batch.first(t0);
     gemm<Tile>(
-        steps * s.B, s.I, blocks, w_ih.get(), parallel,
+        batch.first(t0 + steps) - first, s.I, blocks, w_ih.get(), parallel,
         [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-            const void* row = p.x.row(time_of(step0 + r / s.B), r % s.B);
-            load_elements<Tile>(p.x.dtype, row, k, n, out);
-          });
+          pack_a_rows<Tile>(
+              a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+                const int64_t t = batch.time_of(r);
+                load_elements<Tile>(p.x.dtype, p.x.row(t, batch.sequence(r - batch.first(t))), k, n, out);
+              });
         },
         [&](int64_t row0, int rows, int64_t block, const T* tile) {
-          for (int r = 0; r < rows; ++r) {
-            const int64_t i = (row0 + r) / s.B, b = (row0 + r) % s.B;
-            T* out = projected + ((i * blocks + block) * s.B + b) * kCols;
+          for (int64_t r = first + row0; r < first + row0 + rows; ++r, tile += kCols) {
+            const int64_t t = batch.time_of(r), i = time_of(t) - step0;  // time_of is its own inverse
+            T* out = projected + ((i * blocks + block) * s.B + r - batch.first(t)) * kCols;
             for (int j = 0; j < kCols; j += L)
-              store(out + j, load(tile + r * kCols + j) + load(bias + block * kCols + j));
+              store(out + j, load(tile + j) + load(bias + block * kCols + j));
           }
         });
   }
@@ -132,39 +134,45 @@ class LstmForwardPass {
              int64_t row_end) const {
     [[maybe_unused]] typename Tile::Session session;
     const Packed* h = step % 2 == 0 ? h_even : h_odd;
-    for (int64_t b0 = row_begin; b0 < row_end; b0 += Tile::kBlockRows) {
-      const int rows = static_cast<int>(row_end - b0 < Tile::kBlockRows ? row_end - b0 : Tile::kBlockRows);
+    const int64_t reached = batch.rows(time_of(step)), end = row_end < reached ? row_end : reached;
+    const int64_t before = batch.rows(time_of(step - 1)), after = batch.rows(time_of(step + 1));
+    for (int64_t b0 = row_begin; b0 < end; b0 += Tile::kBlockRows) {
+      const int rows = static_cast<int>(end - b0 < Tile::kBlockRows ? end - b0 : Tile::kBlockRows);
       for (int64_t block = block_begin; block < block_end; ++block) {
         const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
         const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
         T* sums = inputs + (block * s.B + b0) * kCols;
         panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
-        for (int r = 0; r < rows; ++r) update_cell(step, b0 + r, block, sums + r * kCols);
+        for (int64_t row = b0; row < b0 + rows; ++row, sums += kCols)
+          update_cell(step, row, block, sums, row >= before, row >= after);
       }
     }
+    for (int64_t row = reached > row_begin ? reached : row_begin; row < row_end; ++row)
+      for (int64_t block = block_begin; block < block_end; ++block)
+        store_cell(time_of(step), row, block, LstmCell<V>{});
   }
 
-  // One row's L hidden units: pre-activations[gate][L] -> new state, y, and what backward needs.
-  void update_cell(int64_t step, int64_t b, int64_t block, const T* pre) const {
-    const int64_t t = time_of(step), unit = block * L, at = (block * s.B + b) * L;
+  // One row's L hidden units: pre-activations[gate][L] -> new state, y, and what backward needs. first, last:
+  // of the sequence's steps.
+  void update_cell(int64_t step, int64_t row, int64_t block, const T* pre, bool first, bool last) const {
+    const int64_t at = (block * s.B + row) * L, b = batch.sequence(row), unit = block * L;
     const int n = units_there(s.H, unit, L);
     const DType dtype = p.y.dtype;
-    const V c_prev = load(cell(step - 1) + at);
-    LstmCell<V> state;
-    if (active(s, t, b)) {
-      state = lstm_cell_forward(load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L), c_prev);
-      state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
-      Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, b, unit, state.h, n);
-      if (t == last_step(s, b)) {
-        store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
-        store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
-      }
-    } else {
-      state = LstmCell<V>{};
-      state.c = c_prev;
+    LstmCell<V> state = lstm_cell_forward(load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L),
+                                          load((first ? c_first.get() : cell(step - 1)) + at));
+    state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
+    Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, row, unit, state.h, n);
+    if (last) {
+      store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
+      store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
     }
-    store_as<T>(dtype, p.y.row(t, b), unit, state.h, n);
-    store(cell(step) + at, state.c);
+    store_cell(time_of(step), row, block, state);
+  }
+  void store_cell(int64_t t, int64_t row, int64_t block, const LstmCell<V>& state) const {
+    const int64_t at = (block * s.B + row) * L;
+    const DType dtype = p.y.dtype;
+    store_as<T>(dtype, p.y.row(t, batch.sequence(row)), block * L, state.h, units_there(s.H, block * L, L));
+    store(cell(time_of(t)) + at, state.c);
     if (p.gates == nullptr) return;
     int64_t gate_at = 4 * (t * state_size() + at);
     for (V gate : {state.i, state.f, state.g, state.o}) {
@@ -175,6 +183,7 @@ class LstmForwardPass {
 
   const LstmForward& p;
   const LstmShape& s;
+  const Batch batch;
   const Parallel& parallel;
   const Dropout drop;
   const int64_t blocks, depth, chunk_steps;
