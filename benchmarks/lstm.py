@@ -95,8 +95,8 @@ def contestants(layers, args):
     """The sides; layers: {dtype: Layer}."""
     sides = [layers[DTYPES[p]].side("ours", p) for p in args.precision]
     if args.device != "cpu":
-        low = [p for p in args.precision if p not in ("fp32", "high")]
-        sides += [layers[DTYPES[p]].side("ours", p, **PERSISTENT) for p in low]
+        fitting = [p for p in args.precision if p != "fp32"]  # float32 runs there in TF32 alone
+        sides += [layers[DTYPES[p]].side("ours", p, **PERSISTENT) for p in fitting]
     peers = ["torch"] if args.device == "cpu" else ["torch", "torch undropped"]
     sides += [layers[DTYPES[p]].side(peer, p) for peer in peers for p in harness.peer_precisions(args)]
     if args.slow_peers and torch.bfloat16 in layers:

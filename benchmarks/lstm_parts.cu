@@ -37,13 +37,13 @@ T* random_numbers(int64_t n, float scale) {
 }
 
 // Median microseconds a step, of launches with fresh flags.
-double time_steps(const LstmSteps& steps, Direction direction, const std::function<void()>& launch) {
+double time_steps(const LstmSteps& steps, const std::function<void()>& launch) {
   cudaEvent_t begin, end;
   check("lstm", cudaEventCreate(&begin));
   check("lstm", cudaEventCreate(&end));
   std::vector<float> times;
   for (int round = 0; round < kWarmUp + kRounds; ++round) {
-    check("lstm", cudaMemsetAsync(steps.flags, 0, steps.split.flags(direction) * sizeof(unsigned)));
+    check("lstm", cudaMemsetAsync(steps.flags, 0, steps.split.flags() * sizeof(unsigned)));
     check("lstm", cudaEventRecord(begin));
     launch();
     check("lstm", cudaEventRecord(end));
@@ -57,12 +57,12 @@ double time_steps(const LstmSteps& steps, Direction direction, const std::functi
 }
 
 LstmSteps make_steps(int64_t T, int64_t B, int64_t H, Direction direction) {
-  const LstmPlan plan = plan_lstm(B, H, DType::bf16, direction, device_limits());
+  const LstmPlan plan = plan_lstm(B, H, DType::bf16, /*tf32=*/false, direction, device_limits());
   if (!plan.fits()) throw std::runtime_error(plan.why_not);
   const float scale = 1 / std::sqrt(static_cast<float>(H));
   const Matrix w = {random_numbers<__nv_bfloat16>(4 * H * H, scale), DType::bf16, H};
-  auto* flags = static_cast<unsigned*>(zeros(plan.split.flags(direction) * sizeof(unsigned)));
-  return {plan.split, T, padded_units(H), false, DType::bf16, nullptr, w, flags};
+  auto* flags = static_cast<unsigned*>(zeros(plan.split.flags() * sizeof(unsigned)));
+  return {plan.split, T, padded_units(H), false, nullptr, w, flags};
 }
 
 double time_forward(int64_t T, int64_t B, int64_t H) {
@@ -77,8 +77,8 @@ double time_forward(int64_t T, int64_t B, int64_t H) {
   a.gates = zeros(2 * rows * 4 * units);
   a.cells = static_cast<float*>(zeros(4 * rows * units));
   a.h_n = zeros(2 * B * H), a.c_n = zeros(2 * B * H);
-  a.exchange = zeros(2 * a.steps.split.exchange_elements(Direction::forward));
-  return time_steps(a.steps, Direction::forward, [&] { lstm_persistent(a, nullptr); });
+  a.exchange = zeros(2 * a.steps.split.exchange_elements());
+  return time_steps(a.steps, [&] { lstm_persistent(a, nullptr); });
 }
 
 double time_backward(int64_t T, int64_t B, int64_t H) {
@@ -92,9 +92,9 @@ double time_backward(int64_t T, int64_t B, int64_t H) {
   a.cells = random_numbers<float>(rows * units, 1);
   a.dgates = {zeros(2 * rows * 4 * H), DType::bf16, B * 4 * H, 4 * H};
   a.dh0 = zeros(2 * B * H), a.dc0 = zeros(2 * B * H);
-  a.exchange = zeros(2 * a.steps.split.exchange_elements(Direction::backward));
+  a.exchange = zeros(2 * a.steps.split.exchange_elements());
   a.sums = static_cast<float*>(zeros(4 * a.steps.split.sums_elements()));
-  return time_steps(a.steps, Direction::backward, [&] { lstm_persistent_backward(a, nullptr); });
+  return time_steps(a.steps, [&] { lstm_persistent_backward(a, nullptr); });
 }
 
 }  // namespace

@@ -16,8 +16,11 @@ from checks import assert_near, check_case, lstm_case, with_gradients
 import ulmfit_fast as uf
 
 LOW = (torch.bfloat16, torch.float16)
+DTYPES = (*LOW, torch.float32)
 VARIABLE = "ULMFIT_FAST_RECURRENCE"
 FACTOR = 2  # as in test_lstm.py: what is stored in 16 bits, and the errors of the steps before
+# whose epsilon the tolerances are made of: TF32 has as many bits of a number as float16
+ROUNDED = {torch.float32: torch.float16}
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,17 @@ def persistent(request, monkeypatch):
     else:
         request.getfixturevalue("cuda")
     monkeypatch.setenv(VARIABLE, "persistent")
+
+
+@pytest.fixture
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def check(case, dtype, **options):
+    check_case(case, ROUNDED.get(dtype, dtype), FACTOR, **options)
 
 
 def on_cpu():
@@ -60,59 +74,67 @@ def check_beside_general(case, dtype):
     for i, (a, b) in enumerate(zip(results, general(inputs, op), strict=True)):
         assert a.isfinite().all(), f"result {i}"
         share = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
-        assert share <= FACTOR * torch.finfo(dtype).eps, f"result {i}: {share:.2g}"
+        assert share <= FACTOR * torch.finfo(ROUNDED.get(dtype, dtype)).eps, f"result {i}: {share:.2g}"
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, (5, 0, 3)])
-def test_against_reference(dtype, batch_first, reverse, lengths):
-    case = lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths)
-    check_case(case, dtype, FACTOR)
+def test_against_reference(dtype, batch_first, reverse, lengths, tf32):
+    check(lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths), dtype)
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [2, 3, 15, 16, 17, 31, 33, 64, 95, 130, 200])
-def test_ragged_sizes(dtype, hidden):
+def test_ragged_sizes(dtype, hidden, tf32):
     for batch in (1, 15, 17, 33):
         case = lstm_case(dtype, 3, batch, 5, hidden, bias=hidden % 2 == 1, lengths=lengths_of(batch, 3))
-        check_case(case, dtype, FACTOR, floor=0.5)
+        check(case, dtype, floor=0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("card", ["4,227", "5,99", "8,227", "40,30"])
-def test_small_cards_take_row_blocks_in_turn(card, monkeypatch):
+def test_small_cards_take_row_blocks_in_turn(card, dtype, monkeypatch, tf32):
     """Few multiprocessors: several row blocks to a part, several parts, every tile."""
     if not on_cpu():
         pytest.skip("a made-up card is the CPU's")
     monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
     for hidden, batch in ((33, 70), (17, 100), (40, 50)):
-        case = lstm_case(
-            torch.bfloat16, 4, batch, 5, hidden, lengths=lengths_of(batch, 4), reverse=batch == 70
-        )
-        check_case(case, torch.bfloat16, FACTOR, floor=0.5)
+        case = lstm_case(dtype, 4, batch, 5, hidden, lengths=lengths_of(batch, 4), reverse=batch == 70)
+        check(case, dtype, floor=0.5)
 
 
-def test_any_shape_and_card(monkeypatch):
+def test_any_shape_and_card(monkeypatch, tf32):
     hypothesis = pytest.importorskip("hypothesis")
     some = hypothesis.strategies
     sizes = some.tuples(some.integers(1, 4), some.integers(1, 40), some.integers(1, 9), some.integers(1, 60))
 
     @hypothesis.settings(max_examples=15)
-    @hypothesis.given(some.data(), sizes, some.booleans(), some.booleans(), some.sampled_from((6, 12, 132)))
-    def check(data, sizes, batch_first, reverse, multiprocessors):
+    @hypothesis.given(
+        some.data(),
+        some.sampled_from(DTYPES),
+        sizes,
+        some.booleans(),
+        some.booleans(),
+        some.sampled_from((6, 12, 132)),
+    )
+    def check_any(data, dtype, sizes, batch_first, reverse, multiprocessors):
         monkeypatch.setenv("ULMFIT_ON_CPU_CARD", f"{multiprocessors},227")
         time, batch = sizes[:2]
         lengths = data.draw(some.none() | some.tuples(*[some.integers(0, time)] * batch))
-        case = lstm_case(torch.bfloat16, *sizes, batch_first=batch_first, reverse=reverse, lengths=lengths)
-        check_case(case, torch.bfloat16, FACTOR, floor=0.5)
+        check(
+            lstm_case(dtype, *sizes, batch_first=batch_first, reverse=reverse, lengths=lengths),
+            dtype,
+            floor=0.5,
+        )
 
-    check()
+    check_any()
 
 
 def test_master_weights_and_no_gradient():
     case = lstm_case(torch.bfloat16, 4, 6, 20, 48, weight_dtype=torch.float32)
-    check_case(case, torch.bfloat16, FACTOR)
+    check(case, torch.bfloat16)
     inputs, op, _ = case
     with torch.no_grad():  # nothing is saved
         assert all(torch.equal(a, b) for a, b in zip(op(*inputs), with_gradients(op, inputs), strict=False))
@@ -154,7 +176,8 @@ def test_says_why_it_cannot(monkeypatch):
         monkeypatch.setenv(VARIABLE, "persistent")
         assert all(torch.equal(a, b) for a, b in zip(results, general(inputs, op), strict=True))
 
-    refused(torch.float32, 20, "for bfloat16 and float16")
+    refused(torch.float64, 20, "for bfloat16, float16 and float32")
+    refused(torch.float32, 20, r"float32 needs TF32, .* torch.set_float32_matmul_precision\('high'\)")
     if on_cpu():
         monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "2,99")
         refused(torch.bfloat16, 300, "H = 300 and batch 1 fits 2 multiprocessors with 99 KB")
@@ -194,10 +217,31 @@ def test_a_wrong_length_is_refused():
     assert "lengths must be in 0..T" in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_way_back_is_what_it_was_on_the_way_forward(tf32):
+    """Torch's setting changes in between."""
+    leaves = [t.requires_grad_() for t in lstm_case(torch.float32)[0]]
+    results = []
+    for setting in ("high", "highest"):
+        torch.set_float32_matmul_precision("high")
+        y = uf.lstm(*leaves, weight_p=0.5, seed=3)[0]
+        torch.set_float32_matmul_precision(setting)
+        results.append(torch.autograd.grad(y.sum(), leaves[1:3]))  # dh0, dc0: of the recurrence alone
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_float32_in_tf32_beside_float32(tf32):
+    """What is not rounded to TF32: y, and the saved gates and cells."""
+    inputs, op, _ = lstm_case(torch.float32, 6, 20, 10, 70)
+    for a, b in zip(op(*inputs), general(inputs, op), strict=False):
+        bits = a.view(torch.int32) & 0x1FFF
+        assert (bits != 0).float().mean() > 0.9
+        assert (a - b).abs().max() <= 2**-10 * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 7, 16, 64, 100, 256])
 @pytest.mark.parametrize("hidden", [33, 200, 400, 575, 768, 1024, 1150, 1152, 1500, 2048])
-def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch):
+def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch, tf32):
     needs_gpu()
     monkeypatch.setenv(VARIABLE, "auto")  # the largest fit on no card
     check_beside_general(lstm_case(dtype, 6, batch, 48, hidden, lengths=lengths_of(batch, 6)), dtype)

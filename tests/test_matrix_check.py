@@ -33,6 +33,8 @@ def complaints(dtype, instructions):
 
 def test_what_is_wrong_with_a_kernel():
     assert complaints("6__half", GOOD) == ""
+    assert "0 of HMMA.1688.F32.TF32, at least 4" in complaints("f", GOOD)
+    assert complaints("f", [*GOOD[:2], *4 * ["HMMA.1688.F32.TF32 R4, R4, R96, RZ"]]) == ""
     assert "0 of HMMA.16816.F32.BF16, at least 4" in complaints("13__nv_bfloat16", GOOD)
     assert "3 of HMMA.16816.F32, at least 4" in complaints("6__half", GOOD[:-1])
     assert "no 16-byte loads from L2" in complaints("6__half", GOOD[1:])

@@ -1,8 +1,9 @@
 """Whether the persistent kernels use the matrix units as they were meant to: read from the disassembly.
 
 python tools/matrix_check.py LIBRARY.so: every lstm_persistent kernel of every architecture multiplies with
-HMMA in its own dtype, reads its weights 16 bytes at a time from shared memory and its states so from L2, and
-keeps nothing in local memory. Needs cuobjdump: of the CUDA toolkit, or the one that triton brings with torch.
+HMMA in its own dtype (float32: in TF32), reads its weights 16 bytes at a time from shared memory and its
+states so from L2, and keeps nothing in local memory. Needs cuobjdump: of the CUDA toolkit, or the one that
+triton brings with torch.
 """
 
 import collections
@@ -16,7 +17,7 @@ from pathlib import Path
 
 KERNEL = re.compile(r"lstm_persistent(?:_backward)?_kernelI(\w+?)Li(\d+)ELi(\d+)E")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)")
-PRODUCT = {"13__nv_bfloat16": "HMMA.16816.F32.BF16", "6__half": "HMMA.16816.F32"}
+PRODUCT = {"13__nv_bfloat16": "HMMA.16816.F32.BF16", "6__half": "HMMA.16816.F32", "f": "HMMA.1688.F32.TF32"}
 
 
 def cuobjdump():

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
     multiply(as_rows(torch::stable::contiguous(in.x)), transposed(layer.operand("w_ih", in.w_ih, Mask())),
              rows);
   }
-  const LstmPlan plan = plan_recurrence(layer, Direction::forward);
+  const LstmPlan plan = plan_recurrence(layer, high, Direction::forward);
   if (plan.fits()) {
     persistent_forward(layer, plan, projected, bias, first_cell, save, out);
     return out.all();
@@ -79,10 +79,11 @@ class Backward {
         dgates(layer.sequence(4 * in.H, layer.type)) {}
 
   // From the last step to the first: dgates of every step, dh0 and dc0.
-  void recurrence(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n) {
+  void recurrence(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                  bool tf32) {
     const Tensor dh = layer.state("dh_n", dh_n), dc = layer.state("dc_n", dc_n);
     const Tensor first_cell = layer.state("c0", in.c0), w = layer.dropped_w_hh();
-    const LstmPlan plan = plan_recurrence(layer, Direction::backward);
+    const LstmPlan plan = plan_recurrence(layer, tf32, Direction::backward);
     if (plan.fits()) {
       const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence();
       return persistent_backward(layer, plan, upstream, dh, dc, first_cell, w, gates, cells, dgates, out);
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_op(
   if (in.B > 0) {
     pass.recurrence(in.checked("dy", dy, type, {x.size(0), x.size(1), in.H}),
                     in.checked("dh_n", dh_n, type, {in.B, in.H}),
-                    in.checked("dc_n", dc_n, type, {in.B, in.H}));
+                    in.checked("dc_n", dc_n, type, {in.B, in.H}), high);
   }
   if (in.B > 0 && in.T > 0) {
     if (need_dx) pass.input_gradient();

@@ -12,14 +12,15 @@
 
 namespace ulmfit_fast::cuda {
 
-inline LstmPlan plan_recurrence(const Layer& layer, Direction direction) {
+// tf32: whether torch allows it for float32 products.
+inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction direction) {
   LstmPlan none;
   const char* wish = std::getenv("ULMFIT_FAST_RECURRENCE");
   const std::string wanted = wish == nullptr || *wish == '\0' ? "general" : wish;
   ULMFIT_CHECK(wanted == "general" || wanted == "auto" || wanted == "persistent", layer.in.op,
                "ULMFIT_FAST_RECURRENCE must be general, auto or persistent, got ", wanted);
   if (wanted == "general" || layer.in.T == 0) return none;
-  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, direction, device_limits());
+  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, device_limits());
   ULMFIT_CHECK(plan.fits() || wanted == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
                plan.why_not);
   return plan;
@@ -30,8 +31,8 @@ struct PersistentBuffers {
   Tensor w, exchange, flags;
   LstmSteps steps;
 
-  PersistentBuffers(const Layer& layer, const LstmSplit& split, Direction direction, const Tensor& w) : w(w) {
-    const int64_t elements[] = {split.exchange_elements(direction)}, counts[] = {split.flags(direction)};
+  PersistentBuffers(const Layer& layer, const LstmSplit& split, const Tensor& w) : w(w) {
+    const int64_t elements[] = {split.exchange_elements()}, counts[] = {split.flags()};
     exchange = torch::stable::new_zeros(layer.in.x, elements);
     flags = torch::stable::new_zeros(layer.in.x, counts, ScalarType::Int);
     const LstmInputs& in = layer.in;
@@ -39,7 +40,6 @@ struct PersistentBuffers {
              in.T,
              padded_units(in.H),
              layer.reverse,
-             layer.dtype,
              in.lengths.has_value() ? ids_of(*in.lengths) : nullptr,
              in.matrix("w_hh", w),
              reinterpret_cast<unsigned*>(flags.data_ptr())};
@@ -49,7 +49,7 @@ struct PersistentBuffers {
 inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const Tensor& projected,
                                const Tensor& bias, const Tensor& first_cell, bool save,
                                const LstmOutputs& out) {
-  const PersistentBuffers buffers(layer, plan.split, Direction::forward, layer.dropped_w_hh());
+  const PersistentBuffers buffers(layer, plan.split, layer.dropped_w_hh());
   LstmPersistentForward a;
   a.steps = buffers.steps;
   a.projected = layer.in.sequence("x", projected);
@@ -69,7 +69,7 @@ inline void persistent_backward(const Layer& layer, const LstmPlan& plan, const 
                                 const Tensor& dh_n, const Tensor& dc_n, const Tensor& first_cell,
                                 const Tensor& w, const Tensor& gates, const Tensor& cells,
                                 const Tensor& dgates, const LstmGradients& out) {
-  const PersistentBuffers buffers(layer, plan.split, Direction::backward, w);
+  const PersistentBuffers buffers(layer, plan.split, w);
   const Tensor sums = empty_like(layer.in.x, {plan.split.sums_elements()}, layer.sums);
   LstmPersistentBackward a;
   a.steps = buffers.steps;

@@ -1,5 +1,5 @@
 // What runs CUDA kernels on the CPU: blocks of a cooperative launch that wait for one another, deadlocks,
-// barriers, and a matrix instruction by the manual's table of who holds what.
+// barriers, and the matrix instructions by the manual's tables of who holds what.
 #include "check.h"
 #include "kernels/cuda/mma.h"
 
@@ -43,29 +43,82 @@ std::string error_of(void (*kernel)(Ring), Ring ring, int blocks) {
 }
 
 struct Matrices {
-  const float *a, *b;  // (16, 16), (16, 8)
+  const float *a, *b;  // (16, K), (K, 8)
   float* c;            // (16, 8)
 };
 
-// The PTX manual, "Matrix Fragments for mma.m16n8k16": element i of a lane's part of each matrix.
+// The PTX manual, "Matrix Fragments for mma.m16n8k16" and, for .tf32, "m16n8k8": element i of a lane's part
+// of each matrix.
+template <class S>
 void mma_kernel(Matrices m) {
+  constexpr bool k16 = sizeof(S) == 2;
+  constexpr int K = k16 ? 16 : 8;
   const int group = threadIdx.x / 4, in_group = threadIdx.x % 4;
-  bf16 a[8], b[4];
+  S a[k16 ? 8 : 4], b[k16 ? 4 : 2];
   float c[4];
-  for (int i = 0; i < 8; ++i) {
-    const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8,
-              k = in_group * 2 + i % 2 + (i < 4 ? 0 : 8);
-    a[i] = __float2bfloat16_rn(m.a[row * 16 + k]);
+  for (int i = 0; i < K / 2; ++i) {
+    const bool upper = k16 ? i < 2 || (4 <= i && i < 6) : i % 2 == 0;
+    const int k = k16 ? in_group * 2 + i % 2 + (i < 4 ? 0 : 8) : in_group + (i < 2 ? 0 : 4);
+    a[i] = narrow<S>(m.a[(upper ? group : group + 8) * K + k]);
   }
-  for (int i = 0; i < 4; ++i)
-    b[i] = __float2bfloat16_rn(m.b[(in_group * 2 + i % 2 + (i < 2 ? 0 : 8)) * 8 + group]);
+  for (int i = 0; i < K / 4; ++i) {
+    const int k = k16 ? in_group * 2 + i % 2 + (i < 2 ? 0 : 8) : in_group + 4 * i;
+    b[i] = narrow<S>(m.b[k * 8 + group]);
+  }
   const auto at = [&](int i) { return (i < 2 ? group : group + 8) * 8 + in_group * 2 + i % 2; };
   for (int i = 0; i < 4; ++i) c[i] = m.c[at(i)];
   uint32_t a_words[4], b_words[2];
+  static_assert(sizeof a == sizeof a_words && sizeof b == sizeof b_words);
   std::memcpy(a_words, a, sizeof a);
   std::memcpy(b_words, b, sizeof b);
-  mma<bf16>(c, a_words, b_words);
+  mma<S>(c, a_words, b_words);
   for (int i = 0; i < 4; ++i) m.c[at(i)] = c[i];
+}
+
+// Beside a plain product, of whole numbers: exact in bf16 and TF32, and their sums in fp32.
+template <class S>
+void check_mma(int K) {
+  const auto small = [](int n, unsigned seed) {
+    std::vector<float> values = random_values<float>(n, seed, 9);
+    for (float& v : values) v = std::round(v);
+    return values;
+  };
+  std::vector<float> a = small(16 * K, 1), b = small(K * 8, 2), before = small(16 * 8, 3), c = before;
+  const auto run = [&] {
+    launch("test", mma_kernel<S>, dim3(1), dim3(32), nullptr, Matrices{a.data(), b.data(), c.data()});
+  };
+  run();
+  for (int row = 0; row < 16; ++row)
+    for (int n = 0; n < 8; ++n) {
+      float sum = before[row * 8 + n];
+      for (int k = 0; k < K; ++k) sum += a[row * K + k] * b[k * 8 + n];
+      CHECK(c[row * 8 + n] == sum, "(%d, %d) is %g, not %g", row, n, c[row * 8 + n], sum);
+    }
+  if (sizeof(S) == 2) return;
+  a[5] = 1 + 0x1p-12f;
+  try {
+    run();
+    CHECK(false, "an operand that is not rounded passes");
+  } catch (const std::logic_error& error) {
+    CHECK(std::string(error.what()) == "an operand of TF32 is not rounded", "%s", error.what());
+  }
+}
+
+// As cvt.rna.tf32.f32: the nearest of 10 bits, halves away from zero.
+void check_tf32() {
+  const float inf = INFINITY;
+  const std::pair<float, float> cases[] = {{1 + 0x1p-10f, 1 + 0x1p-10f},
+                                           {1 + 0x1p-11f, 1 + 0x1p-10f},
+                                           {-1 - 0x1p-11f, -1 - 0x1p-10f},
+                                           {1 + 0x1.fep-12f, 1},
+                                           {0x1.ffcp-1f, 0x1.ffcp-1f},
+                                           {0x1.fffp-1f, 1},
+                                           {-0.0f, -0.0f},
+                                           {inf, inf},
+                                           {-inf, -inf}};
+  for (const auto& [value, expected] : cases)
+    CHECK(as_operand(value) == expected, "%a becomes %a, not %a", value, as_operand(value), expected);
+  CHECK(std::isnan(as_operand(NAN)), "NaN is lost");
 }
 
 }  // namespace
@@ -86,18 +139,6 @@ int main() {
   const std::string said = error_of(crossed_barriers_kernel, {}, 1);
   CHECK(said == "threads of a block wait at different barriers", "%s", said.c_str());
 
-  const auto small = [](int n, unsigned seed) {  // whole numbers: exact in bf16, and their sums in fp32
-    std::vector<float> values = random_values<float>(n, seed, 9);
-    for (float& v : values) v = std::round(v);
-    return values;
-  };
-  const std::vector<float> a = small(16 * 16, 1), b = small(16 * 8, 2), before = small(16 * 8, 3);
-  std::vector<float> c = before;
-  launch("test", mma_kernel, dim3(1), dim3(32), nullptr, Matrices{a.data(), b.data(), c.data()});
-  for (int row = 0; row < 16; ++row)
-    for (int n = 0; n < 8; ++n) {
-      float sum = before[row * 8 + n];
-      for (int k = 0; k < 16; ++k) sum += a[row * 16 + k] * b[k * 8 + n];
-      CHECK(c[row * 8 + n] == sum, "(%d, %d) is %g, not %g", row, n, c[row * 8 + n], sum);
-    }
+  check_mma<bf16>(16), check_mma<f16>(16), check_mma<float>(8);
+  check_tf32();
 }

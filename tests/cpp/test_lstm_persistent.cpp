@@ -12,7 +12,6 @@ namespace {
 
 using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
-using Halves = std::vector<bf16>;
 
 double value(float v) { return v; }
 double value(bf16 v) { return __bfloat162float(v); }
@@ -35,18 +34,20 @@ Doubles widened(const std::vector<T>& values) {
   return wide;
 }
 
+template <class S>  // what is stored
 struct Problem {
+  static constexpr DType kDtype = std::is_same_v<S, bf16> ? DType::bf16 : DType::f32;
   int64_t T, B, H;
   bool reverse, with_lengths;
   std::vector<int64_t> lengths;
-  Halves w, h0, dy;
+  std::vector<S> w, h0, dy;
   Floats projected, bias, c0, dh_n, dc_n;
 
   Problem(int64_t T, int64_t B, int64_t H, bool reverse, bool with_lengths)
       : T(T), B(B), H(H), reverse(reverse), with_lengths(with_lengths) {
     for (int64_t b = 0; b < B; ++b) lengths.push_back((3 * b + 1) % (T + 1));
-    w = draw<bf16>(4 * H * H, 1, 1 / std::sqrt(H)), h0 = draw<bf16>(B * H, 2, 1);
-    dy = draw<bf16>(T * B * H, 3, 1);
+    w = draw<S>(4 * H * H, 1, 1 / std::sqrt(H)), h0 = draw<S>(B * H, 2, 1);
+    dy = draw<S>(T * B * H, 3, 1);
     projected = draw<float>(T * B * 4 * H, 4, 1), bias = draw<float>(4 * H, 5, 1),
     c0 = draw<float>(B * H, 6, 1);
     dh_n = draw<float>(B * H, 7, 1), dc_n = draw<float>(B * H, 8, 1);
@@ -59,7 +60,8 @@ struct Results {
   Doubles y, h_n, c_n, dgates, dh0, dc0;
 };
 
-Results in_doubles(const Problem& p) {
+template <class S>
+Results in_doubles(const Problem<S>& p) {
   const int64_t T = p.T, B = p.B, H = p.H, N = B * H;
   const Doubles w = widened(p.w);
   Doubles h = widened(p.h0), c = widened(p.c0);
@@ -107,58 +109,74 @@ Results in_doubles(const Problem& p) {
   return r;
 }
 
-LstmSteps steps_of(const Problem& p, Direction direction, const DeviceLimits& card,
+template <class S>
+LstmSteps steps_of(const Problem<S>& p, Direction direction, const DeviceLimits& card,
                    std::vector<unsigned>& flags) {
-  const LstmPlan plan = plan_lstm(p.B, p.H, DType::bf16, direction, card);
+  const LstmPlan plan = plan_lstm(p.B, p.H, p.kDtype, /*tf32=*/true, direction, card);
   CHECK(plan.fits(), "%s", plan.why_not.c_str());
-  flags.assign(plan.split.flags(direction), 0);
+  flags.assign(plan.split.flags(), 0);
   return {plan.split,
           p.T,
           padded_units(p.H),
           p.reverse,
-          DType::bf16,
           p.with_lengths ? p.lengths.data() : nullptr,
-          {p.w.data(), DType::bf16, p.H},
+          {p.w.data(), p.kDtype, p.H},
           flags.data()};
 }
 
-Results persistent(const Problem& p, const DeviceLimits& card) {
+template <class S>
+Results persistent(const Problem<S>& p, const DeviceLimits& card) {
   const int64_t N = p.B * p.H, rows = p.T * p.B, units = padded_units(p.H);
-  Halves y(p.T * N), h_n(N), c_n(N), dgates(p.T * N * 4), dh0(N), dc0(N), gates(rows * 4 * units);
+  std::vector<S> y(p.T * N), h_n(N), c_n(N), dgates(p.T * N * 4), dh0(N), dc0(N), gates(rows * 4 * units);
   Floats cells(rows * units);
   std::vector<unsigned> flags;
   LstmPersistentForward f;
   f.steps = steps_of(p, Direction::forward, card, flags);
-  Halves exchange(f.steps.split.exchange_elements(Direction::forward));
+  std::vector<S> exchange(f.steps.split.exchange_elements());
   f.projected = {const_cast<float*>(p.projected.data()), DType::f32, p.B * 4 * p.H, 4 * p.H};
   f.bias = p.bias.data(), f.c0 = p.c0.data();
-  f.h0 = {p.h0.data(), DType::bf16, p.H};
-  f.y = {y.data(), DType::bf16, N, p.H};
+  f.h0 = {p.h0.data(), p.kDtype, p.H};
+  f.y = {y.data(), p.kDtype, N, p.H};
   f.gates = gates.data(), f.cells = cells.data(), f.h_n = h_n.data(), f.c_n = c_n.data();
   f.exchange = exchange.data();
   lstm_persistent(f, nullptr);
 
   LstmPersistentBackward b;
   b.steps = steps_of(p, Direction::backward, card, flags);
-  exchange.assign(b.steps.split.exchange_elements(Direction::backward), bf16{});
+  exchange.assign(b.steps.split.exchange_elements(), S{});
   Floats sums(b.steps.split.sums_elements(), NAN);
-  b.dy = {const_cast<bf16*>(p.dy.data()), DType::bf16, N, p.H};
+  b.dy = {const_cast<S*>(p.dy.data()), p.kDtype, N, p.H};
   b.dh_n = p.dh_n.data(), b.dc_n = p.dc_n.data(), b.c0 = p.c0.data();
   b.gates = gates.data(), b.cells = cells.data();
-  b.dgates = {dgates.data(), DType::bf16, 4 * N, 4 * p.H};
+  b.dgates = {dgates.data(), p.kDtype, 4 * N, 4 * p.H};
   b.dh0 = dh0.data(), b.dc0 = dc0.data(), b.exchange = exchange.data(), b.sums = sums.data();
   lstm_persistent_backward(b, nullptr);
   return {widened(y), widened(h_n), widened(c_n), widened(dgates), widened(dh0), widened(dc0)};
 }
 
-// Two roundings to bf16 (2^-8 each) of the largest value there is.
+// Of the largest value there is: two roundings to bf16 (2^-8 each), or to TF32 (2^-11).
+template <class S>
 void check_same(const Doubles& a, const Doubles& b, const char* what) {
   double largest = 0, error = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     CHECK(std::isfinite(a[i]), "%s[%zu] is not finite", what, i);
     largest = std::fmax(largest, std::abs(b[i])), error = std::fmax(error, std::abs(a[i] - b[i]));
   }
-  CHECK(error <= largest / 128, "%s: error %g of values up to %g", what, error, largest);
+  CHECK(error <= largest / (sizeof(S) == 2 ? 128 : 1024), "%s: error %g of values up to %g", what, error,
+        largest);
+}
+
+template <class S>
+void check_problem(const DeviceLimits& card, int64_t T, int64_t B, int64_t H, bool reverse) {
+  const Problem<S> p(T, B, H, reverse, /*with_lengths=*/(B + reverse) % 2 == 0);
+  const Results ours = persistent(p, card), truth = in_doubles(p);
+  check_same<S>(ours.y, truth.y, "y"), check_same<S>(ours.h_n, truth.h_n, "h_n");
+  check_same<S>(ours.c_n, truth.c_n, "c_n"), check_same<S>(ours.dgates, truth.dgates, "dgates");
+  check_same<S>(ours.dh0, truth.dh0, "dh0"), check_same<S>(ours.dc0, truth.dc0, "dc0");
+  if (sizeof(S) == 2 || B < 18) return;
+  const auto rounded = [](double v) { return tf32_on_cpu(static_cast<float>(v)) == v; };
+  for (const Doubles& kept : {ours.y, ours.h_n, ours.c_n, ours.dgates})
+    CHECK(!std::all_of(kept.begin(), kept.end(), rounded), "what is no operand is rounded to TF32");
 }
 
 }  // namespace
@@ -168,10 +186,7 @@ int main() {
   for (const DeviceLimits& card : {few, some, many})
     for (const auto& [T, B, H] : {std::tuple<int, int, int>{1, 1, 1}, {3, 18, 16}, {4, 33, 31}, {3, 70, 33}})
       for (const bool reverse : {false, true}) {
-        const Problem p(T, B, H, reverse, /*with_lengths=*/(B + reverse) % 2 == 0);
-        const Results ours = persistent(p, card), truth = in_doubles(p);
-        check_same(ours.y, truth.y, "y"), check_same(ours.h_n, truth.h_n, "h_n");
-        check_same(ours.c_n, truth.c_n, "c_n"), check_same(ours.dgates, truth.dgates, "dgates");
-        check_same(ours.dh0, truth.dh0, "dh0"), check_same(ours.dc0, truth.dc0, "dc0");
+        check_problem<bf16>(card, T, B, H, reverse);
+        check_problem<float>(card, T, B, H, reverse);
       }
 }

@@ -20,10 +20,10 @@ const DeviceLimits kCards[] = {{132, 232448, 90, true},  // H200
                                {3, 101376, 120, true}};
 const Direction kDirections[] = {Direction::forward, Direction::backward};
 
-void check_limits(const LstmSplit& s, const DeviceLimits& card, Direction direction) {
+void check_limits(const LstmSplit& s, const DeviceLimits& card) {
   CHECK(s.parts * s.ctas <= card.multiprocessors, "%d parts of %d CTAs", s.parts, s.ctas);
   CHECK(s.shared_memory() <= card.shared_memory, "%ld bytes", static_cast<long>(s.shared_memory()));
-  CHECK(direction == Direction::forward || s.ctas % kGroup == 0, "%d CTAs are no groups", s.ctas);
+  CHECK(s.direction == Direction::forward || s.ctas % kGroup == 0, "%d CTAs are no groups", s.ctas);
   CHECK(s.padded_rows() - s.part_rows() < s.B && s.B <= s.padded_rows(), "a part without rows");
 }
 
@@ -44,23 +44,23 @@ void check_items(const LstmSplit& s) {
 }
 
 // A part holds every weight once: which rows of W_hh, or on the way back which (gate, unit), and all of K.
-void check_weights(const LstmSplit& s, Direction direction) {
+void check_weights(const LstmSplit& s) {
   std::vector<int> times(4 * s.H);
   for (int cta = 0; cta < s.ctas; ++cta)
     for (int n = 0; n < s.columns(); ++n) {
-      const bool forward = direction == Direction::forward;
+      const bool forward = s.direction == Direction::forward;
       const int64_t unit = forward ? cta * s.cta_units() + n / 4 : s.group_unit(cta, n);
       if (unit < s.H) ++times[forward ? s.weight_row(cta, n) : cta % kGroup * s.H + unit];
     }
   for (const int n : times) CHECK(n == 1, "H %ld: a row of weights is held %d times", (long)s.H, n);
-  CHECK(s.first_chunk(0) == 0 && s.first_chunk(kSplitWarps) * kChunk >= s.H, "K is not covered");
+  CHECK(s.first_chunk(0) == 0 && s.first_chunk(kSplitWarps) * s.chunk() >= s.H, "K is not covered");
 }
 
 // What a part's warps do to memory and in which order, as vector clocks: a wait for a flag is the only thing
 // that orders two blocks. The order that follows holds in every run, so one run decides about all.
 class Model {
  public:
-  Model(const LstmSplit& s, Direction direction, int T) : s(s), direction(direction), T(T) {
+  Model(const LstmSplit& s, int T) : s(s), T(T) {
     const int warps = s.ctas * kSplitWarps;
     clock.assign(warps, std::vector<int>(warps));
     at.assign(s.ctas, 0);
@@ -102,7 +102,7 @@ class Model {
   // The kernels' order of waits, reads, barriers, writes and flags (lstm_persistent*.cu).
   void program() {
     steps.resize(s.ctas);
-    for (int cta = 0; cta < s.ctas; ++cta) direction == Direction::forward ? forward(cta) : backward(cta);
+    for (int cta = 0; cta < s.ctas; ++cta) s.direction == Direction::forward ? forward(cta) : backward(cta);
   }
   std::string buffer(const char* name, int number, int pass) const {
     return name + std::to_string(number) + "/" + std::to_string(pass);
@@ -200,7 +200,6 @@ class Model {
   }
 
   const LstmSplit& s;
-  Direction direction;
   int T;
   std::vector<std::vector<Step>> steps;  // of each block
   std::vector<int> at;
@@ -213,11 +212,12 @@ class Model {
 void check_refusals() {
   const DeviceLimits h200 = kCards[0];
   const auto why = [](int64_t B, int64_t H, DType dtype, const DeviceLimits& card) {
-    const LstmPlan plan = plan_lstm(B, H, dtype, Direction::forward, card);
+    const LstmPlan plan = plan_lstm(B, H, dtype, /*tf32=*/false, Direction::forward, card);
     CHECK(!plan.fits() && !plan.why_not.empty(), "H %ld fits", static_cast<long>(H));
     return plan.why_not;
   };
-  CHECK(why(64, 1152, DType::f32, h200).find("bfloat16") != std::string::npos, "dtype");
+  CHECK(why(64, 1152, DType::f64, h200).find("bfloat16") != std::string::npos, "dtype");
+  CHECK(why(64, 1152, DType::f32, h200).find("float32 needs TF32") != std::string::npos, "TF32");
   CHECK(why(64, 1152, DType::bf16, {132, 232448, 75, true}).find("8.0") != std::string::npos, "capability");
   CHECK(why(64, 1152, DType::bf16, {132, 232448, 90, false}).find("cooperatively") != std::string::npos,
         "launch");
@@ -226,32 +226,45 @@ void check_refusals() {
   CHECK(why(64, 1 << 20, DType::bf16, h200).find("any card") != std::string::npos, "huge");
 }
 
+// All plans of a card: limits, coverage, and the model where it has not run on such a plan; how many fit.
+int check_plans(const DeviceLimits& card, DType dtype, Direction direction) {
+  static std::set<std::vector<int>> seen;
+  int fitting = 0;
+  for (int64_t H = 1; H <= 2048; H += H < 140 ? 1 : H % 16 == 0 ? 15 : 1)
+    for (const int64_t B : {1, 2, 7, 15, 16, 17, 32, 33, 48, 63, 64, 65, 100, 128, 200, 255, 256}) {
+      const LstmPlan plan = plan_lstm(B, H, dtype, /*tf32=*/true, direction, card);
+      if (!plan.fits()) continue;
+      const LstmSplit& s = plan.split;
+      ++fitting;
+      check_limits(s, card);
+      if (B < 33 || B == 256) check_weights(s);
+      if (H < 140 || (H % 48 == 0 && B % 64 < 2)) check_items(s);
+      // the model knows nothing of H and B but these
+      const bool small = s.ctas <= 20 || seen.size() % 64 == 0;  // the large ones take their time
+      const bool fresh =
+          seen.insert({s.ctas, s.column_tiles, s.chunks(), s.chunk(), s.passes, static_cast<int>(direction)})
+              .second;
+      if (fresh && small) Model(s, 4).run();
+    }
+  return fitting;
+}
+
+void check_fits(int64_t H, int64_t B, DType dtype, const DeviceLimits& card) {
+  for (const Direction direction : kDirections)
+    CHECK(plan_lstm(B, H, dtype, /*tf32=*/true, direction, card).fits(), "H %ld, B %ld, dtype %d",
+          static_cast<long>(H), static_cast<long>(B), static_cast<int>(dtype));
+}
+
 }  // namespace
 
 int main() {
   check_refusals();
   int fitting = 0;
-  std::set<std::vector<int>> seen;
   for (const DeviceLimits& card : kCards)
-    for (const Direction direction : kDirections)
-      for (int64_t H = 1; H <= 2048; H += H < 140 ? 1 : H % 16 == 0 ? 15 : 1)
-        for (const int64_t B : {1, 2, 7, 15, 16, 17, 32, 33, 48, 63, 64, 65, 100, 128, 200, 255, 256}) {
-          const LstmPlan plan = plan_lstm(B, H, DType::bf16, direction, card);
-          if (!plan.fits()) continue;
-          const LstmSplit& s = plan.split;
-          ++fitting;
-          check_limits(s, card, direction);
-          if (B < 33 || B == 256) check_weights(s, direction);
-          if (H < 140 || (H % 48 == 0 && B % 64 < 2)) check_items(s);
-          // the model knows nothing of H and B but these
-          const bool small = s.ctas <= 20 || seen.size() % 64 == 0;  // the large ones take their time
-          const bool fresh =
-              seen.insert({s.ctas, s.column_tiles, s.chunks(), s.passes, direction == Direction::forward})
-                  .second;
-          if (fresh && small) Model(s, direction, 4).run();
-        }
+    for (const DType dtype : {DType::bf16, DType::f32})
+      for (const Direction direction : kDirections) fitting += check_plans(card, dtype, direction);
   for (const auto& [H, B] : {std::pair<int, int>{400, 64}, {1152, 64}, {1150, 70}, {1152, 256}, {768, 16}})
-    CHECK(plan_lstm(B, H, DType::bf16, Direction::backward, kCards[0]).fits(), "H %d, B %d", H, B);
-  CHECK(plan_lstm(64, 1152, DType::f16, Direction::forward, kCards[1]).fits(), "an A100 holds H = 1152");
+    for (const DType dtype : {DType::bf16, DType::f32}) check_fits(H, B, dtype, kCards[0]);
+  check_fits(1152, 64, DType::f16, kCards[1]);  // an A100 holds it too
   std::printf("%d plans\n", fitting);
 }

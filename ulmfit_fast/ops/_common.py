@@ -121,17 +121,24 @@ _torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
-    """Whether float32 products may be made of bfloat16 ones: asked for here, or by torch's own setting."""
+    """Whether float32 products may be less than float32's own: asked for here, or by torch's own setting.
+
+    On the CPU they may then be made of bfloat16 ones. On CUDA they are torch's own, so its setting alone says
+    whether they may be TF32's.
+    """
     chosen = _torch_precision() if precision is None else precision
     if chosen not in ("highest", "high", "medium"):
         raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
-    single = value.dtype == torch.float32
-    if single and value.device.type == "cuda" and precision == "highest" != _torch_precision():
-        raise ValueError(
-            f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
-            "products are torch's own, and it allows TF32 now"
-        )
-    return single and chosen != "highest"
+    if value.dtype != torch.float32:
+        return False
+    if value.device.type == "cuda":
+        if precision == "highest" != _torch_precision():
+            raise ValueError(
+                f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
+                "products are torch's own, and it allows TF32 now"
+            )
+        chosen = _torch_precision()
+    return chosen != "highest"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

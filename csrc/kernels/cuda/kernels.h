@@ -104,16 +104,16 @@ struct LstmStepBackward {
 };
 void lstm_step_backward(const LstmStepBackward&, void* stream);
 
-// All steps of the recurrence in one launch, split as the plan says (lstm_plan.h); for dtypes of 16 bits.
+// All steps of the recurrence in one launch, split as the plan says (lstm_plan.h). float32 is multiplied as
+// TF32.
 struct LstmSteps {
-  LstmSplit split;  // B and H are in it
+  LstmSplit split;  // B, H and the dtype are in it
   int64_t T;
   int64_t units;  // padded_units(H)
   bool reverse;
-  DType dtype;             // x's
   const int64_t* lengths;  // (B); nullptr: every step counts
   Matrix w;                // W_hh (4H, H) dtype, dropped
-  unsigned* flags;         // split.flags(direction), zeros on entry
+  unsigned* flags;         // split.flags(), zeros on entry
 };
 struct LstmPersistentForward {
   LstmSteps steps;
@@ -125,7 +125,7 @@ struct LstmPersistentForward {
   void* gates;         // (T, B, 4, units) dtype, activated, zeros past H; or nullptr
   float* cells;        // (T, B, units), zeros past H; nullptr where gates is
   void *h_n, *c_n;     // (B, H) dtype
-  void* exchange;      // split.exchange_elements(forward) dtype, zeros on entry: h by padded rows and units
+  void* exchange;      // split.exchange_elements() dtype, zeros on entry: h by padded rows and units
 };
 void lstm_persistent(const LstmPersistentForward&, void* stream);
 
@@ -137,7 +137,7 @@ struct LstmPersistentBackward {
   const float* cells;
   Sequence dgates;  // (T, B, 4H) dtype
   void *dh0, *dc0;  // (B, H) dtype
-  void* exchange;   // split.exchange_elements(backward) dtype, zeros on entry: dgates by gate, row and unit
+  void* exchange;   // split.exchange_elements() dtype, zeros on entry: dgates by gate, row and unit
   float* sums;      // split.sums_elements(): what each CTA of a group adds to its units' dh
 };
 void lstm_persistent_backward(const LstmPersistentBackward&, void* stream);

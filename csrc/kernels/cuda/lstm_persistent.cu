@@ -9,12 +9,13 @@
 namespace ulmfit_fast::cuda {
 namespace {
 
-// A state in shared memory: c in fp32, h as stored. Only its own thread touches it.
+// A state in shared memory: c in fp32, h as stored; 16 bytes at most. Only its own thread touches it.
 template <class S>
 struct State {
   float c[2];
   Pair<S> h;
 };
+static_assert(sizeof(State<float>) == 16);
 
 // What a pair of cells leaves besides h: stored after the others have been told.
 template <class S>
@@ -37,13 +38,14 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
   };
 
   block.load_weights([&](int column, int k) {
-    Pack<S, 4> to = {};
+    constexpr int N = B::kNeighbours;
+    Pack<S, N> to = {};
     const int64_t unit = static_cast<int64_t>(block.cta) * split.cta_units() + column / 4;
     if (unit >= H) return to;
     const S* from =
         static_cast<const S*>(a.steps.w.data) + split.weight_row(block.cta, column) * a.steps.w.stride + k;
-    if (k + 4 <= H && reinterpret_cast<uintptr_t>(from) % sizeof to == 0) return pack_at<S, 4>(from);
-    for (int j = 0; j < 4; ++j)
+    if (k + N <= H && reinterpret_cast<uintptr_t>(from) % sizeof to == 0) return pack_at<S, N>(from);
+    for (int j = 0; j < N; ++j)
       if (k + j < H) to.v[j] = from[j];
     return to;
   });
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
       }
       if (a.steps.lengths != nullptr) check_length(a.steps.lengths[p.b], T);
       state_of(pass, p) = s;
-      pack_at<S, 2>(exchange + block.exchanged(0, 1, 0, p.b, p.unit)) = s.h;
+      B::send(exchange + block.exchanged(0, 1, 0, p.b, p.unit), s.h);
     });
   }
   __syncthreads();
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
             gates[u][0] = cell.i, gates[u][1] = cell.f, gates[u][2] = cell.g, gates[u][3] = cell.o;
           }
         }
-        pack_at<S, 2>(exchange + block.exchanged((i + 1) % 2, 1, 0, p.b, p.unit)) = state.h;
+        B::send(exchange + block.exchanged((i + 1) % 2, 1, 0, p.b, p.unit), state.h);
         left[item].y = narrow_pair<S>(y[0], y[1]);
         ULMFIT_UNROLL_ALL
         for (int g = 0; g < 4; ++g) left[item].gates[g] = narrow_pair<S>(gates[0][g], gates[1][g]);
@@ -151,11 +153,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
 
 void lstm_persistent(const LstmPersistentForward& a, void* stream) {
   const LstmSplit& split = a.steps.split;
-  with_16_bit_type(a.steps.dtype, [&](auto type) {
-    with_split(split, [&](auto mt, auto nt) {
-      launch_cooperative("lstm", lstm_persistent_kernel<decltype(type), mt(), nt()>, split.parts * split.ctas,
-                         kSplitThreads, split.shared_memory(), stream, a);
-    });
+  with_split(split, [&](auto type, auto mt, auto nt) {
+    launch_cooperative("lstm", lstm_persistent_kernel<decltype(type), mt(), nt()>, split.parts * split.ctas,
+                       kSplitThreads, split.shared_memory(), stream, a);
   });
 }
 

@@ -36,13 +36,17 @@ template <class S, int MT, int NT>
 struct Block {
   static constexpr int kItems = (kTileRows * MT * NT + kSplitThreads - 1) / kSplitThreads;  // of a thread
   static constexpr int kSums = MT * NT * 32;  // fragments of 4 floats: a product
+  static constexpr int kTileK = tile_k(sizeof(S));
+  static constexpr int kNeighbours = kTileK / 4;  // units next to each other that a lane holds of a tile
+  static constexpr int kOfWord = 4 / sizeof(S);   // of 4 bytes
+  static constexpr int kPairWords = 2 / kOfWord;
 
   LstmSplit split;
   int part, cta;
   Fragment* weights;       // (chunks, NT, 32 lanes)
   Pack<float, 4>* sums;    // (warps, MT, NT, 32 lanes)
   Pack<float, 4>* states;  // (passes, items)
-  uint32_t* inputs;        // (8, items): what a row block's cells take, on its way while the block waits
+  uint32_t* inputs;        // (words, items): what a row block's cells take, on its way while the block waits
   float* bias;             // (8 * NT), by column
 
   __device__ explicit Block(const LstmSteps& a) : split(a.split) {
@@ -82,18 +86,35 @@ struct Block {
     static_assert(sizeof(T) == 4);
     return *reinterpret_cast<T*>(&inputs[word * split.items() + p.item]);
   }
+  // Of the pair'th Pair<S> among them, unit u.
+  __device__ float input_of_pair(const Place& p, int pair, int u) const {
+    if constexpr (kPairWords == 1) {
+      return widen(input<Pair<S>>(p, pair).v[u]);
+    } else {
+      return input<S>(p, kPairWords * pair + u);
+    }
+  }
   __device__ Pack<float, 4>& state(int pass, const Place& p) const {
     return states[pass * split.items() + p.item];
   }
 
-  // Element of an exchange buffer, (2, planes, padded_rows / 16, padded_h / 16, 32 lanes, 8): as the lanes
-  // load it. A lane's 16 bytes are an operand a of mma: 4 neighbouring units, pair by pair, of rows r and r
-  // + 8.
+  // Element of an exchange buffer, (2, planes, padded_rows / 16, padded_h / kTileK, 32 lanes, 16 bytes): as
+  // the lanes load it. A lane's 16 bytes are an operand a of mma: neighbouring units, word by word, of rows r
+  // and r + 8 in turn.
   __device__ int64_t exchanged(int buffer, int planes, int plane, int64_t row, int64_t unit) const {
     const int r = row % kTileRows, k = unit % kTileK;
     const int64_t plane_rows = (static_cast<int64_t>(buffer) * planes + plane) * split.padded_rows();
-    return (plane_rows + row - r) * split.padded_h() + (unit - k) * kTileRows + (r % 8 * 4 + k / 4) * 8 +
-           k % 4 / 2 * 4 + r / 8 * 2 + k % 2;
+    return (plane_rows + row - r) * split.padded_h() + (unit - k) * kTileRows +
+           (r % 8 * 4 + k / kNeighbours) * 2 * kNeighbours +
+           (k % kNeighbours / kOfWord * 2 + r / 8) * kOfWord + k % kOfWord;
+  }
+  // Writes a pair of units there.
+  __device__ static void send(S* to, Pair<S> values) {
+    if constexpr (kOfWord == 2) {
+      pack_at<S, 2>(to) = values;
+    } else {
+      to[0] = as_operand(values.v[0]), to[2] = as_operand(values.v[1]);
+    }
   }
 
   // The four-float fragment position of (row, column): which fragment, and which of its two pairs.
@@ -111,7 +132,7 @@ struct Block {
   // rows: a row block of an exchange buffer; this warp's quarter of K, times the weights -> this warp's sums.
   __device__ void multiply(const S* rows) const {
     constexpr int kDepth = MT == 1 ? 8 : 4;  // chunks on their way from L2: 32 KB for each multiprocessor
-    constexpr int kOfChunk = kChunk / kTileK * 32;  // fragments from chunk to chunk
+    constexpr int kOfChunk = 2 * 32;         // fragments from chunk to chunk
     const int thread = recomputed(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int first = split.first_chunk(warp), count = split.first_chunk(warp + 1) - first;
     const int of_tile = split.chunks() * kOfChunk;  // fragments from one 16 rows to the next
@@ -150,42 +171,47 @@ struct Block {
     }
   }
 
-  // The weights of this block: four(column, k) are those of k .. k + 3, 0 where there is none. A lane's 16
-  // bytes are two operands b: four neighbours of its column in each half of a chunk.
+  // The weights of this block: neighbours(column, k) are kNeighbours of them from k on, 0 where there is
+  // none. A lane's 16 bytes are two operands b: neighbours of its column in each half of a chunk.
   template <class F>
-  __device__ void load_weights(F&& four) const {
+  __device__ void load_weights(F&& neighbours) const {
     const int count = split.chunks() * NT * 32;
     ULMFIT_UNROLL
     for (int f = threadIdx.x; f < count; f += kSplitThreads) {
-      const int column = f / 32 % NT * kTileColumns + f % 32 / 4, k = f / 32 / NT * kChunk + f % 4 * 4;
-      auto* to = reinterpret_cast<Pack<S, 4>*>(weights + f);
-      to[0] = four(column, k);
-      to[1] = four(column, k + kTileK);
+      const int column = f / 32 % NT * kTileColumns + f % 32 / 4;
+      const int k = f / 32 / NT * 2 * kTileK + f % 4 * kNeighbours;
+      auto* to = reinterpret_cast<Pack<S, kNeighbours>*>(weights + f);
+      to[0] = neighbours(column, k);
+      to[1] = neighbours(column, k + kTileK);
+      ULMFIT_UNROLL_ALL
+      for (int j = 0; j < 2 * kNeighbours; ++j)
+        to[j / kNeighbours].v[j % kNeighbours] = as_operand(to[j / kNeighbours].v[j % kNeighbours]);
     }
   }
 };
 
-template <class F>
-void with_16_bit_type(DType dtype, F&& f) {
-  if (dtype == DType::bf16) return f(bf16{});
-  if (dtype == DType::f16) return f(f16{});
-  throw std::runtime_error("ulmfit_fast.lstm: the persistent kernels are for 16-bit types");
+// f(S{}, MT, NT): the kernel's type and, as std::integral_constant, its tiles, for what the plan chose.
+template <class S, class F, size_t... I>
+void with_tiles(const LstmSplit& split, F&& f, std::index_sequence<I...>) {
+  constexpr auto& kChoices = column_tiles_of(sizeof(S));
+  const auto run = [&](auto nt) {
+    if (split.column_tiles != nt()) return false;
+    if (split.row_tiles == 1) {
+      f(S{}, std::integral_constant<int, 1>{}, nt);
+    } else {
+      f(S{}, std::integral_constant<int, 2>{}, nt);
+    }
+    return true;
+  };
+  if (!(run(std::integral_constant<int, kChoices[I]>{}) || ...))
+    throw std::runtime_error("ulmfit_fast.lstm: no kernel for this split");
 }
-// f(kernel's MT, NT as std::integral_constant) for what the plan chose.
 template <class F>
 void with_split(const LstmSplit& split, F&& f) {
-  const auto rows = [&](auto nt) {
-    if (split.row_tiles == 1) return f(std::integral_constant<int, 1>{}, nt);
-    return f(std::integral_constant<int, 2>{}, nt);
-  };
-  switch (split.column_tiles) {
-    case 2: return rows(std::integral_constant<int, 2>{});
-    case 4: return rows(std::integral_constant<int, 4>{});
-    case 6: return rows(std::integral_constant<int, 6>{});
-    case 8: return rows(std::integral_constant<int, 8>{});
-    case 9: return rows(std::integral_constant<int, 9>{});
-  }
-  throw std::runtime_error("ulmfit_fast.lstm: no kernel for this split");
+  constexpr std::make_index_sequence<kTileChoices> kAll;
+  if (split.dtype == DType::bf16) return with_tiles<bf16>(split, f, kAll);
+  if (split.dtype == DType::f16) return with_tiles<f16>(split, f, kAll);
+  with_tiles<float>(split, f, kAll);
 }
 
 }  // namespace ulmfit_fast::cuda

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   unsigned* dgates_flags = a.steps.flags + first_of_part;  // how many row blocks of dgates are published
   unsigned* sums_flags = a.steps.flags + split.parts * split.ctas + first_of_part;
   S* exchange = static_cast<S*>(a.exchange);
+  constexpr int kCells = 4 * B::kPairWords;  // the input words after the gates
   const auto state_of = [&](int pass, const auto& p) -> Gradients& {
     return reinterpret_cast<Gradients&>(block.state(pass, p));
   };
@@ -51,11 +52,11 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   };
 
   block.load_weights([&](int column, int k) {
-    Pack<S, 4> to = {};
+    Pack<S, B::kNeighbours> to = {};
     const int64_t unit = split.group_unit(block.cta, column), stride = a.steps.w.stride;
     const S* from = static_cast<const S*>(a.steps.w.data) + (gate * H + k) * stride + unit;
     ULMFIT_UNROLL_ALL
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < B::kNeighbours; ++j)
       if (unit < H && k + j < H) to.v[j] = from[j * stride];
     return to;
   });
@@ -84,17 +85,18 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         const int64_t row = t * split.B + p.b, row_before = t_before * split.B + p.b;
         const S* gates = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
         ULMFIT_UNROLL_ALL
-        for (int g = 0; g < 4; ++g) copy(g, gates + g * units);
+        for (int word = 0; word < kCells; ++word)
+          copy(word, gates + word / B::kPairWords * units + word % B::kPairWords);
         ULMFIT_UNROLL_ALL
         for (int u = 0; u < 2; ++u) {
           const bool inside = p.unit + u < H;
-          copy(4 + u, a.cells + row * units + p.unit + u);
+          copy(kCells + u, a.cells + row * units + p.unit + u);
           if (i > 0) {
-            copy(6 + u, a.cells + row_before * units + p.unit + u);
+            copy(kCells + 2 + u, a.cells + row_before * units + p.unit + u);
           } else if (inside) {
-            copy(6 + u, a.c0 + p.b * H + p.unit + u);
+            copy(kCells + 2 + u, a.c0 + p.b * H + p.unit + u);
           } else {
-            block.template input<float>(p, 6 + u) = 0;
+            block.template input<float>(p, kCells + 2 + u) = 0;
           }
           const bool given = inside && a.dy.data != nullptr;
           dy[item].v[u] = given ? at<const S>(a.dy, t, p.b)[p.unit + u] : narrow<S>(0);
@@ -113,9 +115,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         for (int u = 0; u < 2; ++u) {
           state.dh[u] += product.v[u];
           if (!active) continue;
-          const auto gate_of = [&](int g) { return widen(block.template input<Pair<S>>(p, g).v[u]); };
-          const float c = block.template input<float>(p, 4 + u),
-                      c_before = block.template input<float>(p, 6 + u);
+          const auto gate_of = [&](int g) { return block.input_of_pair(p, g, u); };
+          const float c = block.template input<float>(p, kCells + u),
+                      c_before = block.template input<float>(p, kCells + 2 + u);
           d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c,
                                     state.dh[u] + widen(dy[item].v[u]), state.dc[u]);
           state.dc[u] = d[u].c_prev;
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         left[item][3] = narrow_pair<S>(d[0].a_o, d[1].a_o);
         ULMFIT_UNROLL_ALL
         for (int g = 0; g < 4; ++g)
-          pack_at<S, 2>(exchange + block.exchanged(i % 2, 4, g, p.b, p.unit)) = left[item][g];
+          B::send(exchange + block.exchanged(i % 2, 4, g, p.b, p.unit), left[item][g]);
       });
       __syncthreads();
       if (threadIdx.x == 0) publish(dgates_flags + block.cta, done + pass + 1);
@@ -172,11 +174,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
 void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
   const LstmSplit& split = a.steps.split;
-  with_16_bit_type(a.steps.dtype, [&](auto type) {
-    with_split(split, [&](auto mt, auto nt) {
-      launch_cooperative("lstm_backward", lstm_persistent_backward_kernel<decltype(type), mt(), nt()>,
-                         split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a);
-    });
+  with_split(split, [&](auto type, auto mt, auto nt) {
+    launch_cooperative("lstm_backward", lstm_persistent_backward_kernel<decltype(type), mt(), nt()>,
+                       split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a);
   });
 }
 

@@ -21,13 +21,19 @@
 
 namespace ulmfit_fast::cuda {
 
-constexpr int kColumnTiles[] = {2, 4, 6, 8, 9};  // what is compiled: 9 puts H = 1152 on 128 CTAs
+// What is compiled, for elements of 2 bytes and of 4: 9 puts H = 1152 on 128 CTAs, 5 puts it on 116.
+constexpr int kTileChoices = 5;
+constexpr int kColumnTiles[2][kTileChoices] = {{2, 4, 6, 8, 9}, {2, 4, 5, 6, 8}};
+constexpr auto& column_tiles_of(int element) { return kColumnTiles[element / 4]; }
 constexpr int kRowTiles[] = {1, 2};
 constexpr int kSplitWarps = 4, kSplitThreads = 32 * kSplitWarps;
-constexpr int kChunk = 32;  // of K: 16 bytes of weights for a lane
-constexpr int kGroup = 4;   // CTAs that share columns on the way back: one for each gate
-constexpr int kTileRows = 16, kTileColumns = 8, kTileK = 16;  // of mma.sync.m16n8k16
-constexpr int64_t kFragment = 16;                             // bytes that a lane loads at once
+constexpr int kGroup = 4;  // CTAs that share columns on the way back: one for each gate
+constexpr int kTileRows = 16, kTileColumns = 8;
+constexpr int64_t kFragment = 16;  // bytes that a lane loads at once
+// K of mma.sync: m16n8k16 for elements of 2 bytes, m16n8k8 for 4 (TF32). A chunk is two: 16 bytes of weights
+// for a lane.
+ULMFIT_HD constexpr int tile_k(int element) { return 32 / element; }
+ULMFIT_HD constexpr int chunk_k(int element) { return 2 * tile_k(element); }
 
 struct DeviceLimits {
   int multiprocessors = 0;    // what this process may use: a MIG slice's, not the card's
@@ -40,26 +46,30 @@ enum class Direction { forward, backward };
 
 // Where everything is. `row` counts from the part's first row, `unit` from 0 to H.
 struct LstmSplit {
+  Direction direction = Direction::forward;
+  DType dtype = DType::bf16;  // x's
   int64_t B = 0, H = 0;
   int column_tiles = 0, row_tiles = 0;
   int passes = 0;           // row blocks of a part, one after the other in every step
   int parts = 0, ctas = 0;  // ctas of each part
 
+  ULMFIT_HD int element() const { return dtype == DType::f32 ? 4 : 2; }  // bytes
+  ULMFIT_HD int chunk() const { return chunk_k(element()); }
   ULMFIT_HD int block_rows() const { return kTileRows * row_tiles; }
   ULMFIT_HD int part_rows() const { return block_rows() * passes; }
   ULMFIT_HD int64_t padded_rows() const { return static_cast<int64_t>(parts) * part_rows(); }
   ULMFIT_HD int cta_units() const { return 2 * column_tiles; }
   ULMFIT_HD int columns() const { return kTileColumns * column_tiles; }
-  ULMFIT_HD int chunks() const { return static_cast<int>((H + kChunk - 1) / kChunk); }
-  ULMFIT_HD int64_t padded_h() const { return static_cast<int64_t>(chunks()) * kChunk; }
+  ULMFIT_HD int chunks() const { return static_cast<int>((H + chunk() - 1) / chunk()); }
+  ULMFIT_HD int64_t padded_h() const { return static_cast<int64_t>(chunks()) * chunk(); }
   ULMFIT_HD int groups() const { return ctas / kGroup; }
 
   // The chunks of K that a warp multiplies, and the CTAs that own their units.
   ULMFIT_HD int first_chunk(int warp) const { return chunks() * warp / kSplitWarps; }
-  ULMFIT_HD int first_source(int warp) const { return kChunk * first_chunk(warp) / cta_units(); }
+  ULMFIT_HD int first_source(int warp) const { return chunk() * first_chunk(warp) / cta_units(); }
   ULMFIT_HD int end_source(int warp) const {
     const int first = first_chunk(warp), end = first_chunk(warp + 1);
-    const int sources = (kChunk * end + cta_units() - 1) / cta_units();
+    const int sources = (chunk() * end + cta_units() - 1) / cta_units();
     return first == end ? first_source(warp) : sources < ctas ? sources : ctas;
   }
 
@@ -78,8 +88,12 @@ struct LstmSplit {
     return static_cast<int64_t>(cta / kGroup) * columns() + n;
   }
 
-  // Bytes of shared memory: the weights, the warps' sums, the states of all items (16 bytes each), the
-  // projection of a row block's items (8 floats each), the bias.
+  // Words of 4 bytes that an item's cells take: forward the projections of two units; backward their gates,
+  // as stored, and their cells of two steps.
+  ULMFIT_HD int input_words() const { return direction == Direction::forward ? 8 : 2 * element() + 4; }
+
+  // Bytes of shared memory: the weights, the warps' sums, the states of all items (16 bytes each), the inputs
+  // of a row block's items, the bias.
   ULMFIT_HD int64_t weight_bytes() const {
     return static_cast<int64_t>(chunks()) * column_tiles * 32 * kFragment;
   }
@@ -87,18 +101,18 @@ struct LstmSplit {
     return static_cast<int64_t>(kSplitWarps) * row_tiles * column_tiles * 32 * kFragment;
   }
   ULMFIT_HD int64_t state_bytes() const { return static_cast<int64_t>(passes) * items() * 16; }
-  ULMFIT_HD int64_t input_bytes() const { return static_cast<int64_t>(items()) * 32; }
+  ULMFIT_HD int64_t input_bytes() const { return static_cast<int64_t>(items()) * input_words() * 4; }
   ULMFIT_HD int64_t shared_memory() const {
     return weight_bytes() + sum_bytes() + state_bytes() + input_bytes() + 4 * columns();
   }
 
   // Elements of the buffers in global memory, zeros on entry.
-  int64_t exchange_elements(Direction d) const {  // two buffers; a plane for each gate on the way back
-    return 2 * padded_rows() * padded_h() * (d == Direction::forward ? 1 : 4);
+  int64_t exchange_elements() const {  // two buffers; a plane for each gate on the way back
+    return 2 * padded_rows() * padded_h() * (direction == Direction::forward ? 1 : 4);
   }
   int64_t sums_elements() const { return static_cast<int64_t>(parts) * ctas * part_rows() * columns(); }
-  int64_t flags(Direction d) const {  // for h; or for dgates, then for the sums
-    return static_cast<int64_t>(parts) * ctas * (d == Direction::forward ? 1 : 2);
+  int64_t flags() const {  // for h; or for dgates, then for the sums
+    return static_cast<int64_t>(parts) * ctas * (direction == Direction::forward ? 1 : 2);
   }
 };
 
@@ -110,20 +124,25 @@ struct LstmPlan {
 };
 
 // What a step is thought to take: the L2 traffic of the exchange (about 3000 bytes a cycle for the whole
-// card), the products (1024 multiply-adds a cycle and multiprocessor, and as long to read the weights from
-// shared memory for 16 rows), and what a row block costs besides.
+// card), the products (1024 multiply-adds a cycle and multiprocessor, half as many in TF32, and as long to
+// read the weights from shared memory for 16 rows), and what a row block costs besides.
 inline double estimated_cycles(const LstmSplit& s) {
-  const double read = 2.0 * s.part_rows() * s.padded_h() * s.ctas * s.parts;
-  const double products = static_cast<double>(s.part_rows()) * s.columns() * s.padded_h() / 1024;
+  const double read = 1.0 * s.element() * s.part_rows() * s.padded_h() * s.ctas * s.parts;
+  const double products =
+      static_cast<double>(s.part_rows()) * s.columns() * s.padded_h() * s.element() / 2048;
   return read / 3000 + products + 600.0 * s.passes;
 }
 
-// Among the splits that are compiled and fit, the one with the fewest estimated cycles.
-inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, Direction direction,
+// Among the splits that are compiled and fit, the one with the fewest estimated cycles. tf32: whether float32
+// products may be made in it; there are no others here.
+inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, bool tf32, Direction direction,
                           const DeviceLimits& device) {
   LstmPlan best;
-  if (dtype != DType::bf16 && dtype != DType::f16) {
-    best.why_not = "its kernels are for bfloat16 and float16";
+  if (dtype == DType::f64) {
+    best.why_not = "its kernels are for bfloat16, float16 and float32";
+  } else if (dtype == DType::f32 && !tf32) {
+    best.why_not =
+        "float32 needs TF32, which torch does not allow now: torch.set_float32_matmul_precision('high')";
   } else if (device.capability < 80) {
     best.why_not = "its kernels need compute capability 8.0 or newer";
   } else if (!device.cooperative) {
@@ -133,11 +152,12 @@ inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, Direction direction
   }
   if (!best.why_not.empty()) return best;
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  for (const int columns : kColumnTiles) {
+  for (const int columns : column_tiles_of(static_cast<int>(size_of(dtype)))) {
     for (const int rows : kRowTiles) {
       LstmPlan plan;
       LstmSplit& s = plan.split;
-      s.B = B, s.H = H, s.column_tiles = columns, s.row_tiles = rows;
+      s.direction = direction, s.dtype = dtype, s.B = B, s.H = H;
+      s.column_tiles = columns, s.row_tiles = rows;
       const int64_t together = direction == Direction::forward ? 1 : kGroup;
       s.ctas = static_cast<int>(up(up(padded_units(H), s.cta_units()), together) * together);
       const int64_t blocks = up(B, s.block_rows()), most = device.multiprocessors / s.ctas;

@@ -15,16 +15,37 @@ constexpr bool kWaits = ULMFIT_PERSISTENT_PARTS & 1;     // of blocks for one an
 constexpr bool kExchange = ULMFIT_PERSISTENT_PARTS & 2;  // loads of h and dgates
 constexpr bool kProducts = ULMFIT_PERSISTENT_PARTS & 4;
 
-using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits
+using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits or 4 of 32
 
-// c (16, 8) += a (16, 16) b (16, 8), spread over a warp as mma.sync.m16n8k16 wants it. S: bf16 or f16.
+// What the matrix units take for value: float32 as TF32, which keeps 10 bits of the fraction; to nearest.
+inline __device__ bf16 as_operand(bf16 value) { return value; }
+inline __device__ f16 as_operand(f16 value) { return value; }
+inline __device__ float as_operand(float value) {
+#ifndef __CUDACC__
+  return tf32_on_cpu(value);
+#elif __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+#else
+  return value;
+#endif
+}
+
+// c (16, 8) += a (16, K) b (K, 8), spread over a warp as mma.sync.m16n8k16 wants it, or for S = float, which
+// as_operand has rounded, m16n8k8.
 template <class S>
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifndef __CUDACC__
-  mma_on_cpu(c, a, b, [](uint16_t bits) { return widen(std::bit_cast<S>(bits)); });
+  mma_on_cpu<S>(c, a, b, [](S value) { return widen(value); });
 #elif __CUDA_ARCH__ >= 800  // the plan asks no older card
   if constexpr (std::is_same_v<S, bf16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<S, float>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -37,8 +58,8 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #endif
 }
 
-// c (16, 8) += a (16, 32) b (32, 8). Which elements of K meet in which instruction does not matter as long as
-// it is the same for a and b.
+// c (16, 8) += a (16, chunk) b (chunk, 8). Which elements of K meet in which instruction does not matter as
+// long as it is the same for a and b.
 template <class S>
 __device__ void mma_chunk(float (&c)[4], const Fragment (&a)[2], const Fragment& b) {
   mma<S>(c, a[0].v, {b.v[0], b.v[1]});
