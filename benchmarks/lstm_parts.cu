@@ -20,6 +20,7 @@ constexpr int kWarmUp = 3, kRounds = 15;
 
 // Device memory that lives as long as the program: bytes of zeros, or n random numbers within +-scale.
 void* zeros(int64_t bytes) {
+  if (bytes == 0) return nullptr;
   void* memory = nullptr;
   check("lstm", cudaMalloc(&memory, bytes));
   check("lstm", cudaMemset(memory, 0, bytes));

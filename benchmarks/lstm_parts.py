@@ -1,7 +1,9 @@
 """What a step of the persistent recurrence takes, and its parts alone: python -m benchmarks.lstm_parts
 
 Builds the kernels several times with nvcc, each time with other parts left out, and times them by themselves
-in bf16. `rest` is what no part is in: the cells, what they load and store, the barriers within a block.
+in bf16. `rest` is what no part is in: the cells, what they load and store, the barriers within a block. Where
+the plan takes clusters on the way back, all but `all, sums in L2` run in them, and `rest` has their barriers
+and the sums as well.
 """
 
 import argparse
@@ -22,8 +24,10 @@ from .record import RESULTS, provenance, save
 ROOT = Path(__file__).parent.parent
 SOURCES = ["benchmarks/lstm_parts.cu"]
 SOURCES += [f"csrc/kernels/cuda/lstm_persistent{end}.cu" for end in ("", "_backward")]
-# ULMFIT_PERSISTENT_PARTS: 1 blocks wait for one another, 2 they load h and dgates, 4 they multiply
-VARIANTS = {"all": 7, "barrier": 1, "exchange": 2, "barrier + exchange": 3, "products": 4, "rest": 0}
+# ULMFIT_PERSISTENT_PARTS: 1 blocks wait for one another's flags, 2 they load h and dgates, 4 they multiply,
+# 8 they are in clusters where the card has them
+VARIANTS = {"all": 15, "all, sums in L2": 7, "barrier": 9, "exchange": 10, "barrier + exchange": 11}
+VARIANTS |= {"products": 12, "rest": 8}
 SHAPES = [(1152, 64, 72), (400, 64, 72), (1024, 64, 72), (768, 16, 72), (1152, 16, 72)]  # H, B, T
 
 

@@ -21,6 +21,7 @@ VARIABLE = "ULMFIT_FAST_RECURRENCE"
 FACTOR = 2  # as in test_lstm.py: what is stored in 16 bits, and the errors of the steps before
 # whose epsilon the tolerances are made of: TF32 has as many bits of a number as float16
 ROUNDED = {torch.float32: torch.float16}
+CARDS = {"L2": "132,227", "clusters": "132,227,32"}  # by where the sums of the way back are exchanged
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,14 @@ def tf32():
     torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(params=CARDS)
+def exchange(request, monkeypatch):
+    if on_cpu():
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", CARDS[request.param])
+    elif request.param == "clusters":
+        pytest.skip("a GPU has one of the two, and runs as L2")
 
 
 def check(case, dtype, **options):
@@ -81,7 +90,7 @@ def check_beside_general(case, dtype):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, (5, 0, 3)])
-def test_against_reference(dtype, batch_first, reverse, lengths, tf32):
+def test_against_reference(dtype, batch_first, reverse, lengths, exchange, tf32):
     check(lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths), dtype)
 
 
@@ -94,9 +103,9 @@ def test_ragged_sizes(dtype, hidden, tf32):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("card", ["4,227", "5,99", "8,227", "40,30"])
+@pytest.mark.parametrize("card", ["4,227", "4,227,1", "5,99", "8,227", "9,227,2", "40,30", "40,40,8"])
 def test_small_cards_take_row_blocks_in_turn(card, dtype, monkeypatch, tf32):
-    """Few multiprocessors: several row blocks to a part, several parts, every tile."""
+    """Few multiprocessors: several row blocks to a part, several parts, every tile; with clusters as well."""
     if not on_cpu():
         pytest.skip("a made-up card is the CPU's")
     monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
@@ -120,7 +129,8 @@ def test_any_shape_and_card(monkeypatch, tf32):
         some.sampled_from((6, 12, 132)),
     )
     def check_any(data, dtype, sizes, batch_first, reverse, multiprocessors):
-        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", f"{multiprocessors},227")
+        clusters = data.draw(some.sampled_from((0, 1, multiprocessors // 4)))
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", f"{multiprocessors},227,{clusters}")
         time, batch = sizes[:2]
         lengths = data.draw(some.none() | some.tuples(*[some.integers(0, time)] * batch))
         check(
@@ -145,6 +155,18 @@ def test_equal_to_the_bit_over_repeated_runs():
     first = with_gradients(op, inputs)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_exchanges_give_the_same_bits(dtype, monkeypatch, tf32):
+    if not on_cpu():
+        pytest.skip("a made-up card is the CPU's")
+    inputs, op, _ = lstm_case(dtype, 5, 40, 10, 70, lengths=lengths_of(40, 5))
+    results = []
+    for card in CARDS.values():
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
+        results.append(with_gradients(op, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_one_upstream_gradient_of_another_layout():

@@ -2,7 +2,8 @@
 
 python tools/matrix_check.py LIBRARY.so: every lstm_persistent kernel of every architecture multiplies with
 HMMA in its own dtype (float32: in TF32), reads its weights 16 bytes at a time from shared memory and its
-states so from L2, and keeps nothing in local memory. Needs cuobjdump: of the CUDA toolkit, or the one that
+states so from L2, and keeps nothing in local memory; where its blocks are clusters (sm_90 alone), it has the
+barriers of these and reads the others' shared memory. Needs cuobjdump: of the CUDA toolkit, or the one that
 triton brings with torch.
 """
 
@@ -15,9 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNEL = re.compile(r"lstm_persistent(?:_backward)?_kernelI(\w+?)Li(\d+)ELi(\d+)E")
+KERNEL = re.compile(r"lstm_persistent(?:_backward)?_kernelI(\w+?)Li(\d+)ELi(\d+)E(?:\w*?(SumsInCluster))?")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)")
 PRODUCT = {"13__nv_bfloat16": "HMMA.16816.F32.BF16", "6__half": "HMMA.16816.F32", "f": "HMMA.1688.F32.TF32"}
+
+REMOTE = "LD.E.64"  # what ld.shared::cluster becomes
 
 
 def cuobjdump():
@@ -35,7 +38,8 @@ def kernels(lines):
             architecture, counts = match[1], None
         elif match := re.match(r"\s*Function : (\w+)", line):
             counts = None
-            if KERNEL.search(match[1]):
+            kernel = KERNEL.search(match[1])
+            if kernel and not (kernel[4] and architecture < "sm_90"):  # there it is empty, and never launched
                 counts = found[architecture, match[1]] = collections.Counter()
         elif counts is not None and (match := INSTRUCTION.match(line)):
             counts[match[1]] += 1
@@ -44,7 +48,7 @@ def kernels(lines):
 
 def faults(name, counts):
     """What is not as it was meant to be."""
-    dtype, rows, columns = KERNEL.search(name).groups()
+    dtype, rows, columns, clusters = KERNEL.search(name).groups()
     least = 2 * int(rows) * int(columns)  # of one chunk of K
     if counts[PRODUCT[dtype]] < least:
         yield f"{counts[PRODUCT[dtype]]} of {PRODUCT[dtype]}, at least {least} were expected"
@@ -54,8 +58,12 @@ def faults(name, counts):
     for op in counts:
         if op.startswith(("LDL", "STL")):
             yield f"{counts[op]} of {op}: local memory"
-        if re.match(r"(LD|ST)\.", op):
+        # shared memory of the cluster is read by the same instruction
+        if re.match(r"(LD|ST)\.", op) and not (clusters and op == REMOTE):
             yield f"{counts[op]} of {op}: an address whose memory the compiler does not know"
+    for op in ("UCGABAR_ARV", "UCGABAR_WAIT", REMOTE) if clusters else ():
+        if counts[op] < 2:  # in the steps, and at the end
+            yield f"{counts[op]} of {op}, which a cluster needs"
 
 
 def main():

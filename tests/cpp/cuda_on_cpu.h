@@ -4,8 +4,11 @@
 // another block's flag; a barrier opens when all threads that have not ended stand at it. A block whose
 // threads stand at different barriers, which hangs a GPU, throws. Memory accesses are the kernels' own, so
 // the address sanitizer sees them. The blocks of a plain launch run one after the other; those of a
-// cooperative one take turns, in an order that is drawn anew each time, and each runs until it must wait:
-// where all wait, it throws. No two run at once and memory is never late: what a GPU's memory model allows
+// cooperative one take turns, in an order that is drawn anew each time; each goes on to its next barrier, or,
+// which is drawn as well, until it must wait. Where all wait, it throws. So it does where a block reaches for
+// the shared memory of one of its cluster that has not started or has ended, or its threads do not arrive and
+// wait in turn at the cluster's barrier. Shared memory holds NaNs until it is written, and again when its
+// block has ended. No two blocks run at once and memory is never late: what a GPU's memory model allows
 // beyond that stays unseen.
 #pragma once
 #include <ucontext.h>
@@ -70,10 +73,18 @@ class BlocksOnCpu {
     return blocks;
   }
 
-  BlocksOnCpu(dim3 grid, dim3 size, unsigned blocks, size_t shared_bytes)
-      : grid(grid), size(size), threads(size.x * size.y * size.z), shared(blocks), fibers(blocks * threads) {
+  // cluster: how many neighbouring blocks are in one.
+  BlocksOnCpu(dim3 grid, dim3 size, unsigned blocks, size_t shared_bytes, unsigned cluster)
+      : grid(grid),
+        size(size),
+        threads(size.x * size.y * size.z),
+        cluster(cluster),
+        blocks(blocks),
+        fibers(blocks * threads),
+        arrivals(blocks / cluster) {
+    if (blocks % cluster != 0) throw std::logic_error("the grid is not made of whole clusters");
     while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
-    for (auto& memory : shared) memory.resize((shared_bytes + 15) / 16);
+    for (Block& block : this->blocks) block.shared.resize((shared_bytes + 15) / 16);
   }
 
   // The blocks from `first` on, all at once.
@@ -81,17 +92,25 @@ class BlocksOnCpu {
     body = &thread;
     first_block = first;
     for (size_t i = 0; i < fibers.size(); ++i) start(fibers[i], stacks[i].get());
-    std::vector<unsigned> order(shared.size());
+    for (Block& block : blocks) block.started = false, block.ended = 0, block.poison();
+    std::vector<unsigned> order(blocks.size());
     for (unsigned b = 0; b < order.size(); ++b) order[b] = b;
     for (bool moved = true; moved;) {
       std::shuffle(order.begin(), order.end(), random);
       moved = false;
-      for (const unsigned block : order)
-        while (take_turn(block)) moved = true;
+      for (const unsigned block : order) {
+        const bool once = random() % 2 == 0;
+        while (take_turn(block)) {
+          moved = true;
+          if (once) break;
+        }
+      }
     }
     const auto any = [&](auto test) { return std::any_of(fibers.begin(), fibers.end(), test); };
     if (any([](const Fiber& f) { return f.state == kAtFlag; }))
       throw std::logic_error("thread blocks wait for each other");
+    if (any([](const Fiber& f) { return f.state == kAtCluster; }))
+      throw std::logic_error("thread blocks of a cluster wait at different barriers");
     if (any([](const Fiber& f) { return f.state != kDone; }))
       throw std::logic_error("threads of a block wait at different barriers");
   }
@@ -103,6 +122,33 @@ class BlocksOnCpu {
     fibers[running].flag = flag;
     fibers[running].value = value;
     stop(kAtFlag);
+  }
+
+  // The two halves of the cluster's barrier. All have arrived for the n'th time when the arrivals are n times
+  // its threads: nobody arrives again before.
+  void arrive_at_cluster() {
+    Fiber& me = fibers[running];
+    if (me.arrived++ != me.waited) throw std::logic_error("a thread arrives twice at its cluster's barrier");
+    ++arrivals[running / threads / cluster];
+  }
+  void wait_for_cluster() {
+    Fiber& me = fibers[running];
+    if (me.arrived != ++me.waited) throw std::logic_error("a thread waits for its cluster before it arrives");
+    stop(kAtCluster);
+  }
+
+  // Where an address of this block's shared memory is in that of block `rank` of its cluster.
+  template <class T>
+  const T* in_cluster(const T* address, unsigned rank) const {
+    const unsigned own = running / threads;
+    const Block& other = blocks.at(own / cluster * cluster + rank);
+    const auto offset =
+        reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(blocks[own].memory());
+    if (rank >= cluster || offset + sizeof(T) > 16 * other.shared.size())
+      throw std::logic_error("no shared memory of the cluster");
+    if (!other.started || other.ended == threads)
+      throw std::logic_error("a block reads the shared memory of one that is not running");
+    return reinterpret_cast<const T*>(other.memory() + offset);
   }
 
   // Hands `value` to the warp; afterwards of_lane() has what each lane handed over, until the next time.
@@ -120,11 +166,11 @@ class BlocksOnCpu {
     return value;
   }
   unsigned lane() const { return running % 32; }
-  char* shared_memory() { return reinterpret_cast<char*>(shared[running / threads].data()); }
+  char* shared_memory() { return blocks[running / threads].memory(); }
 
  private:
   static constexpr size_t kStack = 1 << 16;
-  enum State { kReady, kAtWarp, kAtBlock, kAtFlag, kDone };
+  enum State { kReady, kAtWarp, kAtBlock, kAtFlag, kAtCluster, kDone };
   struct Fiber {
     ucontext_t context;
     State state;
@@ -132,11 +178,24 @@ class BlocksOnCpu {
     char slot[2][32];
     const unsigned* flag;  // waits until it is at least value
     unsigned value;
+    unsigned arrived, waited;  // how often, at the cluster's barrier
+  };
+  struct alignas(16) Sixteen {
+    char bytes[16];
+  };
+  struct Block {
+    std::vector<Sixteen> shared;  // dynamic shared memory
+    bool started;
+    unsigned ended;  // threads
+    char* memory() const { return const_cast<char*>(reinterpret_cast<const char*>(shared.data())); }
+    void poison() {
+      if (!shared.empty()) std::memset(shared.data(), 0xFF, 16 * shared.size());
+    }
   };
 
   void start(Fiber& fiber, char* stack) {
     fiber.state = kReady;
-    fiber.round = 0;
+    fiber.round = fiber.arrived = fiber.waited = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stack;
     fiber.context.uc_stack.ss_size = kStack;
@@ -148,6 +207,8 @@ class BlocksOnCpu {
     BlocksOnCpu& blocks = *current();
     try {
       (*blocks.body)();
+      if (blocks.fibers[blocks.running].arrived != blocks.fibers[blocks.running].waited)
+        throw std::logic_error("a thread arrives at its cluster's barrier and does not wait");
     } catch (...) {
       blocks.error = std::current_exception();
     }
@@ -168,12 +229,15 @@ class BlocksOnCpu {
     for (unsigned i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[first + i];
       if (fiber.state == kAtFlag && *fiber.flag >= fiber.value) fiber.state = kReady;
+      if (fiber.state == kAtCluster && arrivals[block / cluster] >= fiber.waited * cluster * threads)
+        fiber.state = kReady;
       if (fiber.state != kReady) continue;
-      moved = true;
+      moved = blocks[block].started = true;
       running = first + i;
       threadIdx = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
       swapcontext(&scheduler, &fiber.context);
       if (error) std::rethrow_exception(std::exchange(error, nullptr));
+      if (fiber.state == kDone && ++blocks[block].ended == threads) blocks[block].poison();
     }
     return release(first) || moved;
   }
@@ -200,87 +264,43 @@ class BlocksOnCpu {
 
   static inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: kernels run one at a time
   static inline std::minstd_rand random;
-  struct alignas(16) Sixteen {
-    char bytes[16];
-  };
   dim3 grid, size;
-  unsigned threads;
-  std::vector<std::vector<Sixteen>> shared;  // each block's dynamic shared memory
-  std::vector<Fiber> fibers;                 // block by block
+  unsigned threads, cluster;
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;       // block by block
+  std::vector<unsigned> arrivals;  // at each cluster's barrier, of all times
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler;
   unsigned running = 0, first_block = 0;
   std::exception_ptr error;
 };
 
-// together: a cooperative launch, with shared_bytes of dynamic shared memory.
+// cluster: 0 for a plain launch; else a cooperative one, with shared_bytes of dynamic shared memory, of
+// clusters of so many blocks.
 inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes = 0,
-                       bool together = false) {
+                       unsigned cluster = 0) {
   static std::mutex one_kernel;  // __shared__ is static memory here
   const std::lock_guard<std::mutex> lock(one_kernel);
   const unsigned blocks = grid.x * grid.y * grid.z;
-  BlocksOnCpu runner(grid, block, together ? blocks : 1, shared_bytes);
+  const unsigned together = cluster > 0 ? blocks : 1;
+  BlocksOnCpu runner(grid, block, together, shared_bytes, std::max(cluster, 1u));
   BlocksOnCpu::current() = &runner;
   gridDim = grid;
   blockDim = block;
-  for (unsigned b = 0; b < blocks; b += together ? blocks : 1) runner.run(b, thread);
+  for (unsigned b = 0; b < blocks; b += together) runner.run(b, thread);
 }
 
-// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory", default an H200's.
+// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory,clusters at once", without the
+// last one that has no clusters; default an H200's.
 template <class Limits>
 Limits limits_on_cpu() {
-  int multiprocessors = 132, kilobytes = 227;
+  int multiprocessors = 132, kilobytes = 227, clusters = 32;
   if (const char* card = std::getenv("ULMFIT_ON_CPU_CARD")) {
-    if (std::sscanf(card, "%d,%d", &multiprocessors, &kilobytes) != 2)
-      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two numbers, like 132,227");
+    clusters = 0;
+    if (std::sscanf(card, "%d,%d,%d", &multiprocessors, &kilobytes, &clusters) < 2)
+      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two numbers or three, like 132,227,32");
   }
-  return {multiprocessors, kilobytes * 1024, 90, true};
-}
-
-// cvt.rna.tf32.f32: 10 bits of the fraction, halves away from zero.
-inline float tf32_on_cpu(float v) {
-  if (v != v) return v;
-  return std::bit_cast<float>((std::bit_cast<uint32_t>(v) + 0x1000) & ~0x1FFFu);
-}
-
-// mma.sync.m16n8k16, and for float m16n8k8 in TF32, by the layout of their fragments in the PTX manual: c +=
-// a b with a (16, K) by rows, b (K, 8) by columns. A register holds two 16-bit neighbours of a row of a, or
-// of a column of b, the first in its lower half; or one float, which must be rounded: a card would cut its
-// bits off.
-template <class S, class F>
-void mma_on_cpu(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F&& widened) {
-  struct Operands {
-    uint32_t a[4], b[2];
-  };
-  constexpr unsigned kOfWord = 4 / sizeof(S);  // elements in a register
-  const auto element = [&](uint32_t word, unsigned i) {
-    S value;
-    std::memcpy(&value, reinterpret_cast<const char*>(&word) + i * sizeof value, sizeof value);
-    const float wide = widened(value);
-    if (kOfWord == 1 && wide == wide && tf32_on_cpu(wide) != wide)
-      throw std::logic_error("an operand of TF32 is not rounded");
-    return wide;
-  };
-  BlocksOnCpu& blocks = *BlocksOnCpu::current();
-  Operands mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  blocks.hand_over(mine);
-  const unsigned group = blocks.lane() / 4, in_group = blocks.lane() % 4;
-  for (unsigned k = 0; k < 8 * kOfWord; ++k) {
-    // which lane of a group holds element k, in which register, and where in it
-    const unsigned holder = k / kOfWord % 4, word = k / kOfWord / 4, place = k % kOfWord;
-    float column[2];
-    for (unsigned n = 0; n < 2; ++n) {
-      const auto other = blocks.of_lane<Operands>(4 * (2 * in_group + n) + holder);
-      column[n] = element(other.b[word], place);
-    }
-    const auto other = blocks.of_lane<Operands>(4 * group + holder);
-    for (unsigned half = 0; half < 2; ++half) {  // rows group and group + 8
-      const float row = element(other.a[2 * word + half], place);
-      for (unsigned n = 0; n < 2; ++n) c[2 * half + n] += row * column[n];
-    }
-  }
+  return {multiprocessors, kilobytes * 1024, 90, true, [clusters](const auto&) { return clusters; }};
 }
 
 }  // namespace ulmfit_fast::cuda

@@ -42,6 +42,53 @@ std::string error_of(void (*kernel)(Ring), Ring ring, int blocks) {
   return "";
 }
 
+// Blocks of a cluster read each other's number, with at most one mistake.
+enum class Mistake { none, no_wait, early_end, not_all_arrive, twice };
+void cluster_kernel(Mistake mistake) {
+  struct Number {
+    int64_t block;
+  };
+  auto* mine = reinterpret_cast<Number*>(dynamic_shared_memory());
+  const auto in_turn = [&](bool wait) {
+    arrive_at_cluster();
+    if (mistake == Mistake::twice) arrive_at_cluster();
+    if (wait) wait_for_cluster();
+  };
+  CHECK(mine->block == -1, "shared memory is not poisoned");
+  __syncthreads();
+  if (threadIdx.x == 0) mine->block = blockIdx.x;
+  __syncthreads();
+  if (mistake == Mistake::not_all_arrive && blockIdx.x == 2) return;
+  in_turn(mistake != Mistake::no_wait);
+  for (int rank = 0; rank < 4; ++rank) {
+    const int64_t found = load_from_cluster(mine, rank).block;
+    if (found != blockIdx.x / 4 * 4 + rank) throw std::logic_error("a block finds another number");
+  }
+  if (mistake != Mistake::early_end && mistake != Mistake::no_wait) in_turn(true);
+}
+
+void check_clusters() {
+  const auto error_with = [](Mistake mistake) -> std::string {
+    try {
+      launch_cooperative("test", cluster_kernel, 8, 64, 16, nullptr, mistake, 4);
+    } catch (const std::logic_error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto check = [&](Mistake mistake, const char* expected) {
+    const std::string said = error_with(mistake);
+    CHECK(said == expected, "mistake %d: '%s', not '%s'", static_cast<int>(mistake), said.c_str(), expected);
+  };
+  for (int round = 0; round < 10; ++round) {
+    check(Mistake::none, "");
+    CHECK(!error_with(Mistake::no_wait).empty(), "a block that does not wait finds what it should");
+    check(Mistake::early_end, "a block reads the shared memory of one that is not running");
+    check(Mistake::not_all_arrive, "thread blocks of a cluster wait at different barriers");
+    check(Mistake::twice, "a thread arrives twice at its cluster's barrier");
+  }
+}
+
 struct Matrices {
   const float *a, *b;  // (16, K), (K, 8)
   float* c;            // (16, 8)
@@ -141,4 +188,5 @@ int main() {
 
   check_mma<bf16>(16), check_mma<f16>(16), check_mma<float>(8);
   check_tf32();
+  check_clusters();
 }

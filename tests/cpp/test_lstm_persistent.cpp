@@ -114,6 +114,8 @@ LstmSteps steps_of(const Problem<S>& p, Direction direction, const DeviceLimits&
                    std::vector<unsigned>& flags) {
   const LstmPlan plan = plan_lstm(p.B, p.H, p.kDtype, /*tf32=*/true, direction, card);
   CHECK(plan.fits(), "%s", plan.why_not.c_str());
+  const bool clusters = direction == Direction::backward && card.clusters;
+  CHECK(plan.split.clusters == clusters, "clusters: %d", plan.split.clusters);
   flags.assign(plan.split.flags(), 0);
   return {plan.split,
           p.T,
@@ -182,8 +184,10 @@ void check_problem(const DeviceLimits& card, int64_t T, int64_t B, int64_t H, bo
 }  // namespace
 
 int main() {
+  const auto clusters = [](const LstmSplit&) { return 3; };
   const DeviceLimits few{4, 232448, 90, true}, some{13, 101376, 86, true}, many{132, 232448, 90, true};
-  for (const DeviceLimits& card : {few, some, many})
+  const DeviceLimits one_group{4, 232448, 90, true, clusters}, groups{13, 232448, 90, true, clusters};
+  for (const DeviceLimits& card : {few, some, many, one_group, groups})
     for (const auto& [T, B, H] : {std::tuple<int, int, int>{1, 1, 1}, {3, 18, 16}, {4, 33, 31}, {3, 70, 33}})
       for (const bool reverse : {false, true}) {
         check_problem<bf16>(card, T, B, H, reverse);

@@ -1,22 +1,23 @@
 // The plan of the persistent recurrence over sizes and cards: limits, coverage, and by a model of who waits
 // for whom that no block can wait for ever and none reads what is not written, or overwrites what is still
 // read.
-#include <map>
 #include <set>
 #include <string>
 
 #include "check.h"
-#include "kernels/cuda/lstm_plan.h"
+#include "lstm_model.h"
 
 using namespace ulmfit_fast;
 using namespace ulmfit_fast::cuda;
 
 namespace {
 
-const DeviceLimits kCards[] = {{132, 232448, 90, true},  // H200
-                               {108, 166912, 80, true},  // A100
-                               {72, 101376, 86, true},   // A10
-                               {16, 232448, 90, true},   // an eighth of an H200 (MIG)
+int pack_clusters(const LstmSplit&) { return 32; }
+const DeviceLimits kCards[] = {{132, 232448, 90, true, pack_clusters},  // H200
+                               {132, 232448, 90, true},                 // the same without clusters
+                               {108, 166912, 80, true},                 // A100
+                               {72, 101376, 86, true},                  // A10
+                               {16, 232448, 90, true, [](const LstmSplit&) { return 3; }},  // a MIG slice
                                {3, 101376, 120, true}};
 const Direction kDirections[] = {Direction::forward, Direction::backward};
 
@@ -24,6 +25,8 @@ void check_limits(const LstmSplit& s, const DeviceLimits& card) {
   CHECK(s.parts * s.ctas <= card.multiprocessors, "%d parts of %d CTAs", s.parts, s.ctas);
   CHECK(s.shared_memory() <= card.shared_memory, "%ld bytes", static_cast<long>(s.shared_memory()));
   CHECK(s.direction == Direction::forward || s.ctas % kGroup == 0, "%d CTAs are no groups", s.ctas);
+  CHECK(!s.clusters || (s.direction == Direction::backward && card.clusters), "no clusters here");
+  CHECK(!s.clusters || s.parts * s.groups() <= card.clusters(s), "%d clusters", s.parts * s.groups());
   CHECK(s.padded_rows() - s.part_rows() < s.B && s.B <= s.padded_rows(), "a part without rows");
 }
 
@@ -55,159 +58,6 @@ void check_weights(const LstmSplit& s) {
   for (const int n : times) CHECK(n == 1, "H %ld: a row of weights is held %d times", (long)s.H, n);
   CHECK(s.first_chunk(0) == 0 && s.first_chunk(kSplitWarps) * s.chunk() >= s.H, "K is not covered");
 }
-
-// What a part's warps do to memory and in which order, as vector clocks: a wait for a flag is the only thing
-// that orders two blocks. The order that follows holds in every run, so one run decides about all.
-class Model {
- public:
-  Model(const LstmSplit& s, int T) : s(s), T(T) {
-    const int warps = s.ctas * kSplitWarps;
-    clock.assign(warps, std::vector<int>(warps));
-    at.assign(s.ctas, 0);
-    program();
-  }
-
-  // Runs every block as far as it can, again and again; a wait that nobody ends is a deadlock.
-  void run() {
-    for (bool moved = true; moved;) {
-      moved = false;
-      for (int cta = s.ctas - 1; cta >= 0; --cta)
-        while (at[cta] < static_cast<int>(steps[cta].size()) && take(cta, steps[cta][at[cta]]))
-          ++at[cta], moved = true;
-    }
-    for (int cta = 0; cta < s.ctas; ++cta)
-      CHECK(at[cta] == static_cast<int>(steps[cta].size()), "block %d waits for ever at %d", cta, at[cta]);
-  }
-
- private:
-  enum Kind { wait, sync, read, write, publish };
-  struct Step {
-    Kind kind;
-    int warp;  // that waits or reads; writes and flags come after a barrier: warp 0 stands for the block
-    std::string what;  // a flag or a piece of a buffer, without its owner
-    int first, end;    // blocks whose piece or flag it is
-    int value;         // of the flag, or which version of the piece
-  };
-  struct Piece {
-    int version = -1;
-    std::vector<int> writer;  // its clock
-    std::vector<std::pair<int, int>> readers;
-  };
-  using Clock = std::vector<int>;
-
-  int id(int cta, int warp) const { return cta * kSplitWarps + warp; }
-  void add(int cta, Step step) { steps[cta].push_back(std::move(step)); }
-  void add_sync(int cta) { add(cta, {sync, 0, "", 0, 0, 0}); }
-
-  // The kernels' order of waits, reads, barriers, writes and flags (lstm_persistent*.cu).
-  void program() {
-    steps.resize(s.ctas);
-    for (int cta = 0; cta < s.ctas; ++cta) s.direction == Direction::forward ? forward(cta) : backward(cta);
-  }
-  std::string buffer(const char* name, int number, int pass) const {
-    return name + std::to_string(number) + "/" + std::to_string(pass);
-  }
-  void read_sources(int cta, const char* flags, const std::string& what, int count, int version) {
-    for (int w = 0; w < kSplitWarps; ++w) {
-      add(cta, {wait, w, flags, s.first_source(w), s.end_source(w), count});
-      add(cta, {read, w, what, s.first_source(w), s.end_source(w), version});
-    }
-    add_sync(cta);
-  }
-  void write_and_publish(int cta, const std::string& what, int version, const char* flags, int count) {
-    add(cta, {write, 0, what, cta, cta + 1, version});
-    add_sync(cta);
-    add(cta, {publish, 0, flags, cta, cta + 1, count});
-  }
-  void forward(int cta) {
-    for (int pass = 0; pass < s.passes; ++pass) add(cta, {write, 0, buffer("h", 0, pass), cta, cta + 1, 0});
-    add_sync(cta);
-    add(cta, {publish, 0, "h", cta, cta + 1, s.passes});
-    for (int i = 0; i < T; ++i)
-      for (int pass = 0; pass < s.passes; ++pass) {
-        const int published = i * s.passes + pass + 1;
-        read_sources(cta, "h", buffer("h", i % 2, pass), published, i);
-        write_and_publish(cta, buffer("h", (i + 1) % 2, pass), i + 1, "h", published + s.passes);
-      }
-  }
-  void backward(int cta) {
-    const int group = cta / kGroup * kGroup;
-    const auto read_sums = [&](int done, int pass, int version) {
-      for (int w = 0; w < kSplitWarps; ++w) {
-        add(cta, {wait, w, "sums", group, group + kGroup, done + pass + 1});
-        if (cta * s.cta_units() < padded_units(s.H))
-          add(cta, {read, w, buffer("sums", 0, pass), group, group + kGroup, version});
-      }
-    };
-    for (int i = T - 1; i >= 0; --i) {
-      const int done = (T - 1 - i) * s.passes;
-      for (int pass = 0; pass < s.passes; ++pass) {
-        if (i < T - 1) read_sums(done - s.passes, pass, i + 1);
-        write_and_publish(cta, buffer("dgates", i % 2, pass), i, "dgates", done + pass + 1);
-      }
-      for (int pass = 0; pass < s.passes; ++pass) {
-        read_sources(cta, "dgates", buffer("dgates", i % 2, pass), done + pass + 1, i);
-        write_and_publish(cta, buffer("sums", 0, pass), i, "sums", done + pass + 1);
-      }
-    }
-    for (int pass = 0; pass < s.passes; ++pass) read_sums((T - 1) * s.passes, pass, 0);
-  }
-
-  static void join(Clock& to, const Clock& from) {
-    for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
-  }
-
-  bool take(int cta, const Step& step) {
-    const int me = id(cta, step.warp);
-    if (step.kind == wait) {
-      for (int c = step.first; c < step.end; ++c)
-        if (flags[step.what + "@" + std::to_string(c)].first < step.value) return false;
-      // what the flag's value that it waits for says is known; a later value may not have been there yet
-      for (int c = step.first; c < step.end; ++c)
-        join(clock[me], history[step.what + "@" + std::to_string(c)].lower_bound(step.value)->second);
-      return true;
-    }
-    if (step.kind == sync) {
-      Clock all = clock[id(cta, 0)];
-      for (int w = 1; w < kSplitWarps; ++w) join(all, clock[id(cta, w)]);
-      for (int w = 0; w < kSplitWarps; ++w) clock[id(cta, w)] = all;
-      return true;
-    }
-    ++clock[me][me];
-    for (int c = step.first; c < step.end; ++c) {
-      const std::string key = step.what + "@" + std::to_string(c);
-      if (step.kind == publish) {
-        flags[key] = {step.value, 0};
-        history[key][step.value] = clock[me];
-        continue;
-      }
-      Piece& piece = pieces[key];
-      if (step.kind == read) {
-        CHECK(piece.version == step.value, "block %d reads version %d of %s, not %d", cta, piece.version,
-              key.c_str(), step.value);
-        for (size_t i = 0; i < piece.writer.size(); ++i)
-          CHECK(piece.writer[i] <= clock[me][i], "block %d reads %s before it is surely written", cta,
-                key.c_str());
-        piece.readers.push_back({me, clock[me][me]});
-      } else {
-        for (const auto& [reader, time] : piece.readers)
-          CHECK(time <= clock[me][reader], "block %d overwrites %s, which may still be read", cta,
-                key.c_str());
-        piece.version = step.value, piece.writer = clock[me], piece.readers.clear();
-      }
-    }
-    return true;
-  }
-
-  const LstmSplit& s;
-  int T;
-  std::vector<std::vector<Step>> steps;  // of each block
-  std::vector<int> at;
-  std::vector<Clock> clock;  // of each warp
-  std::map<std::string, std::pair<int, int>> flags;
-  std::map<std::string, std::map<int, Clock>> history;  // of a flag: what each value says
-  std::map<std::string, Piece> pieces;
-};
 
 void check_refusals() {
   const DeviceLimits h200 = kCards[0];
@@ -241,12 +91,49 @@ int check_plans(const DeviceLimits& card, DType dtype, Direction direction) {
       if (H < 140 || (H % 48 == 0 && B % 64 < 2)) check_items(s);
       // the model knows nothing of H and B but these
       const bool small = s.ctas <= 20 || seen.size() % 64 == 0;  // the large ones take their time
-      const bool fresh =
-          seen.insert({s.ctas, s.column_tiles, s.chunks(), s.chunk(), s.passes, static_cast<int>(direction)})
-              .second;
-      if (fresh && small) Model(s, 4).run();
+      const bool fresh = seen.insert({s.clusters, s.ctas, s.column_tiles, s.chunks(), s.chunk(), s.passes,
+                                      static_cast<int>(direction)})
+                             .second;
+      if (!fresh || !small) continue;
+      const std::string fault = LstmModel(s, 4).run();
+      CHECK(fault.empty(), "H %ld, B %ld: %s", static_cast<long>(H), static_cast<long>(B), fault.c_str());
     }
   return fitting;
+}
+
+// Clusters are taken where they fit: enough of them at once, and the sums beside the rest in shared memory.
+void check_clusters() {
+  const auto clusters = [](int64_t shared_memory, int at_once, int64_t B = 64, int capability = 90) {
+    const DeviceLimits card{132, shared_memory, capability, true, [=](const LstmSplit&) { return at_once; }};
+    const LstmPlan plan = plan_lstm(B, 1152, DType::bf16, false, Direction::backward, card);
+    CHECK(plan.fits(), "%s", plan.why_not.c_str());
+    return plan.split.clusters;
+  };
+  CHECK(clusters(232448, 32) && !clusters(232448, 31) && !clusters(232448, 0), "H = 1152 is 32 clusters");
+  CHECK(!clusters(232448, 33, 64, 80), "clusters on an A100");
+  CHECK(!clusters(232448, 32, 256), "the sums of 4 row blocks are too large for shared memory");
+}
+
+// A model that finds nothing has to be one that could.
+void check_mistakes() {
+  for (const int64_t B : {16, 64, 100}) {
+    const DeviceLimits l2{4, 232448, 90, true}, clusters{4, 232448, 90, true, pack_clusters};
+    const LstmSplit in_l2 = plan_lstm(B, 50, DType::bf16, false, Direction::backward, l2).split,
+                    in_cluster = plan_lstm(B, 50, DType::bf16, false, Direction::backward, clusters).split;
+    CHECK(in_cluster.clusters && !in_l2.clusters, "the exchange of the sums");
+    const auto finds = [](const LstmSplit& s, Mistake mistake, const char* words) {
+      const std::string fault = LstmModel(s, 4, mistake).run();
+      CHECK(fault.find(words) != std::string::npos, "mistake %d: '%s'", static_cast<int>(mistake),
+            fault.c_str());
+    };
+    for (const LstmSplit& s : {in_l2, in_cluster}) {
+      CHECK(LstmModel(s, 4).run().empty(), "%s", LstmModel(s, 4).run().c_str());
+      finds(s, Mistake::sums_unawaited, "sums0");
+    }
+    if (in_l2.passes > 1) finds(in_l2, Mistake::sums_awaited_early, "reads");
+    finds(in_cluster, Mistake::arrival_too_early, "reads before it is surely written sums0");
+    finds(in_cluster, Mistake::no_last_barrier, "sums0");
+  }
 }
 
 void check_fits(int64_t H, int64_t B, DType dtype, const DeviceLimits& card) {
@@ -259,12 +146,14 @@ void check_fits(int64_t H, int64_t B, DType dtype, const DeviceLimits& card) {
 
 int main() {
   check_refusals();
+  check_clusters();
+  check_mistakes();
   int fitting = 0;
   for (const DeviceLimits& card : kCards)
     for (const DType dtype : {DType::bf16, DType::f32})
       for (const Direction direction : kDirections) fitting += check_plans(card, dtype, direction);
   for (const auto& [H, B] : {std::pair<int, int>{400, 64}, {1152, 64}, {1150, 70}, {1152, 256}, {768, 16}})
     for (const DType dtype : {DType::bf16, DType::f32}) check_fits(H, B, dtype, kCards[0]);
-  check_fits(1152, 64, DType::f16, kCards[1]);  // an A100 holds it too
+  check_fits(1152, 64, DType::f16, kCards[2]);  // an A100 holds it too
   std::printf("%d plans\n", fitting);
 }

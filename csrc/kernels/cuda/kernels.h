@@ -138,7 +138,7 @@ struct LstmPersistentBackward {
   Sequence dgates;  // (T, B, 4H) dtype
   void *dh0, *dc0;  // (B, H) dtype
   void* exchange;   // split.exchange_elements() dtype, zeros on entry: dgates by gate, row and unit
-  float* sums;      // split.sums_elements(): what each CTA of a group adds to its units' dh
+  float* sums;      // split.sums_elements(): what each CTA of a group adds to its units' dh, in no cluster
 };
 void lstm_persistent_backward(const LstmPersistentBackward&, void* stream);
 

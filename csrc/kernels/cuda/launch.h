@@ -44,26 +44,54 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void*
 #endif
 }
 
+#ifdef __CUDACC__
+// Of a cooperative launch; its blocks are in clusters of `cluster`, where that is more than 1.
+struct CooperativeConfig {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  CooperativeConfig(unsigned blocks, unsigned threads, int64_t shared_bytes, unsigned cluster) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {cluster, 1, 1};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+  }
+  CooperativeConfig(const CooperativeConfig&) = delete;  // config points into it
+};
+
+// How many clusters of a kernel run at once; 0 where they cannot be launched.
+template <class P>
+int active_clusters(void (*kernel)(P), unsigned threads, int64_t shared_bytes, unsigned cluster) {
+  const CooperativeConfig launch(cluster, threads, shared_bytes, cluster);
+  const int bytes = static_cast<int>(shared_bytes);
+  int count = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) == cudaSuccess) {
+    return count;
+  }
+  cudaGetLastError();  // the answer is no; the next check is not to find the error
+  return 0;
+}
+#endif
+
 // All blocks run at once, each with `shared_bytes` of dynamic shared memory: they may wait for one another.
+// cluster: how many neighbouring blocks reach each other's shared memory.
 template <class P>
 void launch_cooperative(const char* name, void (*kernel)(P), unsigned blocks, unsigned threads,
-                        int64_t shared_bytes, void* stream, const P& arguments) {
+                        int64_t shared_bytes, void* stream, const P& arguments, unsigned cluster = 1) {
 #ifdef __CUDACC__
   const int bytes = static_cast<int>(shared_bytes);
   check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
-  check(name, cudaLaunchKernelEx(&config, kernel, arguments));
+  CooperativeConfig launch(blocks, threads, shared_bytes, cluster);
+  launch.config.stream = static_cast<cudaStream_t>(stream);
+  check(name, cudaLaunchKernelEx(&launch.config, kernel, arguments));
 #else
-  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments); }, shared_bytes, true);
+  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments); }, shared_bytes, cluster);
 #endif
 }
 inline __device__ char* dynamic_shared_memory() {

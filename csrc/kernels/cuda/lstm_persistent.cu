@@ -173,6 +173,7 @@ DeviceLimits device_limits() {
   limits.shared_memory = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   limits.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
+  if (kClusters && limits.capability >= 90) limits.clusters = lstm_backward_clusters;
 #else
   limits = limits_on_cpu<DeviceLimits>();
 #endif

@@ -48,6 +48,7 @@ struct Block {
   Pack<float, 4>* states;  // (passes, items)
   uint32_t* inputs;        // (words, items): what a row block's cells take, on its way while the block waits
   float* bias;             // (8 * NT), by column
+  Pack<float, 4>* group_sums;  // (passes, MT, NT, 32 lanes), where the group is a cluster
 
   __device__ explicit Block(const LstmSteps& a) : split(a.split) {
     split.row_tiles = MT, split.column_tiles = NT;
@@ -58,6 +59,7 @@ struct Block {
     states = reinterpret_cast<Pack<float, 4>*>(memory += split.sum_bytes());
     inputs = reinterpret_cast<uint32_t*>(memory += split.state_bytes());
     bias = reinterpret_cast<float*>(memory += split.input_bytes());
+    group_sums = reinterpret_cast<Pack<float, 4>*>(memory += split.bias_bytes());
   }
 
   // f(i, place) for this thread's items of a row block that lie within the batch and the padded units.
@@ -213,5 +215,8 @@ void with_split(const LstmSplit& split, F&& f) {
   if (split.dtype == DType::f16) return with_tiles<f16>(split, f, kAll);
   with_tiles<float>(split, f, kAll);
 }
+
+// How many clusters of this split's kernel, one for each group, the device can run at once.
+int lstm_backward_clusters(const LstmSplit& split);
 
 }  // namespace ulmfit_fast::cuda

@@ -4,9 +4,11 @@
 // A step of a block: wait for what the four blocks of its group made of the step before; the cell backward
 // for its own units; store their dgates where all blocks read them, publish; then wait for one gate's plane
 // of everybody's dgates, multiply it by that gate's weights for the group's units, store the sum for the
-// group, publish. dgates lie in two buffers in turn, as h does on the way forward. One buffer is enough for
-// the sums: who overwrites its own has seen every block publish the dgates that it computed from them.
-#include "lstm_persistent.h"
+// group, publish. dgates lie in two buffers in turn, as h does on the way forward.
+#include <array>
+#include <map>
+
+#include "lstm_sums.h"
 
 namespace ulmfit_fast::cuda {
 namespace {
@@ -16,26 +18,22 @@ struct Gradients {  // of a pair of units; only their own thread touches them
   float dc[2];
 };
 
-template <class S, int MT, int NT>
+template <class S, int MT, int NT, template <class> class Sums>  // SumsInL2 or SumsInCluster
 __global__ void __launch_bounds__(kSplitThreads, 1)
     lstm_persistent_backward_kernel(LstmPersistentBackward a) {
   using B = Block<S, MT, NT>;
+  if (!Sums<B>::kCompiled) return;  // for an architecture where nobody launches it
   const B block(a.steps);
+  const Sums<B> group_sums(a, block);
   const LstmSplit& split = block.split;
   const int T = static_cast<int>(a.steps.T);
   const int64_t H = split.H, units = a.steps.units;
-  const int gate = block.cta % kGroup, group = block.cta - gate;  // group: its first block
-  const int first_of_part = block.part * split.ctas;
-  unsigned* dgates_flags = a.steps.flags + first_of_part;  // how many row blocks of dgates are published
-  unsigned* sums_flags = a.steps.flags + split.parts * split.ctas + first_of_part;
+  const int gate = block.cta % kGroup;
+  unsigned* dgates_flags = a.steps.flags + block.part * split.ctas;  // how many row blocks are published
   S* exchange = static_cast<S*>(a.exchange);
   constexpr int kCells = 4 * B::kPairWords;  // the input words after the gates
   const auto state_of = [&](int pass, const auto& p) -> Gradients& {
     return reinterpret_cast<Gradients&>(block.state(pass, p));
-  };
-  const auto sums_of = [&](int cta, int pass) {
-    return reinterpret_cast<Pack<float, 4>*>(a.sums) +
-           static_cast<int64_t>((first_of_part + cta) * split.passes + pass) * B::kSums;
   };
   // dh of a pair of this block's units that the product of the step before gives, gate by gate
   const auto recurrent = [&](int pass, const auto& p) {
@@ -43,9 +41,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     Pack<float, 2> sum = {};
     ULMFIT_UNROLL_ALL
     for (int k = 0; k < kGroup; ++k) {
-      const float* from =
-          sums_of(group + k, pass)[block.sum_fragment(p.row, column)].v + 2 * block.sum_pair(p.row);
-      const auto part = load_shared_by_card(reinterpret_cast<const Pack<float, 2>*>(from));
+      const Pack<float, 2> part =
+          group_sums.load(k, pass, block.sum_fragment(p.row, column), block.sum_pair(p.row));
       sum.v[0] += part.v[0], sum.v[1] += part.v[1];
     }
     return sum;
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           dy[item].v[u] = given ? at<const S>(a.dy, t, p.b)[p.unit + u] : narrow<S>(0);
         }
       });
-      if (i < T - 1) wait_for_flags(sums_flags, group, group + kGroup, done - split.passes + pass + 1);
+      if (i < T - 1) group_sums.wait(pass, done - split.passes + pass + 1);
       finish_copies();
 
       Pair<S> left[B::kItems][4];
@@ -150,14 +147,14 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         ULMFIT_UNROLL_ALL
         for (int w = 1; w < kSplitWarps; ++w)
           for (int j = 0; j < 4; ++j) sum.v[j] += block.sums[w * B::kSums + f].v[j];
-        sums_of(block.cta, pass)[f] = sum;
+        group_sums.own(pass)[f] = sum;
       }
       __syncthreads();
-      if (threadIdx.x == 0) publish(sums_flags + block.cta, done + pass + 1);
+      group_sums.publish_own(pass, done + pass + 1);
     }
   }
   for (int pass = 0; pass < split.passes; ++pass) {
-    wait_for_flags(sums_flags, group, group + kGroup, static_cast<unsigned>(T - 1) * split.passes + pass + 1);
+    group_sums.wait(pass, static_cast<unsigned>(T - 1) * split.passes + pass + 1);
     block.for_items(a.steps, pass, [&](int, const auto& p) {
       const Gradients& state = state_of(pass, p);
       const Pack<float, 2> product = recurrent(pass, p);
@@ -168,6 +165,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       }
     });
   }
+  group_sums.leave();
 }
 
 }  // namespace
@@ -175,9 +173,31 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
   const LstmSplit& split = a.steps.split;
   with_split(split, [&](auto type, auto mt, auto nt) {
-    launch_cooperative("lstm_backward", lstm_persistent_backward_kernel<decltype(type), mt(), nt()>,
-                       split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a);
+    using S = decltype(type);
+    launch_cooperative("lstm_backward",
+                       split.clusters ? lstm_persistent_backward_kernel<S, mt(), nt(), SumsInCluster>
+                                      : lstm_persistent_backward_kernel<S, mt(), nt(), SumsInL2>,
+                       split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a,
+                       split.clusters ? kGroup : 1);
   });
 }
+
+#ifdef __CUDACC__
+int lstm_backward_clusters(const LstmSplit& split) {
+  int device = 0;
+  check("lstm_backward", cudaGetDevice(&device));
+  const std::array<int64_t, 5> key = {device, static_cast<int64_t>(split.dtype), split.row_tiles,
+                                      split.column_tiles, split.shared_memory()};
+  thread_local std::map<std::array<int64_t, 5>, int> known;  // the driver is asked once
+  const auto [found, unknown] = known.try_emplace(key, 0);
+  if (unknown) {
+    with_split(split, [&, &count = found->second](auto type, auto mt, auto nt) {
+      count = active_clusters(lstm_persistent_backward_kernel<decltype(type), mt(), nt(), SumsInCluster>,
+                              kSplitThreads, split.shared_memory(), kGroup);
+    });
+  }
+  return found->second;
+}
+#endif
 
 }  // namespace ulmfit_fast::cuda

@@ -7,13 +7,15 @@
 //
 //   forward   CTA c multiplies h (rows, K = H) by its units' four gates: 8 * column_tiles columns of W_hh^T.
 //   backward  K = 4H would have every CTA read every dgates. So four CTAs share a group of 8 * column_tiles
-//             units, each multiplies the plane of one gate (K = H again), and the four sums meet in L2.
+//             units, each multiplies the plane of one gate (K = H again), and the four sums meet in L2, or,
+//             where the four can be a cluster, in their shared memory.
 //
 // So both directions multiply tiles of one shape, (16 * row_tiles, H) x (H, 8 * column_tiles), by the same
 // code. Within a CTA each of 4 warps takes a quarter of K: every weight leaves shared memory, and every h
 // leaves L2, once for a row block.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "../views.h"
@@ -35,13 +37,6 @@ constexpr int64_t kFragment = 16;  // bytes that a lane loads at once
 ULMFIT_HD constexpr int tile_k(int element) { return 32 / element; }
 ULMFIT_HD constexpr int chunk_k(int element) { return 2 * tile_k(element); }
 
-struct DeviceLimits {
-  int multiprocessors = 0;    // what this process may use: a MIG slice's, not the card's
-  int64_t shared_memory = 0;  // bytes that one CTA may ask for
-  int capability = 0;         // 10 * major + minor
-  bool cooperative = false;   // whether a launch can promise that all its CTAs run at once
-};
-
 enum class Direction { forward, backward };
 
 // Where everything is. `row` counts from the part's first row, `unit` from 0 to H.
@@ -50,6 +45,7 @@ struct LstmSplit {
   DType dtype = DType::bf16;  // x's
   int64_t B = 0, H = 0;
   int column_tiles = 0, row_tiles = 0;
+  bool clusters = false;    // whether groups are clusters, and leave their sums in shared memory
   int passes = 0;           // row blocks of a part, one after the other in every step
   int parts = 0, ctas = 0;  // ctas of each part
 
@@ -93,7 +89,7 @@ struct LstmSplit {
   ULMFIT_HD int input_words() const { return direction == Direction::forward ? 8 : 2 * element() + 4; }
 
   // Bytes of shared memory: the weights, the warps' sums, the states of all items (16 bytes each), the inputs
-  // of a row block's items, the bias.
+  // of a row block's items, the bias, a cluster's sums of all row blocks.
   ULMFIT_HD int64_t weight_bytes() const {
     return static_cast<int64_t>(chunks()) * column_tiles * 32 * kFragment;
   }
@@ -102,18 +98,33 @@ struct LstmSplit {
   }
   ULMFIT_HD int64_t state_bytes() const { return static_cast<int64_t>(passes) * items() * 16; }
   ULMFIT_HD int64_t input_bytes() const { return static_cast<int64_t>(items()) * input_words() * 4; }
+  ULMFIT_HD int64_t bias_bytes() const { return 4 * columns(); }
+  ULMFIT_HD int64_t group_sum_bytes() const { return clusters ? passes * sum_bytes() / kSplitWarps : 0; }
   ULMFIT_HD int64_t shared_memory() const {
-    return weight_bytes() + sum_bytes() + state_bytes() + input_bytes() + 4 * columns();
+    return weight_bytes() + sum_bytes() + state_bytes() + input_bytes() + bias_bytes() + group_sum_bytes();
   }
 
   // Elements of the buffers in global memory, zeros on entry.
   int64_t exchange_elements() const {  // two buffers; a plane for each gate on the way back
     return 2 * padded_rows() * padded_h() * (direction == Direction::forward ? 1 : 4);
   }
-  int64_t sums_elements() const { return static_cast<int64_t>(parts) * ctas * part_rows() * columns(); }
-  int64_t flags() const {  // for h; or for dgates, then for the sums
-    return static_cast<int64_t>(parts) * ctas * (direction == Direction::forward ? 1 : 2);
+  bool sums_in_l2() const { return direction == Direction::backward && !clusters; }
+  int64_t sums_elements() const {
+    return sums_in_l2() ? static_cast<int64_t>(parts) * ctas * part_rows() * columns() : 0;
   }
+  int64_t flags() const {  // for h or dgates, then for the sums in L2
+    return static_cast<int64_t>(parts) * ctas * (sums_in_l2() ? 2 : 1);
+  }
+};
+
+struct DeviceLimits {
+  int multiprocessors = 0;    // what this process may use: a MIG slice's, not the card's
+  int64_t shared_memory = 0;  // bytes that one CTA may ask for
+  int capability = 0;         // 10 * major + minor
+  bool cooperative = false;   // whether a launch can promise that all its CTAs run at once
+  // How many clusters of kGroup CTAs of this split run at once: often fewer than multiprocessors / kGroup, as
+  // a cluster does not cross the borders of the card's processing clusters. None: no clusters here.
+  std::function<int(const LstmSplit&)> clusters;
 };
 
 struct LstmPlan {
@@ -124,13 +135,15 @@ struct LstmPlan {
 };
 
 // What a step is thought to take: the L2 traffic of the exchange (about 3000 bytes a cycle for the whole
-// card), the products (1024 multiply-adds a cycle and multiprocessor, half as many in TF32, and as long to
-// read the weights from shared memory for 16 rows), and what a row block costs besides.
+// card; sums are written and read there once), the products (1024 multiply-adds a cycle and multiprocessor,
+// half as many in TF32, and as long to read the weights from shared memory for 16 rows), and what a row block
+// costs besides.
 inline double estimated_cycles(const LstmSplit& s) {
   const double read = 1.0 * s.element() * s.part_rows() * s.padded_h() * s.ctas * s.parts;
   const double products =
       static_cast<double>(s.part_rows()) * s.columns() * s.padded_h() * s.element() / 2048;
-  return read / 3000 + products + 600.0 * s.passes;
+  const double sums = 8.0 * s.sums_elements();
+  return (read + sums) / 3000 + products + 600.0 * s.passes;
 }
 
 // Among the splits that are compiled and fit, the one with the fewest estimated cycles. tf32: whether float32
@@ -152,21 +165,28 @@ inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, bool tf32, Directio
   }
   if (!best.why_not.empty()) return best;
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto consider = [&](int columns, int rows, bool clusters) {
+    LstmPlan plan;
+    LstmSplit& s = plan.split;
+    s.direction = direction, s.dtype = dtype, s.B = B, s.H = H;
+    s.column_tiles = columns, s.row_tiles = rows, s.clusters = clusters;
+    const int64_t together = direction == Direction::forward ? 1 : kGroup;
+    s.ctas = static_cast<int>(up(up(padded_units(H), s.cta_units()), together) * together);
+    const int64_t blocks = up(B, s.block_rows()), most = device.multiprocessors / s.ctas;
+    if (most == 0 || B == 0) return;
+    s.passes = static_cast<int>(up(blocks, most));
+    s.parts = static_cast<int>(up(blocks, s.passes));
+    plan.cycles = estimated_cycles(s);
+    if (best.fits() && plan.cycles >= best.cycles) return;
+    if (s.shared_memory() > device.shared_memory) return;
+    if (clusters && s.parts * s.groups() > device.clusters(s)) return;
+    best = plan;
+  };
+  const bool may_cluster = direction == Direction::backward && device.capability >= 90 && device.clusters;
   for (const int columns : column_tiles_of(static_cast<int>(size_of(dtype)))) {
     for (const int rows : kRowTiles) {
-      LstmPlan plan;
-      LstmSplit& s = plan.split;
-      s.direction = direction, s.dtype = dtype, s.B = B, s.H = H;
-      s.column_tiles = columns, s.row_tiles = rows;
-      const int64_t together = direction == Direction::forward ? 1 : kGroup;
-      s.ctas = static_cast<int>(up(up(padded_units(H), s.cta_units()), together) * together);
-      const int64_t blocks = up(B, s.block_rows()), most = device.multiprocessors / s.ctas;
-      if (most == 0 || B == 0) continue;
-      s.passes = static_cast<int>(up(blocks, most));
-      s.parts = static_cast<int>(up(blocks, s.passes));
-      plan.cycles = estimated_cycles(s);
-      if (s.shared_memory() > device.shared_memory) continue;
-      if (!best.fits() || plan.cycles < best.cycles) best = plan;
+      consider(columns, rows, false);
+      if (may_cluster) consider(columns, rows, true);
     }
   }
   if (!best.fits()) {

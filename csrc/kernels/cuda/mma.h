@@ -1,12 +1,15 @@
-// The matrix units, and words between thread blocks: the instructions that CUDA's language has no function
-// for. On the CPU tests/cpp/cuda_on_cpu.h does what they do.
+// The matrix units, words between thread blocks, and clusters of these: the instructions that CUDA's language
+// has no function for. On the CPU tests/cpp/cuda_on_cpu.h and mma_on_cpu.h do what they do.
 #pragma once
 #include <cstring>
 
 #include "device.h"
+#ifndef __CUDACC__
+#include "mma_on_cpu.h"
+#endif
 
 #ifndef ULMFIT_PERSISTENT_PARTS
-#define ULMFIT_PERSISTENT_PARTS 7  // all; benchmarks/lstm_parts.py leaves some out to time the others
+#define ULMFIT_PERSISTENT_PARTS 15  // all; benchmarks/lstm_parts.py leaves some out to time the others
 #endif
 
 namespace ulmfit_fast::cuda {
@@ -14,6 +17,7 @@ namespace ulmfit_fast::cuda {
 constexpr bool kWaits = ULMFIT_PERSISTENT_PARTS & 1;     // of blocks for one another
 constexpr bool kExchange = ULMFIT_PERSISTENT_PARTS & 2;  // loads of h and dgates
 constexpr bool kProducts = ULMFIT_PERSISTENT_PARTS & 4;
+constexpr bool kClusters = ULMFIT_PERSISTENT_PARTS & 8;  // where the device has them
 
 using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits or 4 of 32
 
@@ -113,6 +117,49 @@ inline __device__ void publish(unsigned* flag, unsigned value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
 #else
   *flag = value;
+#endif
+}
+
+// A cluster: neighbouring blocks that run side by side and reach each other's shared memory. Its barrier has
+// two halves: what a block's threads wrote before they arrived is seen by those that have waited.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClustersCompiled = false;
+#else
+constexpr bool kClustersCompiled = true;
+#endif
+
+inline __device__ void arrive_at_cluster() {
+#ifndef __CUDACC__
+  BlocksOnCpu::current()->arrive_at_cluster();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
+#endif
+}
+inline __device__ void wait_for_cluster() {
+#ifndef __CUDACC__
+  BlocksOnCpu::current()->wait_for_cluster();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
+#endif
+}
+
+// What lies at `from`, in this block's shared memory, in that of block `rank` of the cluster.
+template <class T>
+__device__ T load_from_cluster(const T* from, int rank) {
+  static_assert(sizeof(T) == 8);
+#ifndef __CUDACC__
+  return *BlocksOnCpu::current()->in_cluster(from, rank);
+#else
+  T to = {};
+#if __CUDA_ARCH__ >= 900
+  auto* v = reinterpret_cast<uint32_t*>(&to);
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))), "r"(rank));
+  asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(there) : "memory");
+#endif
+  return to;
 #endif
 }
 
