@@ -3,11 +3,14 @@
 On CUDA torch's own switch for TF32 decides alone, and without it products are strict.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checks import DEVICE, linear_cross_entropy_case, lstm_case, with_gradients
 
 import ulmfit_fast as uf
+from ulmfit_fast.ops._common import allows_high
 
 # Each operand is two bfloat16 numbers, 2^-9 * 2^-9 of it lost; the product's error, a few layers of sums on.
 HIGH = 2e-5
@@ -54,6 +57,14 @@ def test_follows_torch(high):
     inputs, _, _ = lstm_case(torch.float32, batch=20)
     for a, b in zip(with_gradients(lstm(), inputs), with_gradients(lstm("high"), inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_on_cuda_torchs_switch_decides(high):
+    """Alone: what the persistent recurrence may do in TF32 is what torch's products do."""
+    value = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    for setting, allowed in (("high", True), ("highest", False)):
+        torch.set_float32_matmul_precision(setting)
+        assert allows_high("lstm", None, value) == allows_high("lstm", "high", value) == allowed
 
 
 @pytest.mark.cpu_only("CUDA follows torch's TF32 switch: test_cuda.py")

@@ -139,9 +139,9 @@ class BlocksOnCpu {
 
   // Where an address of this block's shared memory is in that of block `rank` of its cluster.
   template <class T>
-  const T* in_cluster(const T* address, unsigned rank) const {
+  const T* in_cluster(const T* address, unsigned rank) {
     const unsigned own = running / threads;
-    const Block& other = blocks.at(own / cluster * cluster + rank);
+    Block& other = blocks.at(own / cluster * cluster + rank);
     const auto offset =
         reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(blocks[own].memory());
     if (rank >= cluster || offset + sizeof(T) > 16 * other.shared.size())
@@ -187,7 +187,7 @@ class BlocksOnCpu {
     std::vector<Sixteen> shared;  // dynamic shared memory
     bool started;
     unsigned ended;  // threads
-    char* memory() const { return const_cast<char*>(reinterpret_cast<const char*>(shared.data())); }
+    char* memory() { return reinterpret_cast<char*>(shared.data()); }
     void poison() {
       if (!shared.empty()) std::memset(shared.data(), 0xFF, 16 * shared.size());
     }
