@@ -205,8 +205,7 @@ class LstmModel {
   std::map<std::string, std::pair<int, int>> flags;
   std::map<std::string, std::map<int, Clock>> history;  // of a flag: what each value says
   std::map<std::string, Piece> pieces;
-  std::map<std::pair<int, int>, std::pair<int, Clock>>
-      barriers;  // of a cluster: blocks arrived, what they know
+  std::map<std::pair<int, int>, std::pair<int, Clock>> barriers;  // of a cluster: arrived, what they know
 };
 
 }  // namespace ulmfit_fast::cuda
