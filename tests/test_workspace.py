@@ -51,22 +51,22 @@ def test_what_is_saved_for_backward_is_kept_until_its_graph_is_freed():
         assert torch.equal(a, b)
 
 
-def softmax_gradients(seed, retain_graph=False):
-    """Large enough for the weight's gradient to lie in lent memory; the loss and the leaves come along."""
+def vocabulary_gradients(seed, retain_graph=False):
+    """Of an embedding and a softmax, large enough to lie in lent memory; the loss and the leaves come along."""
     generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(300, 200, generator=generator).requires_grad_()
-    weight = (torch.randn(3000, 200, generator=generator) / 10).requires_grad_()
-    target = torch.randint(3000, (300,), generator=generator)
+    table, weight = (torch.randn(3000, 200, generator=generator).div(10).requires_grad_() for _ in range(2))
+    ids, target = torch.randint(3000, (2, 300), generator=generator)
+    h = uf.embedding_dropout(table, ids, p=0.1, seed=seed)
     loss = uf.linear_cross_entropy(h, weight, None, target)
-    return loss, (h, weight), torch.autograd.grad(loss, (h, weight), retain_graph=retain_graph)
+    return loss, (table, weight), torch.autograd.grad(loss, (table, weight), retain_graph=retain_graph)
 
 
 def test_gradients_outlive_later_calls_and_a_release():
     """A gradient may lie in the workspace's memory; nobody else may have that memory while it lives."""
-    loss, leaves, gradients = softmax_gradients(0, retain_graph=True)
+    loss, leaves, gradients = vocabulary_gradients(0, retain_graph=True)
     copies = [g.clone() for g in gradients]
     uf.release_workspace()
-    others = [softmax_gradients(seed)[2] for seed in (1, 2)]
+    others = [vocabulary_gradients(seed)[2] for seed in (1, 2)]
     again = torch.autograd.grad(loss, leaves)  # what the graph saved is whole too
     for one, copy, other, second in zip(gradients, copies, others[1], again, strict=True):
         assert torch.equal(one, copy)

@@ -33,11 +33,9 @@ Tensor embedding_dropout_backward(const Tensor& dy, const Tensor& ids, const Ten
   const Tensor gradient = torch::stable::contiguous(dy), positions = torch::stable::contiguous(ids);
   const EmbeddingDropout a =
       arguments(op, positions, seed, p, padding_idx, num_embeddings, width, dtype_of(op, "dy", dy));
-  const Tensor dweight = empty_like(dy, {num_embeddings, width});
-  if (dweight.numel() > 0) {
-    use_huge_pages({dweight});
+  const Tensor dweight = lent(dy, {num_embeddings, width}, dy.scalar_type());
+  if (dweight.numel() > 0)
     kernels().embedding_dropout_backward(a, data_of(gradient), data_of(dweight), torch_pool());
-  }
   return dweight;
 }
 

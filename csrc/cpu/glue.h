@@ -35,7 +35,8 @@ inline void use_huge_pages(std::initializer_list<Tensor> outputs) {
 }
 
 // A new tensor in memory that the workspace lends for as long as the tensor lives, where torch can take such
-// memory; for what an op saves for its backward. Fresh pages for that cost a tenth of the LSTM's forward.
+// memory: for what an op saves for its backward, and for gradients as large as a vocabulary. Fresh pages for
+// the former cost a tenth of the LSTM's forward, for the latter most of an embedding's backward.
 inline Tensor lent(const Tensor& like, Sizes sizes, ScalarType dtype) {
 #if defined(__GNUC__)
   int64_t strides[4], numel = 1;
