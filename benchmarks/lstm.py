@@ -10,6 +10,8 @@ torch's bf16 LSTM has two paths. The default (oneDNN) returns wrong gradients on
 oneDNN, can be about 60 times as slow there: --slow-peers asks for it.
 """
 
+import argparse
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -154,20 +156,29 @@ def together(cases, seconds, sides, roof, args):
     return summed
 
 
+def layer(text):
+    """(inputs, hidden) of "1024x1024"."""
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"must be INPUTSxHIDDEN, such as 400x1152, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def main():
     parser = arguments.options(__doc__, on_gpu=ON_GPU)
+    parser.add_argument("--layers", nargs="+", type=layer, help="INPUTSxHIDDEN, instead of the preset's")
     arguments.add_slow_peers(parser)
     args = arguments.parse(parser)
+    name = args.preset if args.layers is None else "-".join(f"{i}x{h}" for i, h in args.layers)
     clock = clocks.make(args.device, keep_l2=args.keep_l2)
     for threads, roof in harness.places(args):
         for batch in args.batch:
             cases, seconds = {}, []
-            for inputs, hidden in layer_sizes(args.preset):
+            for inputs, hidden in args.layers or layer_sizes(args.preset):
                 case, times, sides = measure(inputs, hidden, batch, args, roof, clock)
                 cases[f"{inputs} -> {hidden}"] = case
                 seconds.append(times)
             cases["all layers"] = together(cases, seconds, sides, roof, args)
-            sizes = {"preset": args.preset, "batch": batch, "bptt": args.bptt}
+            sizes = {"preset": name, "batch": batch, "bptt": args.bptt}
             harness.publish(args, "lstm", threads, sizes, roof, cases, clock)
 
 

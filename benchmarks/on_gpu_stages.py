@@ -149,6 +149,12 @@ def bench(context):
         ("train_step", ["--task", "lm", *both], 200),
         ("lstm", [], 240),
         ("lstm_parts", [], 150),
+        ("lstm", ["--layers", "1024x1024", "--precision", "fp16"], 60),  # where cuDNN has a persistent kernel
+        (
+            "lstm",
+            ["--layers", "768x768", "--batch", "16", "--precision", "bf16", "fp16"],
+            60,
+        ),  # FlashRNN's size
         ("linear_cross_entropy", both, 120),
         ("graph_step", large, 120),
         ("dropout_mask", large, 90),

@@ -122,14 +122,31 @@ def test_main_record_is_that_of_the_largest_preset_measured_with_care():
         record(),
         record(batch=128),
         record(preset="small"),
+        record(preset="1024x1024", threads=2),
     ]
     assert report.main_records(records) == [records[0]]
 
 
-def test_option_that_is_no_size_is_refused():
-    done = run("lstm", "--batch", "0")
+def test_layers_of_any_size(tmp_path):
+    done = run("lstm", *TINY, "--layers", "3x5", "5x4", "--precision", "fp32", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("speed-lstm-3x5-5x4-*.json")
+    cases = json.loads(path.read_text())["cases"]
+    assert [(name, case["shapes"].get("H")) for name, case in cases.items()] == [
+        ("3 -> 5", 5),
+        ("5 -> 4", 4),
+        ("all layers", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "option, value, allowed",
+    [("--batch", "0", "an integer of at least 1"), ("--layers", "3x", "INPUTSxHIDDEN, such as 400x1152")],
+)
+def test_option_that_is_no_size_is_refused(option, value, allowed):
+    done = run("lstm", option, value)
     assert done.returncode == 2
-    assert "argument --batch: must be an integer of at least 1, got '0'" in done.stderr
+    assert f"argument {option}: must be {allowed}, got '{value}'" in done.stderr
 
 
 def test_sides_take_turns_of_two_calls_the_second_counting():
