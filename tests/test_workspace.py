@@ -52,7 +52,7 @@ def test_what_is_saved_for_backward_is_kept_until_its_graph_is_freed():
 
 
 def vocabulary_gradients(seed, retain_graph=False):
-    """Of an embedding and a softmax, large enough to lie in lent memory; the loss and the leaves come along."""
+    """Of an embedding and a softmax, large enough for lent memory; the loss and the leaves come along."""
     generator = torch.Generator().manual_seed(seed)
     table, weight = (torch.randn(3000, 200, generator=generator).div(10).requires_grad_() for _ in range(2))
     ids, target = torch.randint(3000, (2, 300), generator=generator)
