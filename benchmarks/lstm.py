@@ -156,7 +156,7 @@ def together(cases, seconds, sides, roof, args):
     return summed
 
 
-def layer(text):
+def layer_of(text):
     """(inputs, hidden) of "1024x1024"."""
     if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
         raise argparse.ArgumentTypeError(f"must be INPUTSxHIDDEN, such as 400x1152, got {text!r}")
@@ -165,7 +165,7 @@ def layer(text):
 
 def main():
     parser = arguments.options(__doc__, on_gpu=ON_GPU)
-    parser.add_argument("--layers", nargs="+", type=layer, help="INPUTSxHIDDEN, instead of the preset's")
+    parser.add_argument("--layers", nargs="+", type=layer_of, help="INPUTSxHIDDEN, instead of the preset's")
     arguments.add_slow_peers(parser)
     args = arguments.parse(parser)
     name = args.preset if args.layers is None else "-".join(f"{i}x{h}" for i, h in args.layers)
