@@ -16,7 +16,8 @@ struct LstmInputs {
 
   LstmInputs(const char* op, const Tensor& x_in, const Tensor& h0_in, const Tensor& c0_in,
              const Tensor& w_ih_in, const Tensor& w_hh_in, const OptionalTensor& lengths_in,
-             const Tensor& seed, double weight_p, bool batch_first)
+             const Tensor& seed, double weight_p, const Tensor& dropout_seed, double dropout_p,
+             bool batch_first)
       : op(op), batch_first(batch_first), x(x_in) {
     check_dim(op, "x", x_in, 3);
     check_dim(op, "w_hh", w_hh_in, 2);
@@ -34,6 +35,8 @@ struct LstmInputs {
                  ", as x is, or float32 where x is 16-bit, got ", name_of(w_hh.scalar_type()));
     check_probability(op, "weight_p", weight_p);
     if (weight_p > 0) check_seed(op, seed, x);
+    check_probability(op, "dropout_p", dropout_p);
+    if (dropout_p > 0) check_seed(op, dropout_seed, x);
     if (lengths_in.has_value()) {
       check_lengths(op, *lengths_in, B, x);
       lengths = torch::stable::contiguous(*lengths_in);
@@ -67,20 +70,23 @@ struct LstmInputs {
   Matrix matrix(const char* name, const Tensor& t) const { return matrix_of(op, name, t); }
 };
 
-// lstm's results, unwritten; gates and cells, which only backward sees, are made by new_saved and empty
-// unless saved.
+// lstm's results, unwritten; dropped is empty unless y's dropout drops something; gates and cells, which only
+// backward sees, are made by new_saved and empty unless saved.
 struct LstmOutputs {
-  Tensor y, h_n, c_n, gates, cells;
+  Tensor y, h_n, c_n, dropped, gates, cells;
 
-  LstmOutputs(const LstmInputs& in, bool save, NewTensor new_saved = empty_like)
+  LstmOutputs(const LstmInputs& in, bool drops, bool save, NewTensor new_saved = empty_like)
       : y(empty_like(in.x, {in.x.size(0), in.x.size(1), in.H})),
         h_n(empty_like(in.x, {in.B, in.H})),
         c_n(empty_like(in.x, {in.B, in.H})),
+        dropped(drops ? empty_like(in.x, {in.x.size(0), in.x.size(1), in.H}) : empty_like(in.x, {0})),
         gates(save ? new_saved(in.x, {in.T, in.B, 4 * padded_units(in.H)}, in.x.scalar_type())
                    : empty_like(in.x, {0})),
         cells(save ? new_saved(in.x, {in.T, in.B, padded_units(in.H)}, compute_type(in.x))
                    : empty_like(in.x, {0}, compute_type(in.x))) {}
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const { return {y, h_n, c_n, gates, cells}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
+    return {y, h_n, c_n, dropped, gates, cells};
+  }
 };
 
 // lstm_backward's results, unwritten; those not wanted are empty.

@@ -202,6 +202,7 @@ def lstm_case(
     batch_first: bool = False,
     lengths: tuple[int, ...] | None = None,
     reverse: bool = False,
+    dropout_p: float | None = None,
 ) -> Case:
     weight_dtype = weight_dtype or dtype
     shape = (batch, time, inputs) if batch_first else (time, batch, inputs)
@@ -217,10 +218,14 @@ def lstm_case(
     n = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
     mask = mask64(seed, (4 * hidden, hidden), weight_p)
     options = {"batch_first": batch_first, "lengths": n, "reverse": reverse}
+    drawn, output_mask = {"weight_p": weight_p, "seed": seed}, None
+    if dropout_p is not None:
+        drawn |= {"dropout_p": dropout_p, "dropout_seed": seed + 1}
+        output_mask = mask64(seed + 1, (batch, hidden), dropout_p)
     return (
         tensors,
-        lambda *t: ops.lstm(*t, weight_p=weight_p, seed=seed, **options),
-        lambda *t: reference.lstm(*t, mask=mask, **options),
+        lambda *t: ops.lstm(*t, **drawn, **options),
+        lambda *t: reference.lstm(*t, mask=mask, output_mask=output_mask, **options),
     )
 
 
@@ -258,7 +263,9 @@ ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "variational_dropout": lambda dtype: variational_dropout_case(dtype, (2, 3, 149)),
     "embedding_dropout": embedding_dropout_case,
     "concat_pool": concat_pool_case,
-    "lstm": lambda dtype: lstm_case(dtype, 4, 19, 21, 45, lengths=tuple(i % 5 for i in range(19))),
+    "lstm": lambda dtype: lstm_case(
+        dtype, 4, 19, 21, 45, lengths=tuple(i % 5 for i in range(19)), dropout_p=0.4
+    ),
     "lstm_wide": lambda dtype: lstm_case(dtype, 2, 33, 70, 130, batch_first=True, reverse=True, bias=False),
     "linear_cross_entropy": lambda dtype: linear_cross_entropy_case(dtype, (67,), 45, 301),
 }

@@ -40,9 +40,10 @@ def factor(dtype):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, RAGGED])
-def test_against_reference(dtype, batch_first, reverse, lengths):
-    case = lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths)
-    check_case(case, dtype, factor(dtype))
+@pytest.mark.parametrize("dropout_p", [None, 0.4])
+def test_against_reference(dtype, batch_first, reverse, lengths, dropout_p):
+    options = {"batch_first": batch_first, "reverse": reverse, "lengths": lengths, "dropout_p": dropout_p}
+    check_case(lstm_case(dtype, **options), dtype, factor(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +79,8 @@ def test_every_isa(isa_results, name, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lengths": (3, 0, 2), "reverse": True, "batch_first": True, "bias": False}]
+    "options",
+    [{}, {"lengths": (3, 0, 2), "reverse": True, "batch_first": True, "bias": False, "dropout_p": 0.4}],
 )
 def test_gradcheck(options):
     inputs, op, _ = lstm_case(torch.float64, 3, 3, 2, 3, **options)
@@ -90,7 +92,7 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_every_thread_count(dtype, ragged):
     lengths = tuple(i % 7 for i in range(20)) if ragged else None
-    inputs, op, _ = lstm_case(dtype, 6, 20, 30, 150, lengths=lengths)
+    inputs, op, _ = lstm_case(dtype, 6, 20, 30, 150, lengths=lengths, dropout_p=0.4)
     assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs))
 
 
@@ -105,7 +107,9 @@ def test_any_shape_layout_and_lengths():
     def check(data, sizes, batch_first, reverse, bias, dtype):
         time, batch = sizes[:2]
         lengths = data.draw(some.none() | some.tuples(*[some.integers(0, time)] * batch))
-        case = lstm_case(dtype, *sizes, batch_first=batch_first, reverse=reverse, bias=bias, lengths=lengths)
+        dropout_p = data.draw(some.sampled_from([None, 0.0, 0.4]))
+        options = {"batch_first": batch_first, "reverse": reverse, "bias": bias, "lengths": lengths}
+        case = lstm_case(dtype, *sizes, **options, dropout_p=dropout_p)
         check_case(case, dtype, factor(dtype), floor=0.5)
 
     check()
@@ -159,11 +163,21 @@ def test_dropconnect_mask_is_that_of_dropout_mask():
     assert w_hh.grad[mask == 0].eq(0).all() and w_hh.grad[mask != 0].ne(0).all()
 
 
-def test_gradients_of_some_outputs_or_inputs_only():
-    inputs, op, _ = lstm_case(torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropped_output_is_that_of_variational_dropout(dtype):
+    inputs, op, _ = lstm_case(dtype, lengths=RAGGED, dropout_p=0.4)
+    y, _, _, dropped = op(*inputs)
+    assert torch.equal(dropped, uf.variational_dropout(y, 0.4, seed=12, batch_first=False))
+    y, _, _, kept = lstm_case(dtype, dropout_p=0.0)[1](*inputs)
+    assert kept is y
+
+
+@pytest.mark.parametrize("dropout_p", [None, 0.4])
+def test_gradients_of_some_outputs_or_inputs_only(dropout_p):
+    inputs, op, _ = lstm_case(torch.float32, dropout_p=dropout_p)
     leaves = [t.requires_grad_() for t in inputs]
     everything = torch.autograd.grad([y.sum() for y in op(*leaves)], leaves)
-    parts = [torch.autograd.grad(op(*leaves)[i].sum(), leaves) for i in range(3)]
+    parts = [torch.autograd.grad(op(*leaves)[i].sum(), leaves) for i in range(len(op(*leaves)))]
     for whole, *part in zip(everything, *parts, strict=True):
         assert_near(sum(part), whole, torch.float32, 16)
     for i, leaf in enumerate(leaves):
@@ -213,9 +227,11 @@ def test_opcheck(options):
     seed = torch.tensor(3, device=DEVICE)
     op = torch.ops.ulmfit_fast.lstm.default
     leaves = [t.requires_grad_() for t in inputs]
-    torch.library.opcheck(op, (*leaves, lengths, seed, 0.5, False, bool(options), False, True))
+    for dropout_p in (0.0, 0.4):
+        drawn = seed, seed + 1, 0.5, dropout_p
+        torch.library.opcheck(op, (*leaves, lengths, *drawn, False, bool(options), False, True))
     constants = [t.detach() for t in inputs]
-    torch.library.opcheck(op, (*constants, lengths, seed, 0.0, False, False, True, False))
+    torch.library.opcheck(op, (*constants, lengths, seed, seed, 0.0, 0.0, False, False, True, False))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -224,8 +240,9 @@ def test_compile(backend):
         pytest.importorskip("triton", reason="inductor makes its CUDA kernels with it")
 
     def function(*inputs):
-        y, h, c = uf.lstm(*inputs, weight_p=0.5, seed=7, batch_first=True)
-        return uf.variational_dropout(y, 0.3, seed=8), h, c
+        dropout = {"dropout_p": 0.3, "dropout_seed": 9}
+        y, h, c, dropped = uf.lstm(*inputs, weight_p=0.5, seed=7, batch_first=True, **dropout)
+        return uf.variational_dropout(y, 0.3, seed=8), h, c, dropped
 
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     for batch in (3, 5):

@@ -133,6 +133,20 @@ def test_dropout_between_layers_is_the_same_at_all_time_steps():
     close(ours(x, seed=9)[0], second(dropped)[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_output_comes_dropped_as_well_where_asked(options, train):
+    _, ours = pair(num_layers=2, dropout=0.5, **options)
+    ours.train(train)
+    x, batch_first = randn(4, 3, 5), "batch_first" in options
+    expected, (h_n, _) = ours(x, seed=9)
+    y, (h, _), dropped = ours(x, seed=9, dropout_p=0.3, dropout_seed=4)
+    assert torch.equal(y, expected) and torch.equal(h, h_n)
+    assert torch.equal(dropped, uf.variational_dropout(y, 0.3, seed=4, batch_first=batch_first))
+    alone, _, dropped = ours(x[:, 0], seed=9, dropout_p=0.3)
+    assert alone.shape == dropped.shape and (dropped == 0).any() and not (alone == 0).any()
+
+
 def test_manual_seed_governs_training_and_eval_drops_nothing():
     theirs, ours = pair(weight_p=0.5, num_layers=2, dropout=0.5)
     x = randn(4, 3, 5)

@@ -26,7 +26,8 @@ _EMBEDDING, _INPUT, _FIRST_LAYER = 0, 1, 2
 class WeightDropLayer(nn.Module):
     """One batch-first LSTM layer under fastai's names: `weight_hh_l0_raw` here, the rest in `module`.
 
-    x (B, T, n_in), hx two of (directions, B, n_out) -> output (B, T, directions * n_out), (h_n, c_n).
+    x (B, T, n_in), hx two of (directions, B, n_out) -> output (B, T, directions * n_out), (h_n, c_n); where
+    dropout_p is given also output after a variational dropout.
     """
 
     def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> None:
@@ -49,13 +50,16 @@ class WeightDropLayer(nn.Module):
         hx: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
         seed: Seed = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        dropout_p: float | None = None,
+        dropout_seed: Seed = None,
+    ) -> tuple:
         lstm = self.module
         weights = [[lstm.weight_ih_l0, self.weight_hh_l0_raw, lstm.bias_ih_l0, lstm.bias_hh_l0]]
         if lstm.bidirectional:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             weights.append([getattr(lstm, f"{name}_l0_reverse") for name in names])
-        return lstm(x, hx, lengths=lengths, seed=seed, weights=weights)
+        drop = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
+        return lstm(x, hx, lengths=lengths, seed=seed, weights=weights, **drop)
 
 
 class AWDLSTM(nn.Module):
@@ -195,11 +199,17 @@ class AWDLSTM(nn.Module):
         for layer, (rnn, dropout) in enumerate(zip(self.rnns, self.hidden_dps, strict=True)):
             first = _FIRST_LAYER + 2 * layer
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
-            output, state = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first))
+            mask_seed, between = derive_seed(seed, first + 1), layer < self.n_layers - 1
+            drop = {}
+            if (
+                between and type(dropout) is VariationalDropout and dropout.training
+            ):  # the layer's kernel does it
+                drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
+            output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
             raw_outputs.append(output)
             new_hidden.append(state)
-            if layer < self.n_layers - 1:
-                output = dropout(output, seed=derive_seed(seed, first + 1))
+            if between:
+                output = dropout(output, mask_seed, *dropped)
         return raw_outputs, new_hidden
 
     def to_torch(self) -> fx.GraphModule:

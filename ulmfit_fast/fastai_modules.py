@@ -82,12 +82,13 @@ class WeightDropout(WeightDropLayer):
         hx: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
         seed: Seed = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        **drop: Any,
+    ) -> tuple[Tensor, ...]:
         p = self.weight_p if self.training else 0.0
         if p and seed is None:
             seed = draw_seed(x.device)
         self._last_mask = (p, seed)
-        return super().forward(x, hx, lengths, seed)
+        return super().forward(x, hx, lengths, seed, **drop)
 
     def reset(self) -> None:
         """`module.weight_hh_l0` is the raw weight again."""

@@ -35,6 +35,7 @@ class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
     Input (B, T, *), or (T, B, *) with batch_first=False; the same shape comes out.  Identity in eval.
+    `dropped`: this very result, where the layer before has made it as it stored x (`ops.lstm`'s dropout_p).
     """
 
     def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
@@ -42,9 +43,11 @@ class VariationalDropout(nn.Module):
         self.p = check_probability("p", p)
         self.batch_first = batch_first
 
-    def forward(self, x: Tensor, seed: Seed = None) -> Tensor:
+    def forward(self, x: Tensor, seed: Seed = None, dropped: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return x
+        if dropped is not None:
+            return dropped
         return ops.variational_dropout(x, self.p, seed=seed, batch_first=self.batch_first)
 
     def extra_repr(self) -> str:
@@ -182,14 +185,17 @@ class WeightDropLSTM(nn.Module):
         lengths: Tensor | None = None,
         seed: Seed = None,
         weights: list[list[Tensor]] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """-> output, (h_n, c_n).
+        dropout_p: float | None = None,
+        dropout_seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """-> output, (h_n, c_n); where dropout_p is given also output after a variational dropout with it.
 
         x (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H), without
         B where x has none; output like x with directions * H features; h_n, c_n like hx; weights in place
-        of the module's own, in the order of `all_weights`.
+        of the module's own, in the order of `all_weights`; dropout_p is used as it is, in eval too.
         """
-        return self.run(x, hx, self.all_weights if weights is None else weights, lengths, seed)
+        weights = self.all_weights if weights is None else weights
+        return self.run(x, hx, weights, lengths, seed, dropout_p, dropout_seed)
 
     def run(
         self,
@@ -198,7 +204,9 @@ class WeightDropLSTM(nn.Module):
         weights: list[list[Tensor]],
         lengths: Tensor | None = None,
         seed: Seed = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        dropout_p: float | None = None,
+        dropout_seed: Seed = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """`forward` with the weights given, in the order of `all_weights`."""
         self._check_input(x, weights[0][0], lengths)
         if hx is not None:
@@ -211,13 +219,18 @@ class WeightDropLSTM(nn.Module):
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)
+        drops: list[tuple[float | None, Seed]] = [(None, None)] * self.num_layers  # after each layer
+        if dropout > 0:
+            drops = [(dropout, derive_seed(seed, len(weights) + layer)) for layer in range(self.num_layers)]
+        drops[-1] = dropout_p, dropout_seed
         h_n, c_n = [], []
-        for layer in range(self.num_layers):
+        for layer, (p, mask_seed) in enumerate(drops):
+            fused = {} if self.bidirectional else {"dropout_p": p, "dropout_seed": mask_seed}
             outputs = []
             for direction in range(self.num_directions):
                 i = layer * self.num_directions + direction
                 h0, c0 = (None, None) if hx is None else (hx[0][i], hx[1][i])
-                y, h, c = ops.lstm(
+                y, h, c, *dropped = ops.lstm(
                     x,
                     h0,
                     c0,
@@ -227,18 +240,23 @@ class WeightDropLSTM(nn.Module):
                     batch_first=self.batch_first,
                     lengths=lengths,
                     reverse=direction == 1,
+                    **fused,
                 )
                 outputs.append(y)
                 h_n.append(h)
                 c_n.append(c)
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-            if dropout > 0 and layer < self.num_layers - 1:
-                mask_seed = derive_seed(seed, len(weights) + layer)
-                x = ops.variational_dropout(x, dropout, seed=mask_seed, batch_first=self.batch_first)
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            if dropped:
+                x = dropped[0]
+            elif p is None:
+                x = output
+            else:  # one mask for the features of both directions
+                x = ops.variational_dropout(output, p, seed=mask_seed, batch_first=self.batch_first)
         h_n, c_n = torch.stack(h_n), torch.stack(c_n)
         if not batched:
-            return x.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
-        return x, (h_n, c_n)
+            output, x = (t.squeeze(0 if self.batch_first else 1) for t in (output, x))
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        return (output, (h_n, c_n)) if dropout_p is None else (output, (h_n, c_n), x)
 
     def _check_input(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> None:
         if isinstance(x, PackedSequence):

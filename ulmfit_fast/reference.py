@@ -81,14 +81,15 @@ def lstm(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    output_mask: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """One LSTM layer in one direction, with DropConnect (Merity et al. 2017) on the recurrent weight.
 
     x (T, B, I), or (B, T, I) with batch_first; h0, c0 (B, H) or None for zeros; w_ih (4H, I), w_hh (4H, H),
     b_ih, b_hh (4H), rows in torch's order of the gates: i, f, g, o; mask (4H, H) multiplies w_hh; lengths
     (B,): a step at or after a sequence's length carries the state and outputs zeros.  With reverse, each
     sequence is read from its last valid step back.  Returns y (like x, with H features), h_n and c_n (B,
-    H).
+    H); where output_mask (B, H) is given, also `variational_dropout` of y with it.
     """
     if batch_first:
         x = x.transpose(0, 1)
@@ -114,7 +115,10 @@ def lstm(
             h, c = torch.where(valid, h_new, h), torch.where(valid, c_new, c)
             outputs[t] = torch.where(valid, h_new, torch.zeros_like(h_new))
     y = torch.stack(outputs) if steps else x.new_zeros(0, batch, hidden)
-    return (y.transpose(0, 1) if batch_first else y), h, c
+    y = y.transpose(0, 1) if batch_first else y
+    if output_mask is None:
+        return y, h, c
+    return y, h, c, variational_dropout(y, output_mask, batch_first=batch_first)
 
 
 def embedding_dropout(

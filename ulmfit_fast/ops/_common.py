@@ -9,7 +9,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Seed = int | Tensor | None
 
 
-def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> Tensor:
+def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name: str = "seed") -> Tensor:
     """The seed as a 0-dim int64 tensor on `device`; None draws one from that device's default generator.
 
     With p == 0 nothing is dropped, so nothing is drawn and the generator does not advance.
@@ -17,7 +17,7 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> T
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             got = f"{seed.dtype} of shape {tuple(seed.shape)}"
-            raise TypeError(f"{op}: seed must be None, an int or a 0-dim int64 tensor, got {got}")
+            raise TypeError(f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got {got}")
         return seed if device is None else seed.to(device)
     if seed is None:
         if p == 0:
@@ -26,9 +26,11 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None) -> T
         # governs the generators of all devices.
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{op}: seed must be None, an int or a 0-dim int64 tensor, got {type(seed).__name__}")
+        raise TypeError(
+            f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed must fit in 64 signed bits, got {seed}")
+        raise ValueError(f"{op}: {name} must fit in 64 signed bits, got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -38,7 +38,9 @@ def lstm(
     lengths: Tensor | None = None,
     reverse: bool = False,
     precision: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dropout_p: float | None = None,
+    dropout_seed: Seed = None,
+) -> tuple[Tensor, ...]:
     """One LSTM layer in one direction, with DropConnect on the recurrent weight.
 
     Equivalent to one direction of `torch.nn.LSTM` with w_hh * dropout_mask(seed, (4H, H), weight_p) as its
@@ -60,10 +62,14 @@ def lstm(
             `torch.set_float32_matmul_precision`; None takes what is set there.  The lower two allow three
             bfloat16 products instead (relative error about 5e-6), done where they are faster; on CUDA the
             products are TF32's where that setting of torch allows it, and a stricter one here is refused.
+        dropout_p: where given, y is also returned after a variational dropout with this probability, in
+            [0, 1), made as y is stored: one mask for all time steps (Gal and Ghahramani 2016).
+        dropout_seed: of that mask, as `seed`.
 
     Returns:
-        y, like x with H features; h_n and c_n (B, H), the state after the last step read; all in x's dtype,
-        which under autocast is autocast's.
+        y, like x with H features; h_n and c_n (B, H), the state after the last step read; where dropout_p is
+        given also y * dropout_mask(dropout_seed, (B, H), dropout_p) for every step, as `variational_dropout`
+        gives it.  All in x's dtype, which under autocast is autocast's.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above (RuntimeError for a length under
@@ -108,29 +114,42 @@ def lstm(
     h0, c0 = states
     seed = seed_tensor(op, seed, weight_p, x.device)
     high = allows_high(op, precision, x)
+    drop = 0.0
+    if dropout_p is not None:
+        drop = check_probability(op, "dropout_p", dropout_p)
+        dropout_seed = seed_tensor(op, dropout_seed, drop, x.device, "dropout_seed")
+    elif dropout_seed is not None:
+        raise ValueError(f"{op}: dropout_seed needs dropout_p, got {dropout_seed!r} alone")
+    else:
+        dropout_seed = seed  # not read
     save = needs_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    y, h_n, c_n, _, _ = torch.ops.ulmfit_fast.lstm(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, weight_p, batch_first, reverse, high, save
-    )
-    return y, h_n, c_n
+    y, h_n, c_n, dropped, _, _ = torch.ops.ulmfit_fast.lstm(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,
+        weight_p, drop, batch_first, reverse, high, save
+    )  # fmt: skip
+    if dropout_p is None:
+        return y, h_n, c_n
+    return y, h_n, c_n, dropped if drop > 0 else y
 
 
 @torch.library.register_fake("ulmfit_fast::lstm")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, weight_p, batch_first, reverse, high, save):  # type: ignore
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,  # type: ignore
+      weight_p, dropout_p, batch_first, reverse, high, save):  # fmt: skip
     hidden = w_hh.shape[1]
     time, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     y = x.new_empty((x.shape[0], x.shape[1], hidden))
+    dropped = x.new_empty(y.shape if dropout_p > 0 else (0,))
     h_n, c_n = x.new_empty((batch, hidden)), x.new_empty((batch, hidden))
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     units = (hidden + 15) // 16 * 16  # gates and cells: in an order of the kernels' own, whole vectors
     gates = x.new_empty((time, batch, 4 * units) if save else (0,))
     cells = x.new_empty((time, batch, units) if save else (0,), dtype=state_dtype)
-    return y, h_n, c_n, gates, cells
+    return y, h_n, c_n, dropped, gates, cells
 
 
 @torch.library.register_fake("ulmfit_fast::lstm_backward")
-def _(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, lengths, seed, y, gates, cells,  # type: ignore
-      weight_p, batch_first, reverse, high, need_dx, need_dw):  # fmt: skip
+def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, lengths, seed, dropout_seed, y, gates, cells,  # type: ignore
+      weight_p, dropout_p, batch_first, reverse, high, need_dx, need_dw):  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     dw_ih = w_ih.new_empty(w_ih.shape if need_dw else (0,))
     dw_hh = w_hh.new_empty(w_hh.shape if need_dw else (0,))
@@ -139,28 +158,35 @@ def _(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, lengths, seed, y, gates, cells,  # 
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h0, c0, w_ih, w_hh, _, _, lengths, seed, *options, ctx.saved = inputs
-    ctx.options = options  # weight_p, batch_first, reverse, high
-    y, _, _, gates, cells = output
-    ctx.mark_non_differentiable(gates, cells)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, lengths, seed, y, gates, cells)
+    x, h0, c0, w_ih, w_hh, _, _, lengths, seed, dropout_seed, *options, ctx.saved = inputs
+    ctx.options = options  # weight_p, dropout_p, batch_first, reverse, high
+    _, dropout_p, *_ = options
+    y, _, _, dropped, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells, *([] if dropout_p > 0 else [dropped]))
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, lengths, seed, dropout_seed, y, gates, cells)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
-    nothing = (None,) * 14
-    if dy is None and dh_n is None and dc_n is None:
-        return nothing
+def _backward(
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    ddropped: Tensor | None,
+    *_: None,
+) -> tuple:
+    if dy is None and dh_n is None and dc_n is None and ddropped is None:
+        return (None,) * 16
     if not ctx.saved:
         raise RuntimeError("ulmfit_fast::lstm was called with save=False, so it has no gradient")
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_ = ctx.needs_input_grad
     need_w = need_w_ih or need_w_hh or need_b_ih or need_b_hh
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.ulmfit_fast.lstm_backward(
-        dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, need_x, need_w
+        dy, dh_n, dc_n, ddropped, *ctx.saved_tensors, *ctx.options, need_x, need_w
     )
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db)
     return (
-        tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)) + (None,) * 7
+        tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)) + (None,) * 9
     )
 
 

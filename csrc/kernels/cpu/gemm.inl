@@ -18,7 +18,7 @@ struct FmaTile {
   using Compute = T;  // what is summed
   using Packed = T;   // what packed operands consist of
   using Element = T;  // what goes into packing, of type kElement
-  static constexpr DType kElement = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+  static constexpr DType kElement = kComputeType<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
   static constexpr int kCols = kVecs * L;

@@ -35,7 +35,9 @@ struct LstmShape {
       lengths;    // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out
   uint64_t seed;  // of the DropConnect mask of w_hh, element index row * H + column
   double weight_p;
-  bool high = false;  // fp32: products of torch's "high" precision will do, where they are faster
+  bool high = false;          // fp32: products of torch's "high" precision will do, where they are faster
+  uint64_t dropout_seed = 0;  // of the variational dropout of y, element index b * H + unit for all steps
+  double dropout_p = 0;
 };
 
 struct LstmForward {
@@ -45,6 +47,7 @@ struct LstmForward {
   Matrix w_ih, w_hh;        // (4H, I), (4H, H): gates i, f, g, o
   const void *b_ih, *b_hh;  // (4H) in w_ih's dtype, or nullptr
   Sequence y;               // (T, B, H), x's dtype
+  Sequence dropped;         // (T, B, H), y after its dropout; data may be nullptr: not wanted
   void *h_n, *c_n;          // (B, H), x's dtype
   // What backward needs of the forward pass, in an order that is the kernels' own; nullptr: nothing is saved.
   void* gates;  // T * B * 4 * padded_units(H) activated gates in x's dtype
@@ -53,9 +56,9 @@ struct LstmForward {
 
 struct LstmBackward {
   LstmShape shape;
-  Sequence dy;        // (T, B, H); data may be nullptr: zeros. So may dh_n's and dc_n's
-  Matrix dh_n, dc_n;  // (B, H)
-  Sequence x, y;      // as in forward
+  Sequence dy, ddropped;  // (T, B, H); data may be nullptr: zeros. So may dh_n's and dc_n's
+  Matrix dh_n, dc_n;      // (B, H)
+  Sequence x, y;          // as in forward
   Matrix h0, c0, w_ih, w_hh;
   const void *gates, *cells;
   Sequence dx;               // (T, B, I), data nullptr: not wanted

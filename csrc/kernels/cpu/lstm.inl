@@ -136,4 +136,13 @@ inline void store_state(const T* in, DType dtype, const Batch& batch, void* out)
                   units_there(H, block * L, L));
 }
 
+// The mask of y's variational dropout, (B, H) factors, as a state lies.
+template <class T>
+inline void load_output_mask(const Batch& batch, T* out, const Parallel& parallel) {
+  const LstmShape& s = batch.s;
+  Scratch<T> mask(s.B * s.H);
+  dropout_mask(s.dropout_seed, s.dropout_p, s.B * s.H, kComputeType<T>, mask.get(), parallel);
+  load_state({mask.get(), kComputeType<T>, s.H}, batch, out);
+}
+
 ULMFIT_END

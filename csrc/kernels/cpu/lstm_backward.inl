@@ -35,12 +35,14 @@ class LstmBackwardPass {
         next_rows(in_place() ? 0 : 2 * Tile::a_elements(s.B, depth)),
         dh(state_size()),
         dc(state_size()),
-        c_first(state_size()) {}
+        c_first(state_size()),
+        y_mask(p.ddropped.data == nullptr ? 0 : state_size()) {}
 
   void run() {
     load_state(p.dh_n, batch, dh.get());
     load_state(p.dc_n, batch, dc.get());
     load_state(p.c0, batch, c_first.get());
+    if (p.ddropped.data != nullptr) load_output_mask(batch, y_mask.get(), parallel);
     if (batch.total() > 0) {
       recurrence();
       if (p.dx.data != nullptr) input_gradient();
@@ -121,7 +123,10 @@ class LstmBackwardPass {
   void cell_back(int64_t step, int64_t row, int64_t block, V dh_total, bool first) const {
     const int64_t t = time_of(step), unit = block * L, at = (block * s.B + row) * L;
     const int n = units_there(s.H, unit, L);
-    if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, batch.sequence(row)), unit, n);
+    const int64_t b = batch.sequence(row);
+    if (p.dy.data != nullptr) dh_total += load_as<T>(p.dy.dtype, p.dy.row(t, b), unit, n);
+    if (p.ddropped.data != nullptr)
+      dh_total += load_as<T>(p.ddropped.dtype, p.ddropped.row(t, b), unit, n) * load(y_mask + at);
     const auto gate = [&](int g) {
       return load_as<T>(p.y.dtype, p.gates, 4 * (t * state_size() + at) + g * L, L);
     };
@@ -253,7 +258,7 @@ class LstmBackwardPass {
         });
   }
 
-  // sums[r / 64] += a piece of row r. db adds those up: fp32 sums of thousands of rows keep their low bits.
+  // sums[r / 64] += a piece of row r. db adds those up: fp32 sums of thousands of rows y_mask their low bits.
   void add_row(T* sums, int64_t r, int64_t col, int64_t n, const Element* values) const {
     T* to = sums + r / kRowsAtOnce * G + col;
     const bool first = r % kRowsAtOnce == 0;
@@ -279,7 +284,7 @@ class LstmBackwardPass {
   const int64_t out_panels;  // of dgates
   Scratch<Packed> dgates;  // rows of all steps, depth 4H: packed as A, or in plain panels, which are packed B
   Scratch<Packed> next_rows;  // those of two steps as A, where they do not lie so in dgates
-  Scratch<T> dh, dc, c_first;
+  Scratch<T> dh, dc, c_first, y_mask;
 };
 
 template <class Tile>

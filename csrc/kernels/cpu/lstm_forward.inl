@@ -33,6 +33,7 @@ class LstmForwardPass {
         w_hh(blocks * panel_elements<Tile>(s.H)),
         projected((chunk_steps < s.T ? chunk_steps : s.T) * blocks * s.B * kCols),
         bias(blocks * kCols),
+        y_mask(p.dropped.data == nullptr ? 0 : state_size()),
         h_even(Tile::a_elements(s.B, depth)),
         h_odd(Tile::a_elements(s.B, depth)),
         c_first(state_size()),
@@ -40,6 +41,7 @@ class LstmForwardPass {
 
   void run() {
     start_state();
+    if (p.dropped.data != nullptr) load_output_mask(batch, y_mask.get(), parallel);
     if (s.T == 0 || s.B == 0) return;
     pack_weights();
     for (int64_t step0 = 0; step0 < s.T; step0 += chunk_steps) {
@@ -171,7 +173,11 @@ class LstmForwardPass {
   void store_cell(int64_t t, int64_t row, int64_t block, const LstmCell<V>& state) const {
     const int64_t at = (block * s.B + row) * L;
     const DType dtype = p.y.dtype;
-    store_as<T>(dtype, p.y.row(t, batch.sequence(row)), block * L, state.h, units_there(s.H, block * L, L));
+    const int64_t b = batch.sequence(row), unit = block * L;
+    const int n = units_there(s.H, unit, L);
+    store_as<T>(dtype, p.y.row(t, b), unit, state.h, n);
+    if (p.dropped.data != nullptr)
+      store_as<T>(dtype, p.dropped.row(t, b), unit, state.h * load(y_mask + at), n);
     store(cell(time_of(t)) + at, state.c);
     if (p.gates == nullptr) return;
     int64_t gate_at = 4 * (t * state_size() + at);
@@ -188,7 +194,7 @@ class LstmForwardPass {
   const Dropout drop;
   const int64_t blocks, depth, chunk_steps;
   Scratch<Packed> w_ih, w_hh;
-  Scratch<T> projected, bias;
+  Scratch<T> projected, bias, y_mask;
   Scratch<Packed> h_even, h_odd;  // h of the step before, in A-block form, and the one being written
   Scratch<T> c_first, c_rolling;
 };

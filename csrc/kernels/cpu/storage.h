@@ -119,6 +119,10 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
   if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
 }
 
+// What T itself is stored as.
+template <class T>
+constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
 // Uninitialised scratch memory, 64-byte aligned.
 template <class T>
 class Scratch {

@@ -7,16 +7,8 @@ ULMFIT_BEGIN
 template <class T>
 inline void variational_dropout_as(const VariationalDropout& a, const Parallel& parallel) {
   constexpr int L = lanes_of<T>;
-  const Dropout drop(a.seed, a.p);
-  // The mask is generated once, in pieces that begin a group of the generator, and read T times.
-  constexpr int64_t kPiece = 64 * kMaskGroup;
-  const int64_t size = a.B * a.F;
-  Scratch<T> mask(size);
-  parallel((size + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
-    const int64_t last = end * kPiece < size ? end * kPiece : size;
-    for (int64_t j = begin * kPiece; j < last; ++j) mask[j] = T(1);
-    apply_mask(drop, begin * kPiece, last - begin * kPiece, mask + begin * kPiece);
-  });
+  Scratch<T> mask(a.B * a.F);  // generated once and read T times
+  dropout_mask(a.seed, a.p, a.B * a.F, kComputeType<T>, mask.get(), parallel);
   // Rows in the order in which `out` lies in memory, so that it is written from one end to the other.
   const bool time_first = a.out.stride_t >= a.out.stride_b;
   parallel(a.T * a.B, [&](int64_t begin, int64_t end) {
