@@ -63,7 +63,7 @@ LstmSteps make_steps(int64_t T, int64_t B, int64_t H, Direction direction) {
   const float scale = 1 / std::sqrt(static_cast<float>(H));
   const Matrix w = {random_numbers<__nv_bfloat16>(4 * H * H, scale), DType::bf16, H};
   auto* flags = static_cast<unsigned*>(zeros(plan.split.flags() * sizeof(unsigned)));
-  return {plan.split, T, padded_units(H), false, nullptr, w, flags};
+  return {plan.split, T, padded_units(H), false, nullptr, w, Mask(), flags};
 }
 
 double time_forward(int64_t T, int64_t B, int64_t H) {

@@ -90,15 +90,18 @@ def check_beside_general(case, dtype):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, (5, 0, 3)])
-def test_against_reference(dtype, batch_first, reverse, lengths, exchange, tf32):
-    check(lstm_case(dtype, batch_first=batch_first, reverse=reverse, lengths=lengths), dtype)
+@pytest.mark.parametrize("dropout_p", [None, 0.4])
+def test_against_reference(dtype, batch_first, reverse, lengths, dropout_p, exchange, tf32):
+    options = {"batch_first": batch_first, "reverse": reverse, "lengths": lengths, "dropout_p": dropout_p}
+    check(lstm_case(dtype, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [2, 3, 15, 16, 17, 31, 33, 64, 95, 130, 200])
 def test_ragged_sizes(dtype, hidden, tf32):
     for batch in (1, 15, 17, 33):
-        case = lstm_case(dtype, 3, batch, 5, hidden, bias=hidden % 2 == 1, lengths=lengths_of(batch, 3))
+        options = {"bias": hidden % 2 == 1, "dropout_p": 0.4 if hidden % 3 else None}
+        case = lstm_case(dtype, 3, batch, 5, hidden, lengths=lengths_of(batch, 3), **options)
         check(case, dtype, floor=0.5)
 
 
@@ -110,7 +113,8 @@ def test_small_cards_take_row_blocks_in_turn(card, dtype, monkeypatch, tf32):
         pytest.skip("a made-up card is the CPU's")
     monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
     for hidden, batch in ((33, 70), (17, 100), (40, 50)):
-        case = lstm_case(dtype, 4, batch, 5, hidden, lengths=lengths_of(batch, 4), reverse=batch == 70)
+        options = {"reverse": batch == 70, "dropout_p": 0.4}
+        case = lstm_case(dtype, 4, batch, 5, hidden, lengths=lengths_of(batch, 4), **options)
         check(case, dtype, floor=0.5)
 
 
@@ -133,11 +137,9 @@ def test_any_shape_and_card(monkeypatch, tf32):
         monkeypatch.setenv("ULMFIT_ON_CPU_CARD", f"{multiprocessors},227,{clusters}")
         time, batch = sizes[:2]
         lengths = data.draw(some.none() | some.tuples(*[some.integers(0, time)] * batch))
-        check(
-            lstm_case(dtype, *sizes, batch_first=batch_first, reverse=reverse, lengths=lengths),
-            dtype,
-            floor=0.5,
-        )
+        dropout_p = data.draw(some.sampled_from((None, 0.0, 0.4)))
+        options = {"batch_first": batch_first, "reverse": reverse, "lengths": lengths}
+        check(lstm_case(dtype, *sizes, **options, dropout_p=dropout_p), dtype, floor=0.5)
 
     check_any()
 
@@ -150,8 +152,15 @@ def test_master_weights_and_no_gradient():
         assert all(torch.equal(a, b) for a, b in zip(op(*inputs), with_gradients(op, inputs), strict=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropped_output_is_that_of_variational_dropout(dtype, tf32):
+    inputs, op, _ = lstm_case(dtype, 5, 20, 10, 70, lengths=lengths_of(20, 5), dropout_p=0.4)
+    y, _, _, dropped = op(*inputs)
+    assert torch.equal(dropped, uf.variational_dropout(y, 0.4, seed=12, batch_first=False))
+
+
 def test_equal_to_the_bit_over_repeated_runs():
-    inputs, op, _ = lstm_case(torch.bfloat16, 5, 20, 10, 70, lengths=lengths_of(20, 5))
+    inputs, op, _ = lstm_case(torch.bfloat16, 5, 20, 10, 70, lengths=lengths_of(20, 5), dropout_p=0.4)
     first = with_gradients(op, inputs)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), first, strict=True))
@@ -161,7 +170,7 @@ def test_equal_to_the_bit_over_repeated_runs():
 def test_both_exchanges_give_the_same_bits(dtype, monkeypatch, tf32):
     if not on_cpu():
         pytest.skip("a made-up card is the CPU's")
-    inputs, op, _ = lstm_case(dtype, 5, 40, 10, 70, lengths=lengths_of(40, 5))
+    inputs, op, _ = lstm_case(dtype, 5, 40, 10, 70, lengths=lengths_of(40, 5), dropout_p=0.4)
     results = []
     for card in CARDS.values():
         monkeypatch.setenv("ULMFIT_ON_CPU_CARD", card)
@@ -226,7 +235,7 @@ def test_a_wrong_length_is_refused():
         "import sys, torch, ulmfit_fast as uf; d = sys.argv[1]; o = dict(dtype=torch.bfloat16, device=d);"
         "z = lambda *s: torch.zeros(*s, **o); n = torch.tensor([9], device=d);"
         "y = torch.ops.ulmfit_fast.lstm(z(2, 1, 4), z(1, 8), z(1, 8), z(32, 4), z(32, 8), None, None, n,"
-        " torch.tensor(0, device=d), 0.0, False, False, False, True); print(y[0].sum().item())"
+        " *[torch.tensor(0, device=d)] * 2, 0.0, 0.0, False, False, False, True); print(y[0].sum().item())"
     )
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
@@ -266,7 +275,8 @@ def test_float32_in_tf32_beside_float32(tf32):
 def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch, tf32):
     needs_gpu()
     monkeypatch.setenv(VARIABLE, "auto")  # the largest fit on no card
-    check_beside_general(lstm_case(dtype, 6, batch, 48, hidden, lengths=lengths_of(batch, 6)), dtype)
+    options = {"lengths": lengths_of(batch, 6), "dropout_p": 0.4 if hidden > 1000 else None}
+    check_beside_general(lstm_case(dtype, 6, batch, 48, hidden, **options), dtype)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +284,7 @@ def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch, tf32):
 )
 def test_many_steps_on_a_gpu(time, batch, hidden):
     needs_gpu()
-    case = lstm_case(torch.bfloat16, time, batch, 64, hidden)
+    case = lstm_case(torch.bfloat16, time, batch, 64, hidden, dropout_p=0.4)
     check_beside_general(case, torch.bfloat16)
     inputs, op, _ = case
     first = with_gradients(op, inputs)

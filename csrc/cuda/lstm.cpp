@@ -6,17 +6,19 @@
 namespace ulmfit_fast::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
     const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
     const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, const Tensor& seed,
-    double weight_p, bool batch_first, bool reverse, bool high, bool save) {
-  const LstmInputs in("lstm", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first);
+    const Tensor& dropout_seed, double weight_p, double dropout_p, bool batch_first, bool reverse, bool high,
+    bool save) {
+  const LstmInputs in("lstm", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, dropout_seed, dropout_p,
+                      batch_first);
   const ScalarType weight_type = in.w_hh.scalar_type();
   const OptionalTensor bias_ih = in.checked("b_ih", b_ih, weight_type, {4 * in.H}),
                        bias_hh = in.checked("b_hh", b_hh, weight_type, {4 * in.H});
-  const LstmOutputs out(in, save);
+  const LstmOutputs out(in, dropout_p > 0, save);
   if (in.B == 0) return out.all();
-  const Layer layer(in, seed, weight_p, reverse);
+  const Layer layer(in, seed, dropout_seed, weight_p, dropout_p, reverse);
   void* stream = layer.device.stream;
 
   const Tensor first_cell = layer.state("c0", in.c0);
@@ -63,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
   }
   masked_copy({cell(in.T - 1), dtype_of(in.op, "c0", first_cell), in.T > 0 ? units : in.H}, in.B, in.H,
               Mask(), layer.dtype, data_of(out.c_n), stream);
+  if (dropout_p > 0) layer.drop_output("y", out.y, out.dropped);
   return out.all();
 }
 
@@ -79,15 +82,18 @@ class Backward {
         dgates(layer.sequence(4 * in.H, layer.type)) {}
 
   // From the last step to the first: dgates of every step, dh0 and dc0.
-  void recurrence(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                  bool tf32) {
+  void recurrence(OptionalTensor dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                  const OptionalTensor& ddropped, bool tf32) {
     const Tensor dh = layer.state("dh_n", dh_n), dc = layer.state("dc_n", dc_n);
     const Tensor first_cell = layer.state("c0", in.c0), w = layer.dropped_w_hh();
     const LstmPlan plan = plan_recurrence(layer, tf32, Direction::backward);
     if (plan.fits()) {
-      const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence();
-      return persistent_backward(layer, plan, upstream, dh, dc, first_cell, w, gates, cells, dgates, out);
+      const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence(),
+                     through = ddropped.has_value() ? in.sequence("ddropped", *ddropped) : Sequence();
+      return persistent_backward(layer, plan, upstream, through, dh, dc, first_cell, w, gates, cells, dgates,
+                                 out);
     }
+    if (ddropped.has_value()) dy = with_dropped(dy, *ddropped);
     const Tensor dgates_step = empty_like(in.x, {in.B, 4 * in.H});
     Tensor recurrent = empty_like(in.x, {in.B, in.H}, layer.sums);
     const int64_t units = padded_units(in.H), cell_size = in.B * units;
@@ -134,6 +140,17 @@ class Backward {
   }
 
  private:
+  // dy and what comes through y's dropout.
+  Tensor with_dropped(const OptionalTensor& dy, const Tensor& ddropped) const {
+    const Tensor sum = layer.sequence(in.H, layer.type);
+    layer.drop_output("ddropped", ddropped, sum);
+    if (!dy.has_value()) return sum;
+    const Tensor rows = torch::stable::contiguous(*dy);
+    add(data_of(sum), data_of(rows), layer.dtype, layer.dtype, in.T * in.B * in.H, data_of(sum),
+        layer.device.stream);
+    return sum;
+  }
+
   // The sequence of states before each step, or without h0 the sequence itself; zeros where it is padding.
   Tensor before(const Tensor& sequence, int64_t width, const Matrix& h0) const {
     const Tensor result = layer.sequence(width, layer.type);
@@ -173,20 +190,23 @@ class Backward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_op(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
-    const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& lengths,
-    const Tensor& seed, const Tensor& y, const Tensor& gates, const Tensor& cells, double weight_p,
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+    const OptionalTensor& ddropped, const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+    const Tensor& w_hh, const OptionalTensor& lengths, const Tensor& seed, const Tensor& dropout_seed,
+    const Tensor& y, const Tensor& gates, const Tensor& cells, double weight_p, double dropout_p,
     bool batch_first, bool reverse, bool high, bool need_dx, bool need_dw) {
-  const LstmInputs in("lstm_backward", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, batch_first);
+  const LstmInputs in("lstm_backward", x, h0, c0, w_ih, w_hh, lengths, seed, weight_p, dropout_seed,
+                      dropout_p, batch_first);
   const ScalarType type = x.scalar_type();
   const LstmGradients out(in, need_dx, need_dw);
-  const Layer layer(in, seed, weight_p, reverse);
+  const Layer layer(in, seed, dropout_seed, weight_p, dropout_p, reverse);
   Backward pass(in, layer, in.checked("y", y, type, {x.size(0), x.size(1), in.H}), in.saved_gates(gates),
                 in.saved_cells(cells), out);
   if (in.B > 0) {
     pass.recurrence(in.checked("dy", dy, type, {x.size(0), x.size(1), in.H}),
                     in.checked("dh_n", dh_n, type, {in.B, in.H}),
-                    in.checked("dc_n", dc_n, type, {in.B, in.H}), high);
+                    in.checked("dc_n", dc_n, type, {in.B, in.H}),
+                    in.checked("ddropped", ddropped, type, {x.size(0), x.size(1), in.H}), high);
   }
   if (in.B > 0 && in.T > 0) {
     if (need_dx) pass.input_gradient();

@@ -17,16 +17,18 @@ struct Layer {
   const Device device;
   const DType dtype;
   const ScalarType type, sums;  // of x, and of what products give
-  const Mask mask;
+  const Mask mask, dropout;     // of w_hh and of y
   const bool reverse;
 
-  Layer(const LstmInputs& in, const Tensor& seed, double weight_p, bool reverse)
+  Layer(const LstmInputs& in, const Tensor& seed, const Tensor& dropout_seed, double weight_p,
+        double dropout_p, bool reverse)
       : in(in),
         device(in.x),
         dtype(in.dtype()),
         type(in.x.scalar_type()),
         sums(compute_type(in.x)),
         mask(mask_of(seed, weight_p)),
+        dropout(mask_of(dropout_seed, dropout_p)),
         reverse(reverse) {}
 
   int64_t time_of(int64_t step) const { return reverse ? in.T - 1 - step : step; }
@@ -56,6 +58,12 @@ struct Layer {
     masked_copy(in.matrix(name, *given), in.B, in.H, Mask(), dtype_of(in.op, name, result), data_of(result),
                 device.stream);
     return result;
+  }
+
+  // out = in after y's dropout.
+  void drop_output(const char* name, const Tensor& from, const Tensor& out) const {
+    variational_dropout({in.T, in.B, in.H, in.sequence(name, from), in.sequence(name, out), dropout},
+                        device.stream);
   }
 
   // (T, B, width) in the layout of x, unwritten.

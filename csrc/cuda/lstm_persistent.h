@@ -42,6 +42,7 @@ struct PersistentBuffers {
              layer.reverse,
              in.lengths.has_value() ? ids_of(*in.lengths) : nullptr,
              in.matrix("w_hh", w),
+             layer.dropout,
              reinterpret_cast<unsigned*>(flags.data_ptr())};
   }
 };
@@ -57,6 +58,7 @@ inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const T
   a.h0 = layer.in.matrix("h0", layer.in.h0);
   a.c0 = static_cast<const float*>(data_of(first_cell));
   a.y = layer.in.sequence("y", out.y);
+  if (layer.dropout.p > 0) a.dropped = layer.in.sequence("dropped", out.dropped);
   a.gates = save ? data_of(out.gates) : nullptr;
   a.cells = save ? static_cast<float*>(data_of(out.cells)) : nullptr;
   a.h_n = data_of(out.h_n);
@@ -66,14 +68,15 @@ inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const T
 }
 
 inline void persistent_backward(const Layer& layer, const LstmPlan& plan, const Sequence& dy,
-                                const Tensor& dh_n, const Tensor& dc_n, const Tensor& first_cell,
-                                const Tensor& w, const Tensor& gates, const Tensor& cells,
-                                const Tensor& dgates, const LstmGradients& out) {
+                                const Sequence& ddropped, const Tensor& dh_n, const Tensor& dc_n,
+                                const Tensor& first_cell, const Tensor& w, const Tensor& gates,
+                                const Tensor& cells, const Tensor& dgates, const LstmGradients& out) {
   const PersistentBuffers buffers(layer, plan.split, w);
   const Tensor sums = empty_like(layer.in.x, {plan.split.sums_elements()}, layer.sums);
   LstmPersistentBackward a;
   a.steps = buffers.steps;
   a.dy = dy;
+  a.ddropped = ddropped;
   a.dh_n = static_cast<const float*>(data_of(dh_n));
   a.dc_n = static_cast<const float*>(data_of(dc_n));
   a.c0 = static_cast<const float*>(data_of(first_cell));

@@ -35,7 +35,7 @@ void crossed_barriers_kernel(Ring) {
 
 std::string error_of(void (*kernel)(Ring), Ring ring, int blocks) {
   try {
-    launch_cooperative("test", kernel, blocks, 64, 16, nullptr, ring);
+    launch_cooperative("test", kernel, blocks, 64, 16, 1, nullptr, ring);
   } catch (const std::logic_error& error) {
     return error.what();
   }
@@ -70,7 +70,7 @@ void cluster_kernel(Mistake mistake) {
 void check_clusters() {
   const auto error_with = [](Mistake mistake) -> std::string {
     try {
-      launch_cooperative("test", cluster_kernel, 8, 64, 16, nullptr, mistake, 4);
+      launch_cooperative("test", cluster_kernel, 8, 64, 16, 4, nullptr, mistake);
     } catch (const std::logic_error& error) {
       return error.what();
     }

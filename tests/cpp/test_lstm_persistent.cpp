@@ -123,6 +123,7 @@ LstmSteps steps_of(const Problem<S>& p, Direction direction, const DeviceLimits&
           p.reverse,
           p.with_lengths ? p.lengths.data() : nullptr,
           {p.w.data(), p.kDtype, p.H},
+          Mask(),
           flags.data()};
 }
 

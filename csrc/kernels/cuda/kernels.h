@@ -113,6 +113,7 @@ struct LstmSteps {
   bool reverse;
   const int64_t* lengths;  // (B); nullptr: every step counts
   Matrix w;                // W_hh (4H, H) dtype, dropped
+  Mask dropout;            // of y: one element per (b, unit), index b * H + unit, for all T
   unsigned* flags;         // split.flags(), zeros on entry
 };
 struct LstmPersistentForward {
@@ -122,6 +123,7 @@ struct LstmPersistentForward {
   Matrix h0;           // (B, H) dtype
   const float* c0;     // (B, H)
   Sequence y;          // (T, B, H) dtype
+  Sequence dropped;    // (T, B, H) dtype: y after its dropout; data may be nullptr: not wanted
   void* gates;         // (T, B, 4, units) dtype, activated, zeros past H; or nullptr
   float* cells;        // (T, B, units), zeros past H; nullptr where gates is
   void *h_n, *c_n;     // (B, H) dtype
@@ -131,7 +133,7 @@ void lstm_persistent(const LstmPersistentForward&, void* stream);
 
 struct LstmPersistentBackward {
   LstmSteps steps;
-  Sequence dy;                    // (T, B, H) dtype; data may be nullptr
+  Sequence dy, ddropped;          // (T, B, H) dtype; data may be nullptr
   const float *dh_n, *dc_n, *c0;  // (B, H)
   const void* gates;              // as forward left them
   const float* cells;
@@ -156,7 +158,8 @@ struct StatesBefore {
 };
 void states_before(const StatesBefore&, void* stream);
 
-// out (n) in out_type = a + b, both T of out_type; b may be nullptr.
+// out (n) in out_type = a + b, both in in_type; b may be nullptr, out may be either where the dtypes are
+// equal.
 void add(const void* a, const void* b, DType in_type, DType out_type, int64_t n, void* out, void* stream);
 
 }  // namespace ulmfit_fast::cuda

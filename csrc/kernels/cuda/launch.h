@@ -65,8 +65,8 @@ struct CooperativeConfig {
 };
 
 // How many clusters of a kernel run at once; 0 where they cannot be launched.
-template <class P>
-int active_clusters(void (*kernel)(P), unsigned threads, int64_t shared_bytes, unsigned cluster) {
+template <class... P>
+int active_clusters(void (*kernel)(P...), unsigned threads, int64_t shared_bytes, unsigned cluster) {
   const CooperativeConfig launch(cluster, threads, shared_bytes, cluster);
   const int bytes = static_cast<int>(shared_bytes);
   int count = 0;
@@ -81,17 +81,17 @@ int active_clusters(void (*kernel)(P), unsigned threads, int64_t shared_bytes, u
 
 // All blocks run at once, each with `shared_bytes` of dynamic shared memory: they may wait for one another.
 // cluster: how many neighbouring blocks reach each other's shared memory.
-template <class P>
-void launch_cooperative(const char* name, void (*kernel)(P), unsigned blocks, unsigned threads,
-                        int64_t shared_bytes, void* stream, const P& arguments, unsigned cluster = 1) {
+template <class... P>
+void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads,
+                        int64_t shared_bytes, unsigned cluster, void* stream, const P&... arguments) {
 #ifdef __CUDACC__
   const int bytes = static_cast<int>(shared_bytes);
   check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   CooperativeConfig launch(blocks, threads, shared_bytes, cluster);
   launch.config.stream = static_cast<cudaStream_t>(stream);
-  check(name, cudaLaunchKernelEx(&launch.config, kernel, arguments));
+  check(name, cudaLaunchKernelEx(&launch.config, kernel, arguments...));
 #else
-  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments); }, shared_bytes, cluster);
+  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments...); }, shared_bytes, cluster);
 #endif
 }
 inline __device__ char* dynamic_shared_memory() {

@@ -25,7 +25,8 @@ struct Leavings {
 };
 
 template <class S, int MT, int NT>
-__global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmPersistentForward a) {
+__global__ void __launch_bounds__(kSplitThreads, 1)
+    lstm_persistent_kernel(LstmPersistentForward a, DeviceMask dropout) {
   using B = Block<S, MT, NT>;
   const B block(a.steps);
   const LstmSplit& split = block.split;
@@ -33,6 +34,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
   unsigned* flags =
       a.steps.flags + block.part * split.ctas;  // of this part: how many row blocks are published
   S* exchange = static_cast<S*>(a.exchange);
+  const Dropout drop = dropout.key();
+  const bool dropping = a.dropped.data != nullptr;
+  unsigned kept = dropping ? block.kept_items(a.steps, drop, 0) : 0;
   const auto state_of = [&](int pass, const auto& p) -> State<S>& {
     return reinterpret_cast<State<S>&>(block.state(pass, p));
   };
@@ -125,10 +129,16 @@ __global__ void __launch_bounds__(kSplitThreads, 1) lstm_persistent_kernel(LstmP
       __syncthreads();
       if (threadIdx.x == 0) publish(flags + block.cta, published + split.passes);
 
+      if (dropping && split.passes > 1) kept = block.kept_items(a.steps, drop, pass);
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         const Leavings<S>& l = left[item];
-        for (int u = 0; u < 2; ++u)
-          if (p.unit + u < H) at<S>(a.y, t, p.b)[p.unit + u] = l.y.v[u];
+        for (int u = 0; u < 2; ++u) {
+          if (p.unit + u >= H) continue;
+          at<S>(a.y, t, p.b)[p.unit + u] = l.y.v[u];
+          if (!dropping) continue;
+          const float factor = kept >> (2 * item + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
+          at<S>(a.dropped, t, p.b)[p.unit + u] = narrow<S>(widen(l.y.v[u]) * factor);
+        }
         if (a.gates == nullptr) return;
         const int64_t row = t * split.B + p.b;
         S* gates = static_cast<S*>(a.gates) + row * 4 * units + p.unit;
@@ -155,7 +165,8 @@ void lstm_persistent(const LstmPersistentForward& a, void* stream) {
   const LstmSplit& split = a.steps.split;
   with_split(split, [&](auto type, auto mt, auto nt) {
     launch_cooperative("lstm", lstm_persistent_kernel<decltype(type), mt(), nt()>, split.parts * split.ctas,
-                       kSplitThreads, split.shared_memory(), stream, a);
+                       kSplitThreads, split.shared_memory(), /*cluster=*/1, stream, a,
+                       DeviceMask(a.steps.dropout));
   });
 }
 

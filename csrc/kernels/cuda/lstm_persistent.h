@@ -119,6 +119,18 @@ struct Block {
     }
   }
 
+  // Which of this thread's items of a row block y's dropout keeps: bit 2 * i + u is unit u of item i. Made
+  // once where there is one row block; ten rounds of Philox for every step would be felt.
+  __device__ unsigned kept_items(const LstmSteps& a, const Dropout& drop, int pass) const {
+    static_assert(2 * kItems <= 32);
+    unsigned bits = 0;
+    for_items(a, pass, [&](int i, const Place& p) {
+      for (int u = 0; u < 2; ++u)
+        if (drop.kept(static_cast<uint64_t>(p.b * split.H + p.unit + u))) bits |= 1u << (2 * i + u);
+    });
+    return bits;
+  }
+
   // The four-float fragment position of (row, column): which fragment, and which of its two pairs.
   __device__ int sum_fragment(int row, int column) const {
     return (row / kTileRows * NT + column / kTileColumns) * 32 + row % 8 * 4 + column % kTileColumns / 2;

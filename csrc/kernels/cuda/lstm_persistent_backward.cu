@@ -20,7 +20,7 @@ struct Gradients {  // of a pair of units; only their own thread touches them
 
 template <class S, int MT, int NT, template <class> class Sums>  // SumsInL2 or SumsInCluster
 __global__ void __launch_bounds__(kSplitThreads, 1)
-    lstm_persistent_backward_kernel(LstmPersistentBackward a) {
+    lstm_persistent_backward_kernel(LstmPersistentBackward a, DeviceMask dropout) {
   using B = Block<S, MT, NT>;
   if (!Sums<B>::kCompiled) return;  // for an architecture where nobody launches it
   const B block(a.steps);
@@ -31,6 +31,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const int gate = block.cta % kGroup;
   unsigned* dgates_flags = a.steps.flags + block.part * split.ctas;  // how many row blocks are published
   S* exchange = static_cast<S*>(a.exchange);
+  const Dropout drop = dropout.key();
+  const bool dropped = a.ddropped.data != nullptr;
+  unsigned kept = dropped ? block.kept_items(a.steps, drop, 0) : 0;
   constexpr int kCells = 4 * B::kPairWords;  // the input words after the gates
   const auto state_of = [&](int pass, const auto& p) -> Gradients& {
     return reinterpret_cast<Gradients&>(block.state(pass, p));
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     const int t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
     const unsigned done = static_cast<unsigned>(T - 1 - i) * split.passes;  // row blocks of the steps before
     for (int pass = 0; pass < split.passes; ++pass) {
-      Pair<S> dy[B::kItems];
+      if (dropped && split.passes > 1) kept = block.kept_items(a.steps, drop, pass);
+      Pair<S> dy[B::kItems], ddropped[B::kItems];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         const auto copy = [&](int word, const void* from) {
           start_copy(&block.template input<uint32_t>(p, word), from);
@@ -95,8 +99,11 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           } else {
             block.template input<float>(p, kCells + 2 + u) = 0;
           }
-          const bool given = inside && a.dy.data != nullptr;
-          dy[item].v[u] = given ? at<const S>(a.dy, t, p.b)[p.unit + u] : narrow<S>(0);
+          const auto upstream = [&](const Sequence& d) {
+            return inside && d.data != nullptr ? at<const S>(d, t, p.b)[p.unit + u] : narrow<S>(0);
+          };
+          dy[item].v[u] = upstream(a.dy);
+          ddropped[item].v[u] = upstream(a.ddropped);
         }
       });
       if (i < T - 1) group_sums.wait(pass, done - split.passes + pass + 1);
@@ -115,8 +122,10 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           const auto gate_of = [&](int g) { return block.input_of_pair(p, g, u); };
           const float c = block.template input<float>(p, kCells + u),
                       c_before = block.template input<float>(p, kCells + 2 + u);
-          d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c,
-                                    state.dh[u] + widen(dy[item].v[u]), state.dc[u]);
+          const float factor = kept >> (2 * item + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
+          const float dh = state.dh[u] + widen(dy[item].v[u]) + widen(ddropped[item].v[u]) * factor;
+          d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c, dh,
+                                    state.dc[u]);
           state.dc[u] = d[u].c_prev;
           state.dh[u] = 0;
         }
@@ -177,8 +186,8 @@ void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
     launch_cooperative("lstm_backward",
                        split.clusters ? lstm_persistent_backward_kernel<S, mt(), nt(), SumsInCluster>
                                       : lstm_persistent_backward_kernel<S, mt(), nt(), SumsInL2>,
-                       split.parts * split.ctas, kSplitThreads, split.shared_memory(), stream, a,
-                       split.clusters ? kGroup : 1);
+                       split.parts * split.ctas, kSplitThreads, split.shared_memory(),
+                       split.clusters ? kGroup : 1, stream, a, DeviceMask(a.steps.dropout));
   });
 }
 
