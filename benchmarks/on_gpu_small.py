@@ -25,7 +25,7 @@ def draw(*shape, dtype, scale=1.0):
 
 
 def lstm(sizes, dtype):
-    """Both layouts, both directions, with and without lengths, biases, DropConnect and a gradient of h_n."""
+    """Both layouts, both directions, with and without lengths, biases, dropouts and a gradient of h_n."""
     steps, batch, inputs, hidden = sizes
     weights = [draw(4 * hidden, n, dtype=dtype, scale=0.1) for n in (inputs, hidden)]
     biases = [draw(4 * hidden, dtype=dtype) for _ in range(2)]
@@ -41,6 +41,7 @@ def lstm(sizes, dtype):
         options = dict(weight_p=p, seed=3, batch_first=batch_first, reverse=reverse, lengths=some)
         for results in (slice(3), slice(1)):  # a gradient of the last state too, or of y alone
             yield uf.lstm(x, *state, *weights, *bias, **options)[results], [x, *state, *weights, *bias]
+        yield uf.lstm(x, *state, *weights, *bias, **options, dropout_p=P), [x, *state, *weights, *bias]
 
 
 def linear_cross_entropy(sizes, dtype):

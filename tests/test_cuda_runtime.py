@@ -42,7 +42,8 @@ class Problem:
             return lambda seed, *t: uf.linear_cross_entropy(*t, target, reduction=reduction)
 
         def lstm(seed, *t):
-            return uf.lstm(*t, weight_p=0.5, seed=seed, batch_first=True, lengths=lengths, reverse=True)
+            drawn = {"weight_p": 0.5, "seed": seed, "dropout_p": 0.4, "dropout_seed": seed}
+            return uf.lstm(*t, **drawn, batch_first=True, lengths=lengths, reverse=True)
 
         inputs, self.function = {
             "variational_dropout": ([x], lambda seed, x: uf.variational_dropout(x, 0.4, seed=seed)),
@@ -193,7 +194,7 @@ def test_a_graph_replays_with_the_seed_and_inputs_of_the_moment(name):
 
 @pytest.mark.parametrize("name", ["embedding_dropout", "lstm"])
 def test_replays_without_a_seed_draw_other_masks_and_manual_seed_governs(name):
-    problem, of_weight = Problem(name), {"embedding_dropout": 1, "lstm": 7}[name]
+    problem, of_weight = Problem(name), {"embedding_dropout": 1, "lstm": 8}[name]
     graph, results = captured(lambda: problem.run(None))
 
     def replay():
@@ -214,13 +215,14 @@ def test_forward_and_backward_of_one_replay_use_one_mask():
     problem = Problem("lstm")
     graph, results = captured(lambda: problem.run(None))
     graph.replay()
-    y, _, _, _, _, _, _, dw_hh, *_ = results
+    y, _, _, dropped, _, _, _, _, dw_hh, *_ = results
     by_hand = list(problem.leaves)
     by_hand[4] = by_hand[4] * (dw_hh != 0) * 2
     lengths = torch.tensor([6, 0, 3, 5], device=checks.DEVICE)
     expected, _, _ = uf.lstm(*by_hand, batch_first=True, lengths=lengths, reverse=True)
     assert 0.4 < (dw_hh == 0).double().mean() < 0.6
     assert_near(y, expected.detach(), torch.float32, 32)
+    assert_near(dropped, y * (dropped != 0).any(1, keepdim=True) / (1 - 0.4), torch.float32, 2)
 
 
 ROWS, FEATURES, WORDS = 4096, 400, 20_000
