@@ -72,7 +72,8 @@ struct Dropout {
   ULMFIT_HD bool kept(uint64_t element) const {
     uint32_t c[4];
     words(element / kMaskGroup * 16 + element % 16, c);
-    return c[element % kMaskGroup / 16] >= threshold;
+    const int word = element % kMaskGroup / 16;  // c[word] would put c into memory on a GPU
+    return (word < 2 ? (word == 0 ? c[0] : c[1]) : (word == 2 ? c[2] : c[3])) >= threshold;
   }
 };
 
