@@ -1,117 +1,16 @@
 // Blocked matrix products: everything in this library that multiplies matrices is built from these pieces.
 //
 // C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile`
-// says how an operand lies in memory and holds the micro-kernel; this file has the FMA tile (float, double),
-// gemm_amx.inl the AMX one. Each element of C is summed in an order that depends on the shape alone, so
-// threads never change a bit of it.
+// says how an operand lies in memory and holds the micro-kernel; gemm_fma.inl has the FMA tile (float,
+// double), gemm_amx.inl the AMX one. Each element of C is summed in an order that depends on the shape alone,
+// so threads never change a bit of it.
 #pragma once
-#include "storage.h"
-#include "transpose.inl"
+#include "gemm_fma.inl"
 
 ULMFIT_BEGIN
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class T>
-struct FmaTile {
-  using Compute = T;  // what is summed
-  using Packed = T;   // what packed operands consist of
-  using Element = T;  // what goes into packing, of type kElement
-  static constexpr DType kElement = kComputeType<T>;
-  static constexpr int L = lanes_of<T>;
-  static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
-  static constexpr int kCols = kVecs * L;
-  static constexpr int kDepth = 1;      // K is padded to a multiple of this
-  static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
-  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
-  // otherwise 16.
-  static constexpr int kRows = kLanes == 16 ? 6 : 3;
-  // A block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
-  // block is used for so many rows that fetching it from memory does not show.
-  static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
-  static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
-  // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
-  static constexpr int kRowsToHide = 8 * kRows;
-
-  struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
-
-  // A: row-major. K is the depth it was packed with. A row whose number divides by kRowGroup begins at
-  // a_elements of that number.
-  static constexpr int kRowGroup = 1;
-  static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
-  static int64_t a_offset(int64_t k) { return k; }  // of depth k
-  // Writes, or reads back, n values at (row, k).
-  static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
-    std::memcpy(a + row * K + k, values, n * sizeof(T));
-  }
-  static void load_a(const T* a, int64_t K, int64_t row, int64_t k, int64_t n, T* values) {
-    std::memcpy(values, a + row * K + k, n * sizeof(T));
-  }
-  static void store_a_vector(T* a, int64_t K, int64_t row, int64_t k, Vec<T> v, int n) {
-    store_n(a + row * K + k, v, n);
-  }
-  // Writes columns: tmp = [n depths][ld rows].
-  static void store_a_columns(T* a, int64_t K, int rows, int64_t k, int n, const T* tmp, int64_t ld) {
-    transpose(tmp, ld, n, rows, a + k, K);
-  }
-  // B panel: [K][kCols].
-  static int64_t b_elements(int64_t K) { return K * kCols; }
-  // Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
-  static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int64_t ld) {
-    transpose(tmp, ld, kCols, n, b + k0 * kCols, kCols);
-  }
-  // Writes kDepth consecutive rows of a panel, each of kCols values.
-  static void store_b_rows(T* b, int64_t k, const T* rows) {
-    std::memcpy(b + k * kCols, rows, kCols * sizeof(T));
-  }
-
-  // c[rows][kCols] (+)= A block (packed with depth lda) * B block, both of depth kc. Meanwhile `next`, the B
-  // block whose turn is next, comes into L2: in the recurrence a block is used for one batch only, and
-  // waiting for L3 would cost a fifth of the time.
-  // Of a panel of which only the first `columns` are wanted, a tile may leave out the rest.
-  static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
-                            bool accumulate, int /*columns*/ = kCols) {
-    constexpr int kAheadCalls = 4;  // calls that fetch it, a line for each k
-    for (int r = 0, call = 0; r < rows; r += kRows, ++call, a += kRows * lda, c += kRows * kCols) {
-      const T* from = call < kAheadCalls ? next + call * kc * kCols / kAheadCalls : b;  // b: here already
-      micro(rows - r, kc, a, lda, b, c, accumulate, reinterpret_cast<const char*>(from));
-    }
-  }
-
- private:
-  static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
-                    const char* ahead) {
-    switch (m) {
-      case 1: return micro_m<1>(kc, a, lda, b, c, accumulate, ahead);
-      case 2: return micro_m<2>(kc, a, lda, b, c, accumulate, ahead);
-      case 3: return micro_m<3>(kc, a, lda, b, c, accumulate, ahead);
-      case 4: return micro_m<(kRows >= 4 ? 4 : 3)>(kc, a, lda, b, c, accumulate, ahead);
-      case 5: return micro_m<(kRows >= 5 ? 5 : 3)>(kc, a, lda, b, c, accumulate, ahead);
-      default: return micro_m<kRows>(kc, a, lda, b, c, accumulate, ahead);
-    }
-  }
-  template <int M>
-  static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
-                      const char* ahead) {
-    // From zero, and c added at the end: a sum over a whole vocabulary keeps more of its low bits in blocks.
-    Vec<T> acc[M][kVecs] = {};
-    for (int64_t k = 0; k < kc; ++k, b += kCols) {
-      __builtin_prefetch(ahead + k * 64, 0, 2);
-      Vec<T> bv[kVecs];
-      for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * L);
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> av = broadcast(a[m * lda + k]);
-        for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kVecs; ++v) {
-        T* to = c + m * kCols + v * L;
-        store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
-      }
-  }
-};
 
 template <class Tile>
 inline int64_t padded_depth(int64_t K) {

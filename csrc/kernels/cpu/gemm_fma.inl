@@ -1,0 +1,135 @@
+// The FMA tile: products of floats, or of doubles, with nothing but multiply-adds of vectors.
+#pragma once
+#include "storage.h"
+#include "transpose.inl"
+
+ULMFIT_BEGIN
+
+template <class T>
+struct FmaTile {
+  using Compute = T;  // what is summed
+  using Packed = T;   // what packed operands consist of
+  using Element = T;  // what goes into packing, of type kElement
+  static constexpr DType kElement = kComputeType<T>;
+  static constexpr int L = lanes_of<T>;
+  static constexpr int kVecs = 4;  // columns of a panel: 4 vectors, which in the LSTM are the 4 gates
+  static constexpr int kCols = kVecs * L;
+  static constexpr int kDepth = 1;      // K is padded to a multiple of this
+  static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
+  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
+  // otherwise 16.
+  static constexpr int kRows = kLanes == 16 ? 6 : 3;
+  // A block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
+  // block is used for so many rows that fetching it from memory does not show.
+  static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
+  static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
+  // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
+  static constexpr int kRowsToHide = 8 * kRows;
+
+  struct Session {};  // state a thread needs round micro-kernel calls; AMX has some
+
+  // A: row-major. K is the depth it was packed with. A row whose number divides by kRowGroup begins at
+  // a_elements of that number.
+  static constexpr int kRowGroup = 1;
+  static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
+  static int64_t a_offset(int64_t k) { return k; }  // of depth k
+  // Writes, or reads back, n values at (row, k).
+  static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
+    std::memcpy(a + row * K + k, values, n * sizeof(T));
+  }
+  static void load_a(const T* a, int64_t K, int64_t row, int64_t k, int64_t n, T* values) {
+    std::memcpy(values, a + row * K + k, n * sizeof(T));
+  }
+  static void store_a_vector(T* a, int64_t K, int64_t row, int64_t k, Vec<T> v, int n) {
+    store_n(a + row * K + k, v, n);
+  }
+  // Writes columns: tmp = [n depths][ld rows].
+  static void store_a_columns(T* a, int64_t K, int rows, int64_t k, int n, const T* tmp, int64_t ld) {
+    transpose(tmp, ld, n, rows, a + k, K);
+  }
+  // B panel: [K][kCols].
+  static int64_t b_elements(int64_t K) { return K * kCols; }
+  // Writes columns' values of depth k0..k0+n, tmp = [kCols][ld].
+  static void store_b_columns(T* b, int64_t k0, int n, const T* tmp, int64_t ld) {
+    transpose(tmp, ld, kCols, n, b + k0 * kCols, kCols);
+  }
+  // Writes kDepth consecutive rows of a panel, each of kCols values.
+  static void store_b_rows(T* b, int64_t k, const T* rows) {
+    std::memcpy(b + k * kCols, rows, kCols * sizeof(T));
+  }
+
+  // c[rows][kCols] (+)= A block (packed with depth lda) * B block, both of depth kc. Meanwhile `next`, the B
+  // block whose turn is next, comes into L2: in the recurrence a block is used for one batch only, and
+  // waiting for L3 would cost a fifth of the time.
+  // Of a panel of which only the first `columns` are wanted, a tile may leave out the rest.
+  static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
+                            bool accumulate, int /*columns*/ = kCols) {
+    // kRows at a time, B would come from L2 two or three times, and the calls be over before `next` is here.
+    // Twice the rows by half a panel take B from L2 once, and half a panel stays in L1 for the others.
+    if (rows <= kRows || rows > 3 * kRows) {
+      multiply<kVecs, 1>(kc, a, lda, rows, b, next, c, accumulate);
+    } else if (rows <= 2 * kRows) {  // two calls for, with AVX-512, four lines of each of B's rows
+      multiply<kVecs / 2, kLanes == 16 ? 2 : 1>(kc, a, lda, rows, b, next, c, accumulate);
+    } else {
+      multiply<kVecs / 2, 1>(kc, a, lda, rows, b, next, c, accumulate);
+    }
+  }
+
+ private:
+  // kN vectors of the panel at a time, by even numbers of rows: a call for few rows waits for B as long as
+  // one for many. Each call fetches kLines lines of `next` for each k, until it is here.
+  template <int kN, int kLines>
+  static void multiply(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
+                       bool accumulate) {
+    constexpr int kMost = kRows * kVecs / kN, kLeast = kN == kVecs ? 1 : kRows;
+    const int64_t bytes = kc * kCols * static_cast<int64_t>(sizeof(T));
+    int64_t ahead = 0;
+    for (int v = 0; v < kVecs; v += kN)
+      for (int r = 0, calls = (rows + kMost - 1) / kMost; calls > 0; --calls) {
+        const int m = (rows - r + calls - 1) / calls;
+        const char* from = reinterpret_cast<const char*>(ahead < bytes ? next : b);  // b: here already
+        micro<kMost, kLeast, kN, kLines>(m, kc, a + r * lda, lda, b + v * L, c + r * kCols + v * L,
+                                         accumulate, from + (ahead < bytes ? ahead : 0));
+        ahead += kc * kLines * 64;
+        r += m;
+      }
+  }
+  // M and fewer rows, but no fewer than kLeast.
+  template <int M, int kLeast, int kN, int kLines>
+  static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
+                    const char* ahead) {
+    if constexpr (M > kLeast) {
+      if (m < M) return micro<M - 1, kLeast, kN, kLines>(m, kc, a, lda, b, c, accumulate, ahead);
+    }
+    micro_m<M, kN, kLines>(kc, a, lda, b, c, accumulate, ahead);
+  }
+  // Not inlined: with a copy in each caller GCC reaches the limit of what inlining may add to a file, and
+  // leaves small functions of inner loops as calls.
+  template <int M, int kN, int kLines>
+  __attribute__((noinline)) static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c,
+                                                bool accumulate, const char* ahead) {
+    if (accumulate)  // in the recurrence C is the projected inputs, which are in L3
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kN; ++v) __builtin_prefetch(c + m * kCols + v * L, 1);
+    // From zero, and c added at the end: a sum over a whole vocabulary keeps more of its low bits in blocks.
+    Vec<T> acc[M][kN];  // `= {}` would clear memory as well, which they never lie in
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
+    for (int64_t k = 0; k < kc; ++k, b += kCols) {
+      for (int i = 0; i < kLines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      Vec<T> bv[kN];
+      for (int v = 0; v < kN; ++v) bv[v] = load(b + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> av = broadcast(a[m * lda + k]);
+        for (int v = 0; v < kN; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kN; ++v) {
+        T* to = c + m * kCols + v * L;
+        store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
+      }
+  }
+};
+
+ULMFIT_END
