@@ -38,7 +38,7 @@ inline void load_elements(DType dtype, const void* p, int64_t at, int64_t n, typ
       store_as<float>(DType::bf16, out, j, load_as<float>(dtype, p, at + j, there), there);
     }
   } else {
-    load_row(dtype, p, at, n, out);
+    load_piece(dtype, p, at, n, out);
   }
 }
 template <class Tile>

@@ -67,7 +67,7 @@ inline void load_dropped(const Matrix& w_hh, int64_t H, const Dropout& drop, int
                          int64_t n, typename Tile::Element* out) {
   if (!drop.active()) return load_elements<Tile>(w_hh.dtype, w_hh.row(row), k0, n, out);
   alignas(64) typename Tile::Compute values[64];
-  load_row(w_hh.dtype, w_hh.row(row), k0, n, values);
+  load_piece(w_hh.dtype, w_hh.row(row), k0, n, values);
   apply_mask(drop, static_cast<uint64_t>(row) * H + k0, n, values);
   store_row(Tile::kElement, out, 0, n, values);
 }
