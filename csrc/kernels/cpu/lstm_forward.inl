@@ -170,7 +170,7 @@ class LstmForwardPass {
     }
     store_cell(time_of(step), row, block, state);
   }
-  void store_cell(int64_t t, int64_t row, int64_t block, const LstmCell<V>& state) const {
+  ULMFIT_HD void store_cell(int64_t t, int64_t row, int64_t block, const LstmCell<V>& state) const {
     const int64_t at = (block * s.B + row) * L;
     const DType dtype = p.y.dtype;
     const int64_t b = batch.sequence(row), unit = block * L;
