@@ -31,8 +31,7 @@ inline int64_t panel_elements(int64_t K) {
 template <class Tile>
 inline void load_elements(DType dtype, const void* p, int64_t at, int64_t n, typename Tile::Element* out) {
   if constexpr (Tile::kElement == DType::bf16) {
-    if (dtype == DType::bf16)
-      return static_cast<void>(std::memcpy(out, static_cast<const uint16_t*>(p) + at, n * 2));
+    if (dtype == DType::bf16) return copy_piece(static_cast<const uint16_t*>(p) + at, n, out);
     for (int64_t j = 0; j < n; j += kLanes) {
       const int there = static_cast<int>(n - j < kLanes ? n - j : kLanes);
       store_as<float>(DType::bf16, out, j, load_as<float>(dtype, p, at + j, there), there);

@@ -118,17 +118,22 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
   for (; j + L <= n; j += L) store_as<T>(dtype, p, at + j, load(in + j), L);
   if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
 }
-// load_row of the 64 elements that packing takes at a time, or of fewer at an end. What needs no conversion
-// goes in vectors: of a copy whose length it does not know GCC makes `rep movs`, which was three quarters of
-// packing.
+// The 64 elements that packing takes at a time, or fewer at an end. In vectors: of a copy whose length it
+// does not know GCC makes `rep movs`, which was three quarters of packing.
+template <class E>
+inline void copy_piece(const E* in, int64_t n, E* out) {
+  constexpr int kPiece = 64, kVecs = kPiece * sizeof(E) / sizeof(VU), L = sizeof(VU) / 4;
+  if (n != kPiece) return static_cast<void>(std::memcpy(out, in, n * sizeof(E)));
+  VU piece[kVecs];
+  for (int v = 0; v < kVecs; ++v) piece[v] = load(reinterpret_cast<const uint32_t*>(in) + v * L);
+  for (int v = 0; v < kVecs; ++v) store(reinterpret_cast<uint32_t*>(out) + v * L, piece[v]);
+}
+// load_row of as many.
 template <class T>
 inline void load_piece(DType dtype, const void* p, int64_t at, int64_t n, T* out) {
-  constexpr int L = lanes_of<T>, kPiece = 64;
-  if (n != kPiece || dtype != (std::is_same_v<T, double> ? DType::f64 : DType::f32))
-    return load_row(dtype, p, at, n, out);
-  Vec<T> piece[kPiece / L];
-  for (int v = 0; v < kPiece / L; ++v) piece[v] = load(static_cast<const T*>(p) + at + v * L);
-  for (int v = 0; v < kPiece / L; ++v) store(out + v * L, piece[v]);
+  if (dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32))
+    return copy_piece(static_cast<const T*>(p) + at, n, out);
+  load_row(dtype, p, at, n, out);
 }
 
 // What T itself is stored as.
