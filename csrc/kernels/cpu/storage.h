@@ -118,6 +118,11 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
   for (; j + L <= n; j += L) store_as<T>(dtype, p, at + j, load(in + j), L);
   if (j < n) store_as<T>(dtype, p, at + j, load_n(in + j, static_cast<int>(n - j)), static_cast<int>(n - j));
 }
+
+// What T itself is stored as.
+template <class T>
+constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
 // The 64 elements that packing takes at a time, or fewer at an end. In vectors: of a copy whose length it
 // does not know GCC makes `rep movs`, which was three quarters of packing.
 template <class E>
@@ -131,14 +136,9 @@ inline void copy_piece(const E* in, int64_t n, E* out) {
 // load_row of as many.
 template <class T>
 inline void load_piece(DType dtype, const void* p, int64_t at, int64_t n, T* out) {
-  if (dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32))
-    return copy_piece(static_cast<const T*>(p) + at, n, out);
+  if (dtype == kComputeType<T>) return copy_piece(static_cast<const T*>(p) + at, n, out);
   load_row(dtype, p, at, n, out);
 }
-
-// What T itself is stored as.
-template <class T>
-constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
 
 // Uninitialised scratch memory, 64-byte aligned.
 template <class T>
