@@ -45,6 +45,9 @@ struct DotTile : Bf16Packing {
   template <int M, int kN>
   static void micro(int64_t kc, const uint16_t* a, const uint16_t* b, float* c, bool accumulate,
                     const char* ahead) {
+    if (accumulate)  // in the recurrence C is the projected inputs, which are in L3
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kN; ++v) __builtin_prefetch(c + m * kCols + v * kLanes, 1);
     VF acc[M][kN] = {};
     for (int64_t k = 0; k < kc; k += 32, a += kTile, b += 4 * kTile)
       for (int j = 0; j < 32; j += 2, ahead += 64) {

@@ -31,7 +31,8 @@ class LstmForwardPass {
         chunk_steps(s.B < kChunkRows ? kChunkRows / (s.B > 0 ? s.B : 1) : 1),
         w_ih(blocks * panel_elements<Tile>(s.I)),
         w_hh(blocks * panel_elements<Tile>(s.H)),
-        projected((chunk_steps < s.T ? chunk_steps : s.T) * blocks * s.B * kCols),
+        chunk_rows((chunk_steps < s.T ? chunk_steps : s.T) * s.B),
+        projected(blocks * chunk_rows * kCols),
         bias(blocks * kCols),
         y_mask(p.dropped.data == nullptr ? 0 : state_size()),
         h_even(Tile::a_elements(s.B, depth)),
@@ -46,10 +47,12 @@ class LstmForwardPass {
     pack_weights();
     for (int64_t step0 = 0; step0 < s.T; step0 += chunk_steps) {
       const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
-      project(step0, steps);
+      const int64_t t0 = s.reverse ? s.T - step0 - steps : step0, first = batch.first(t0);
+      project(first, batch.first(t0 + steps) - first);
       run_steps<Tile>(batch, parallel, steps, blocks,
                       [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
-                        recur(step0 + i, projected + i * blocks * s.B * kCols, block0, block1, row0, row1);
+                        T* inputs = projected + (batch.first(time_of(step0 + i)) - first) * kCols;
+                        recur(step0 + i, inputs, block0, block1, row0, row1);
                       });
     }
   }
@@ -110,11 +113,10 @@ class LstmForwardPass {
     });
   }
 
-  // projected[i][block][row][gate][L] = x @ W_ih^T + b_ih + b_hh for the chunk's steps
-  void project(int64_t step0, int64_t steps) {
-    const int64_t t0 = s.reverse ? s.T - step0 - steps : step0, first = batch.first(t0);
+  // projected[block][row][gate][L] = x @ W_ih^T for the chunk's rows, all steps' one after the other
+  void project(int64_t first, int64_t rows) {
     gemm<Tile>(
-        batch.first(t0 + steps) - first, s.I, blocks, w_ih.get(), parallel,
+        rows, s.I, blocks, w_ih.get(), parallel,
         [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
           pack_a_rows<Tile>(
               a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
@@ -122,14 +124,8 @@ class LstmForwardPass {
                 load_elements<Tile>(p.x.dtype, p.x.row(t, batch.sequence(r - batch.first(t))), k, n, out);
               });
         },
-        [&](int64_t row0, int rows, int64_t block, const T* tile) {
-          for (int64_t r = first + row0; r < first + row0 + rows; ++r, tile += kCols) {
-            const int64_t t = batch.time_of(r), i = time_of(t) - step0;  // time_of is its own inverse
-            T* out = projected + ((i * blocks + block) * s.B + r - batch.first(t)) * kCols;
-            for (int j = 0; j < kCols; j += L)
-              store(out + j, load(tile + j) + load(bias + block * kCols + j));
-          }
-        });
+        [](int64_t, int, int64_t, const T*) {},
+        [&](int64_t row0, int64_t block) { return projected + (block * chunk_rows + row0) * kCols; });
   }
 
   void recur(int64_t step, T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
@@ -143,7 +139,7 @@ class LstmForwardPass {
       for (int64_t block = block_begin; block < block_end; ++block) {
         const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
         const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
-        T* sums = inputs + (block * s.B + b0) * kCols;
+        T* sums = inputs + (block * chunk_rows + b0) * kCols;
         panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
         for (int64_t row = b0; row < b0 + rows; ++row, sums += kCols)
           update_cell(step, row, block, sums, row >= before, row >= after);
@@ -160,7 +156,8 @@ class LstmForwardPass {
     const int64_t at = (block * s.B + row) * L, b = batch.sequence(row), unit = block * L;
     const int n = units_there(s.H, unit, L);
     const DType dtype = p.y.dtype;
-    LstmCell<V> state = lstm_cell_forward(load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L),
+    const auto input = [&](int gate) { return load(pre + gate * L) + load(bias + block * kCols + gate * L); };
+    LstmCell<V> state = lstm_cell_forward(input(0), input(1), input(2), input(3),
                                           load((first ? c_first.get() : cell(step - 1)) + at));
     state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
     Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, row, unit, state.h, n);
@@ -192,7 +189,7 @@ class LstmForwardPass {
   const Batch batch;
   const Parallel& parallel;
   const Dropout drop;
-  const int64_t blocks, depth, chunk_steps;
+  const int64_t blocks, depth, chunk_steps, chunk_rows;
   Scratch<Packed> w_ih, w_hh;
   Scratch<T> projected, bias, y_mask;
   Scratch<Packed> h_even, h_odd;  // h of the step before, in A-block form, and the one being written
