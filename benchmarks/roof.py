@@ -1,6 +1,8 @@
 """What a CPU can do at best: products in each precision, and a copy."""
 
 import functools
+import itertools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,10 +42,18 @@ def _in_cache(precision, repeats):
     threads, blocks = torch.get_num_threads(), 500
     call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
     seconds = []
-    for _ in range(3):  # threads that share a core do so for a while: other ones may not
-        with ThreadPoolExecutor(threads) as pool:
+    for pin in (None, _own_cpu()):  # left alone two threads may share a core; pinned, the two halves of one
+        with ThreadPoolExecutor(threads, initializer=pin) as pool:
             seconds.append(_best(lambda pool=pool: list(pool.map(lambda _: call(), range(threads))), repeats))
     return threads * call() / min(seconds) / 1e9
+
+
+def _own_cpu():
+    """What each thread calls to stay on a processor of its own; None where the system cannot."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cpus = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return lambda: os.sched_setaffinity(0, {next(cpus)})  # 0: the calling thread
 
 
 def _best(call, repeats):

@@ -223,6 +223,10 @@ def test_errors_name_the_argument():
             ours(x, lengths=torch.tensor([2, 5, 1]))
     with pytest.raises(TypeError, match="hx"):
         ours(x, torch.zeros(1, 3, 7, device=DEVICE))
+    for bidirectional in (False, True):
+        lstm = uf.WeightDropLSTM(5, 7, bidirectional=bidirectional, device=DEVICE)
+        with pytest.raises(ValueError, match="dropout_seed needs dropout_p, got 3 alone"):
+            lstm(x, dropout_seed=3)
 
 
 def test_errors_are_torch_lstms():

@@ -199,16 +199,15 @@ class AWDLSTM(nn.Module):
         for layer, (rnn, dropout) in enumerate(zip(self.rnns, self.hidden_dps, strict=True)):
             first = _FIRST_LAYER + 2 * layer
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
-            mask_seed, between = derive_seed(seed, first + 1), layer < self.n_layers - 1
-            drop = {}
-            if (
-                between and type(dropout) is VariationalDropout and dropout.training
-            ):  # the layer's kernel does it
+            last = layer == self.n_layers - 1
+            mask_seed, drop = None if last else derive_seed(seed, first + 1), {}
+            # the layer's kernel drops its own output, unless a module of another kind has a say in it
+            if not last and dropout.training and type(dropout) is VariationalDropout:
                 drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
             output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
             raw_outputs.append(output)
             new_hidden.append(state)
-            if between:
+            if not last:
                 output = dropout(output, mask_seed, *dropped)
         return raw_outputs, new_hidden
 

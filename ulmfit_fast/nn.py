@@ -209,6 +209,8 @@ class WeightDropLSTM(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """`forward` with the weights given, in the order of `all_weights`."""
         self._check_input(x, weights[0][0], lengths)
+        if dropout_p is None and dropout_seed is not None:
+            raise ValueError(f"dropout_seed needs dropout_p, got {dropout_seed!r} alone")
         if hx is not None:
             self._check_hidden(x, hx)
         batched = x.dim() == 3
@@ -219,10 +221,10 @@ class WeightDropLSTM(nn.Module):
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)
-        drops: list[tuple[float | None, Seed]] = [(None, None)] * self.num_layers  # after each layer
+        drops: list[tuple[float | None, Seed]] = [(None, None)] * (self.num_layers - 1)  # after each layer
         if dropout > 0:
-            drops = [(dropout, derive_seed(seed, len(weights) + layer)) for layer in range(self.num_layers)]
-        drops[-1] = dropout_p, dropout_seed
+            drops = [(dropout, derive_seed(seed, len(weights) + layer)) for layer, _ in enumerate(drops)]
+        drops.append((dropout_p, dropout_seed))
         h_n, c_n = [], []
         for layer, (p, mask_seed) in enumerate(drops):
             fused = {} if self.bidirectional else {"dropout_p": p, "dropout_seed": mask_seed}

@@ -258,7 +258,7 @@ class LstmBackwardPass {
         });
   }
 
-  // sums[r / 64] += a piece of row r. db adds those up: fp32 sums of thousands of rows y_mask their low bits.
+  // sums[r / 64] += a piece of row r. db adds those up: fp32 sums of thousands of rows keep their low bits.
   void add_row(T* sums, int64_t r, int64_t col, int64_t n, const Element* values) const {
     T* to = sums + r / kRowsAtOnce * G + col;
     const bool first = r % kRowsAtOnce == 0;

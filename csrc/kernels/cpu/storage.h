@@ -134,11 +134,11 @@ constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f
 // does not know GCC makes `rep movs`, which was three quarters of packing.
 template <class E>
 inline void copy_piece(const E* in, int64_t n, E* out) {
-  constexpr int kPiece = 64, kVecs = kPiece * sizeof(E) / sizeof(VU), L = sizeof(VU) / 4;
+  constexpr int kPiece = 64, L = lanes_of<E>;
   if (n != kPiece) return static_cast<void>(std::memcpy(out, in, n * sizeof(E)));
-  VU piece[kVecs];
-  for (int v = 0; v < kVecs; ++v) piece[v] = load(reinterpret_cast<const uint32_t*>(in) + v * L);
-  for (int v = 0; v < kVecs; ++v) store(reinterpret_cast<uint32_t*>(out) + v * L, piece[v]);
+  Vec<E> piece[kPiece / L];
+  for (int v = 0; v < kPiece / L; ++v) piece[v] = load(in + v * L);
+  for (int v = 0; v < kPiece / L; ++v) store(out + v * L, piece[v]);
 }
 // load_row of as many.
 template <class T>

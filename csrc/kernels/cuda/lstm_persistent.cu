@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           if (p.unit + u >= H) continue;
           at<S>(a.y, t, p.b)[p.unit + u] = l.y.v[u];
           if (!dropping) continue;
-          const float factor = kept >> (2 * item + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
-          at<S>(a.dropped, t, p.b)[p.unit + u] = narrow<S>(widen(l.y.v[u]) * factor);
+          const float y = widen(l.y.v[u]) * B::factor(kept, drop, item, u);
+          at<S>(a.dropped, t, p.b)[p.unit + u] = narrow<S>(y);
         }
         if (a.gates == nullptr) return;
         const int64_t row = t * split.B + p.b;

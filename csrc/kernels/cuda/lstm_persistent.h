@@ -130,6 +130,10 @@ struct Block {
     });
     return bits;
   }
+  // What unit u of item i is multiplied by.
+  __device__ static float factor(unsigned kept, const Dropout& drop, int i, int u) {
+    return kept >> (2 * i + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
+  }
 
   // The four-float fragment position of (row, column): which fragment, and which of its two pairs.
   __device__ int sum_fragment(int row, int column) const {

@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           const auto gate_of = [&](int g) { return block.input_of_pair(p, g, u); };
           const float c = block.template input<float>(p, kCells + u),
                       c_before = block.template input<float>(p, kCells + 2 + u);
-          const float factor = kept >> (2 * item + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
-          const float dh = state.dh[u] + widen(dy[item].v[u]) + widen(ddropped[item].v[u]) * factor;
+          const float dh = state.dh[u] + widen(dy[item].v[u]) +
+                           widen(ddropped[item].v[u]) * B::factor(kept, drop, item, u);
           d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c, dh,
                                     state.dc[u]);
           state.dc[u] = d[u].c_prev;
