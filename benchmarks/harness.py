@@ -206,21 +206,27 @@ def places(args):
 
 
 def peer_precisions(args):
-    """The precisions of the peers. torch's CPU operators compute "high" as they do strict float32."""
-    names = {"fp32" if p == "high" and args.device == "cpu" else p for p in args.precision}
-    return sorted(names, reverse=True)
+    """The precisions of the peers.
+
+    On a CPU torch computes "high" as it does strict float32, and bf16 may take it minutes a call: float32 is the
+    peer of both then.
+    """
+    missing = set()
+    if args.device == "cpu":
+        missing = {"high"} if roof.torch_has_bf16() else {"high", "bf16"}
+    return sorted({"fp32" if p in missing else p for p in args.precision}, reverse=True)
 
 
 def comparisons(sides, cross=False):
     """Names (ours, peer) of a case's sides that compare: of like precision; with `cross` any against fp32.
 
-    Where no peer has "high", because torch has it not there, strict float32 is its like.
+    What no peer has, because torch has it not there, compares with strict float32.
     """
     peers = {name: side["precision"] for name, side in sides.items() if side["library"] != "ours"}
     for name, ours in sides.items():
         if ours["library"] != "ours":
             continue
-        alone = ours["precision"] == "high" and "high" not in peers.values()
+        alone = ours["precision"] not in peers.values()
         wanted = {"fp32" if alone else ours["precision"], *(["fp32"] if cross else [])}
         yield from ((name, other) for other, precision in peers.items() if precision in wanted)
 

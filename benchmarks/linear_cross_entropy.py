@@ -85,9 +85,10 @@ def memory_call(spec):
 def measure(batch, words, args, threads, roof, clock):
     features = make_config("pretrain", args.preset).emb_sz
     sizes = batch * args.bptt, words, features
-    cases = {d: Softmax(*sizes, d, args.device) for d in {DTYPES[p] for p in args.precision}}
+    peers = harness.peer_precisions(args)
+    cases = {d: Softmax(*sizes, d, args.device) for d in {DTYPES[p] for p in [*args.precision, *peers]}}
     sides = [cases[DTYPES[p]].side("ours", p) for p in args.precision]
-    sides += [cases[DTYPES[p]].side("torch", p) for p in harness.peer_precisions(args)]
+    sides += [cases[DTYPES[p]].side("torch", p) for p in peers]
     seconds = harness.interleave(sides, args.repeats, clock=clock)
     flops = floors.softmax_flops(words, features, sizes[0])
     shapes = {"h (N, E)": [sizes[0], features], "weight (V, E)": [words, features]}

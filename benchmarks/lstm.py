@@ -108,7 +108,7 @@ def contestants(layers, args):
 
 def measure(inputs, hidden, batch, args, roof, clock):
     """The case of one layer, and {side name: its seconds}."""
-    dtypes = {DTYPES[p] for p in args.precision}
+    dtypes = {DTYPES[p] for p in [*args.precision, *harness.peer_precisions(args)]}
     layers = {d: Layer(inputs, hidden, batch, args.bptt, d, args.device) for d in dtypes}
     sides = contestants(layers, args)
     seconds = harness.interleave(sides, args.repeats, args.slow_repeats, clock)

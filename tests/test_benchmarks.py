@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
-from benchmarks import harness, memory, report, steps  # noqa: E402
+from benchmarks import harness, memory, report, roof, steps  # noqa: E402
 from benchmarks.harness import Side  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the programs measure the CPU")
@@ -32,8 +33,8 @@ PROGRAMS = {
 CASE = dict(preset="tiny", batch=3, bptt=5, vocab=50)
 
 
-def run(program, *options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+def run(program, *options, **variables):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **variables}
     command = [sys.executable, "-m", f"benchmarks.{program}", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -72,7 +73,8 @@ def test_profile_counts_what_our_ops_must_do(tmp_path):
     done = run("profile_ops", *TINY, "--vocab", "50", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.iterdir()).read_text())
-    assert set(record["sides"]) == {"ours fp32", "ours high", "ours bf16", "torch fp32", "torch bf16"}
+    peers = {"torch fp32", "torch bf16"} if roof.torch_has_bf16() else {"torch fp32"}
+    assert set(record["sides"]) == {"ours fp32", "ours high", "ours bf16", *peers}
     for name, side in record["sides"].items():
         ops = {row["op"]: row for row in side["top"]}
         assert sum(row["share"] for row in side["top"]) <= 1.001
@@ -137,6 +139,19 @@ def test_layers_of_any_size(tmp_path):
         ("5 -> 4", 4),
         ("all layers", None),
     ]
+
+
+@pytest.mark.parametrize("program", ["lstm", "linear_cross_entropy"])
+def test_where_torch_has_no_bf16_worth_timing_float32_is_the_peer(program, tmp_path):
+    """As on a machine with AVX2 alone, where torch's bf16 would take hours at ULMFiT's sizes."""
+    if platform.machine() != "x86_64":
+        pytest.skip("oneDNN's limit on the instruction set is x86's")
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = run(program, *TINY, "--precision", "bf16", "--results", str(tmp_path), **limits)
+    assert done.returncode == 0, done.stderr
+    assert "ours bf16 against torch fp32: x" in done.stdout
+    for case in json.loads(next(tmp_path.iterdir()).read_text())["cases"].values():
+        assert set(case["sides"]) == {"ours bf16", "torch fp32"}
 
 
 @pytest.mark.parametrize(
