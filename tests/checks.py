@@ -127,10 +127,12 @@ def assert_same(results: list[Tensor], expected: list[Tensor], factor: float = 3
             assert_near(a, b, b.dtype, factor, f"result {i}")
 
 
-def assert_same_for_all_thread_counts(function: Callable[[], list[Tensor]]) -> None:
-    """The same bits with 1, 2 and 3 threads."""
+def assert_same_for_all_thread_counts(
+    function: Callable[[], list[Tensor]], counts: tuple[int, ...] = (1, 2, 3)
+) -> None:
+    """The same bits with as many threads as each of the counts."""
     results = []
-    for threads in (1, 2, 3):
+    for threads in counts:
         torch.set_num_threads(threads)
         results.append(function())
     for other in results[1:]:

@@ -1,5 +1,5 @@
 // The whole LSTM kernel, forward and backward, for every instruction set this machine has: against plain
-// loops in doubles, with DropConnect, lengths and both directions; and equal to the bit for 1 and 3 threads.
+// loops in doubles, with DropConnect, lengths and both directions; and equal to the bit for 1, 3 and 11 threads.
 #include "check.h"
 #include "kernels/philox.h"
 
@@ -141,7 +141,8 @@ void check_forward(const Kernels& table, Problem<T> q, double tolerance) {
   for (size_t e = 0; e < y.size(); ++e)
     CHECK(close(one.y[e], y[e], tolerance), "%s: y[%zu] is %g, not %g", table.isa, e,
           static_cast<double>(one.y[e]), y[e]);
-  CHECK(one == run(table, q, 3), "%s: 3 threads give other bits than 1", table.isa);
+  for (int count : {3, 11})
+    CHECK(one == run(table, q, count), "%s: %d threads give other bits than 1", table.isa, count);
 }
 
 int main() {
@@ -154,5 +155,7 @@ int main() {
           // fp32: 2^-24 relative for each of about H + I additions, through 6 steps; exp and tanh below 2 ulp
           check_forward(*table, Problem<float>(6, 5, 9, H, reverse, ragged), 1e-5);
         }
+        // rows enough to be shared out too
+        check_forward(*table, Problem<float>(4, 65, 9, 33, reverse, ragged), 1e-5);
       }
 }

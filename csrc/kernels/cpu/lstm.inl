@@ -86,10 +86,24 @@ inline bool split_by_batch(const Batch& batch, int threads) {
          (bytes <= kL2 || s.B >= Tile::kRowsToHide * threads);
 }
 
+// How high the pieces are that a step's rows are cut into, so that many threads have items enough: 18 panels
+// of 64 rows keep 16 threads busy for two of them each, 72 of 16 rows for a time of 80 rows, not 128. More
+// rows to a read of W_hh are worth more than the last tenth of balance.
+template <class Tile>
+inline int64_t piece_height(int64_t items, int64_t rows, int threads) {
+  int64_t best = rows, least = rows * ceil_div(items, threads);
+  for (int64_t parts = 2; 4 * rows >= parts * Tile::kRowsToHide; ++parts) {
+    const int64_t height = round_up(ceil_div(rows, parts), Tile::kRowGroup);
+    const int64_t work = height * ceil_div(items * ceil_div(rows, height), threads);
+    if (10 * work < 9 * least) best = height, least = work;
+  }
+  return best;
+}
+
 // Calls step(i, items_begin, items_end, row_begin, row_end) for i = 0..steps-1 in order, for all items and
-// rows.
-template <class Tile, class Step>
-inline void run_steps(const Batch& batch, const Parallel& parallel, int64_t steps, int64_t items,
+// rows. busy(i): the rows, from the first on, that have something to multiply in it.
+template <class Tile, class Busy, class Step>
+inline void run_steps(const Batch& batch, const Parallel& parallel, int64_t steps, int64_t items, Busy&& busy,
                       Step&& step) {
   const LstmShape& s = batch.s;
   if (split_by_batch<Tile>(batch, parallel.threads)) {
@@ -99,8 +113,17 @@ inline void run_steps(const Batch& batch, const Parallel& parallel, int64_t step
       for (int64_t i = 0; i < steps; ++i) step(i, int64_t{0}, items, begin * group, row_end);
     });
   } else {
-    for (int64_t i = 0; i < steps; ++i)
-      parallel(items, [&](int64_t begin, int64_t end) { step(i, begin, end, int64_t{0}, s.B); });
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t rows = busy(i), height = piece_height<Tile>(items, rows, parallel.threads);
+      const int64_t pieces = rows > 0 ? ceil_div(rows, height) : 1;
+      parallel(items * pieces, [&](int64_t begin, int64_t end) {
+        for (int64_t n; begin < end; begin += n) {  // the items that are left of a piece
+          const int64_t piece = begin / items, item = begin % items;
+          n = end - begin < items - item ? end - begin : items - item;
+          step(i, item, item + n, piece * height, piece + 1 < pieces ? (piece + 1) * height : s.B);
+        }
+      });
+    }
   }
 }
 

@@ -76,10 +76,12 @@ class LstmBackwardPass {
     pack_b_rows<Tile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
       load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
     });
-    run_steps<Tile>(batch, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
-                    [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
-                      step_back(s.T - 1 - i, panel0, panel1, row0, row1);
-                    });
+    run_steps<Tile>(
+        batch, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
+        [&](int64_t i) { return batch.rows(time_of(s.T - i)); },
+        [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
+          step_back(s.T - 1 - i, panel0, panel1, row0, row1);
+        });
   }
 
   void step_back(int64_t step, int64_t panel_begin, int64_t panel_end, int64_t row_begin,

@@ -49,11 +49,12 @@ class LstmForwardPass {
       const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
       const int64_t t0 = s.reverse ? s.T - step0 - steps : step0, first = batch.first(t0);
       project(first, batch.first(t0 + steps) - first);
-      run_steps<Tile>(batch, parallel, steps, blocks,
-                      [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
-                        T* inputs = projected + (batch.first(time_of(step0 + i)) - first) * kCols;
-                        recur(step0 + i, inputs, block0, block1, row0, row1);
-                      });
+      run_steps<Tile>(
+          batch, parallel, steps, blocks, [&](int64_t i) { return batch.rows(time_of(step0 + i)); },
+          [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
+            T* inputs = projected + (batch.first(time_of(step0 + i)) - first) * kCols;
+            recur(step0 + i, inputs, block0, block1, row0, row1);
+          });
     }
   }
 
