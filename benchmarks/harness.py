@@ -208,8 +208,8 @@ def places(args):
 def peer_precisions(args):
     """The precisions of the peers.
 
-    On a CPU torch computes "high" as it does strict float32, and bf16 may take it minutes a call: float32 is the
-    peer of both then.
+    On a CPU torch computes "high" as it does strict float32, and bf16 may take it minutes a call, or fail:
+    float32 is the peer of both then.
     """
     missing = set()
     if args.device == "cpu":

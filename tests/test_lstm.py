@@ -90,12 +90,12 @@ def test_gradcheck(options):
 @pytest.mark.cpu_only("thread counts")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_every_thread_count(dtype, ragged):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_thread_count(dtype, ragged, reverse):
     """With 13 there are more threads than panels of W_hh, and the rows of a step are shared out too."""
     lengths = tuple(i % 7 for i in range(70)) if ragged else None
-    for reverse in (False, True):
-        inputs, op, _ = lstm_case(dtype, 6, 70, 30, 150, lengths=lengths, dropout_p=0.4, reverse=reverse)
-        assert_same_for_all_thread_counts(lambda op=op: with_gradients(op, inputs), (1, 2, 3, 13))
+    inputs, op, _ = lstm_case(dtype, 6, 70, 30, 150, lengths=lengths, dropout_p=0.4, reverse=reverse)
+    assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs), (1, 2, 3, 13))
 
 
 def test_any_shape_layout_and_lengths():
