@@ -1,4 +1,4 @@
-"""The calls that test_instruction_counts.py counts: of `_kernels` alone, torch would take valgrind a minute."""
+"""The calls that test_instruction_counts.py counts: of `_kernels` alone, as torch takes valgrind a minute."""
 
 import _kernels as kernels
 import numpy as np
