@@ -124,7 +124,9 @@ def _command():
 
 
 def _version(package):
+    if loaded := getattr(sys.modules.get(package), "__version__", None):
+        return loaded  # of torch it names the CUDA version too, which the metadata of PyPI's wheels do not
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return getattr(sys.modules.get(package), "__version__", None)
+    except metadata.PackageNotFoundError:
+        return None

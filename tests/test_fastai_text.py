@@ -1,6 +1,5 @@
 """Real text through fastai's pipeline with both architectures: they learn alike."""
 
-import pandas
 import pytest
 import torch
 from checks_fastai import LM_CONFIG, OURS, THEIRS, classifier, fitted, lm_learner
@@ -16,6 +15,7 @@ SIDES = [(THEIRS, False), (OURS, False), (THEIRS, True)]
 @pytest.fixture(scope="module")
 def documentation():
     """torch's documentation strings, of two of its packages."""
+    pandas = pytest.importorskip("pandas")  # fastai brings it
     texts, labels = demo_text.labelled_text(most=120, max_words=60)
     frame = pandas.DataFrame({"text": texts, "label": labels})
     frame = frame[frame.label.isin(["nn", "distributed"])].reset_index(drop=True)
