@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from . import ops, to_torch
 from .devices import to_device
-from .encoder import AWDLSTM, unique_groups
+from .encoder import AWDLSTM, is_exporting, unique_groups
 from .nn import check_probability
 
 
@@ -98,7 +98,7 @@ class SentenceEncoder(nn.Module):
         longest = ids.size(1)
         if self.module.n_dir == 2:
             return self._chunks(longest)
-        cut = torch.is_grad_enabled() and not torch.compiler.is_exporting() and self.max_len is not None
+        cut = torch.is_grad_enabled() and not is_exporting() and self.max_len is not None
         if cut and longest > self.max_len:
             return [(longest, self.max_len), (self.max_len, 0)]
         return [(longest, 0)]

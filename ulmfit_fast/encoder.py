@@ -163,7 +163,7 @@ class AWDLSTM(nn.Module):
         order: steps beyond carry the state and give zeros.  -> output (B, T, emb_sz); with return_raw also
         the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
         """
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        exporting = is_exporting() or torch.jit.is_tracing()
         hidden = self.zero_hidden(inp.size(0)) if exporting else self.hidden
         raw_outputs, hidden = self.run(inp, hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
         if not exporting:
@@ -229,6 +229,11 @@ class AWDLSTM(nn.Module):
         super()._apply(fn, recurse)
         self.hidden = [(fn(h), fn(c)) for h, c in self.hidden]
         return self
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which some torch (2.10) also takes for true in every torch.compile."""
+    return torch.compiler._is_exporting_flag
 
 
 def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
