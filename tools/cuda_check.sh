@@ -43,9 +43,11 @@ for python in "$cuda_python" "$cpu_python"; do
   fi
 done
 
-# Each wheel under each torch, from a directory without sources. The op tests run whole for the CUDA build under its
-# own torch; for the two mixed pairs, what reads the library's ABI. The fourth pair is `make test`.
+# Each wheel under each torch, from a directory without sources. The tests of the ops, and of the models compiled, run
+# whole for the CUDA build under its own torch; for the two mixed pairs, what reads the library's ABI. The fourth pair
+# is `make test`.
 tests=$(for op in ulmfit_fast/ops/[a-z]*.py; do echo "tests/test_$(basename "$op")"; done)
+tests="$tests tests/test_compile.py tests/test_model.py"
 for built in "$work"/2.*; do
   for python in "$cuda_python" "$cpu_python"; do
     running=$("$python" -c "import torch; print(torch.__version__)")

@@ -58,11 +58,16 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   if (v != v) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
+#if defined(__aarch64__)  // whose GCC has _Float16 in C++ from 13 on
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
 struct __half {
-  _Float16 value;
+  Float16 value;
 };
 inline float __half2float(__half v) { return static_cast<float>(v.value); }
-inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
+inline __half __float2half_rn(float v) { return {static_cast<Float16>(v)}; }
 
 namespace ulmfit_fast::cuda {
 

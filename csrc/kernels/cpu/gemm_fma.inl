@@ -16,9 +16,13 @@ struct FmaTile {
   static constexpr int kCols = kVecs * L;
   static constexpr int kDepth = 1;      // K is padded to a multiple of this
   static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
-  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512,
-  // otherwise 16.
+  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise
+  // 16; 32 on aarch64 too, where GCC holds a scalar of each row besides.
+#if defined(__aarch64__)
+  static constexpr int kRows = 5;
+#else
   static constexpr int kRows = kLanes == 16 ? 6 : 3;
+#endif
   // A block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in L2 together, and a B
   // block is used for so many rows that fetching it from memory does not show.
   static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;

@@ -1,4 +1,4 @@
-// What every x86-64 (and any other CPU the compiler knows) can run: 128-bit vectors, no FMA.
+// What every CPU the compiler knows can run: 128-bit vectors, with FMA on aarch64, without on x86-64.
 #include "std.h"
 
 #define ULMFIT_ISA baseline

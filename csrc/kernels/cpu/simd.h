@@ -72,6 +72,9 @@ ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m
 #elif ULMFIT_LANES == 8
 ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__aarch64__)
+ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 #else
 ULMFIT_HD VF fma(VF a, VF b, VF c) { return a * b + c; }
 ULMFIT_HD VD fma(VD a, VD b, VD c) { return a * b + c; }
@@ -90,7 +93,7 @@ ULMFIT_HD VF min_(VF a, VF b) { return a < b ? a : b; }
 ULMFIT_HD VF max_(VF a, VF b) { return a > b ? a : b; }
 #endif
 
-// 32 x 32 -> 64 bit products of every lane: the hardware multiplies even lanes only, so twice and merge.
+// 32 x 32 -> 64 bit products of every lane: the hardware multiplies half of the lanes, so twice and merge.
 ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
 #if ULMFIT_LANES == 16
   const __m512i va = (__m512i)a, vb = _mm512_set1_epi32(static_cast<int>(b));
@@ -102,6 +105,11 @@ ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
   const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
   hi = (VU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   lo = (VU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+#elif defined(__aarch64__)
+  const uint32x4_t va = (uint32x4_t)a, low = (uint32x4_t)vmull_n_u32(vget_low_u32(va), b),
+                   high = (uint32x4_t)vmull_high_n_u32(va, b);
+  hi = (VU)vuzp2q_u32(low, high);
+  lo = (VU)vuzp1q_u32(low, high);
 #else
   for (int l = 0; l < kLanes; ++l) {
     const uint64_t product = static_cast<uint64_t>(a[l]) * b;

@@ -40,6 +40,9 @@ ULMFIT_HD VF from_f16(VH h) { return (VF)_mm256_cvtph_ps((__m128i)h); }
 ULMFIT_HD VH to_f16(VF v) {
   return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+#elif defined(__aarch64__)
+ULMFIT_HD VF from_f16(VH h) { return (VF)vcvt_f32_f16((float16x4_t)h); }
+ULMFIT_HD VH to_f16(VF v) { return (VH)vcvt_f16_f32((float32x4_t)v); }
 #else
 // Without F16C: move the bits and let one multiplication do the subnormals (both ways exact or rounded to
 // even).
