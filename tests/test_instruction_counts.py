@@ -24,9 +24,8 @@ LANES = 8
 # Twelve of them come with 4 loads and 3 broadcasts at the least: 1.6.
 OPS = {"lstm_forward": (1, 2.73), "lstm_backward": (2, 2.70), "linear_cross_entropy": (3, 2.53)}
 IN_MICRO_KERNELS = 2.05
-SLACK = (
-    1.05 if re.fullmatch(r"[cg]\+\+.*\) 12\.[\d.]+", uf.info().compiler) else 1.25
-)  # other compilers differ
+GCC_12 = re.fullmatch(r"[cg]\+\+.*\) 12\.[\d.]+", uf.info().compiler)
+SLACK = 1.05 if GCC_12 else 1.25  # compilers differ
 
 
 @pytest.fixture(scope="module")

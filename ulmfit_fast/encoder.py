@@ -232,7 +232,7 @@ class AWDLSTM(nn.Module):
 
 
 def is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which some torch (2.10) also takes for true in every torch.compile."""
+    """torch.compiler.is_exporting(), which torch 2.10 and 2.11 also take for true in every torch.compile."""
     return torch.compiler._is_exporting_flag
 
 
