@@ -1,5 +1,6 @@
 // The whole LSTM kernel, forward and backward, for every instruction set this machine has: against plain
-// loops in doubles, with DropConnect, lengths and both directions; and equal to the bit for 1, 3 and 11 threads.
+// loops in doubles, with DropConnect, lengths and both directions; and equal to the bit for 1, 3 and 11
+// threads.
 #include "check.h"
 #include "kernels/philox.h"
 
