@@ -21,7 +21,7 @@ def of_cpu(quick):
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         size = 1024 if quick else 2048
         if name == "bf16" and not torch_has_bf16():
-            size = 256  # at 2 GFLOP/s
+            size = 256  # eleven larger ones take minutes
         a, b, out = (torch.rand(size, size).to(dtype) for _ in range(3))
         seconds = _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats)
         rates[f"{name}_gflops"] = max(2 * size**3 / seconds / 1e9, _in_cache(name, repeats))
@@ -33,8 +33,8 @@ def of_cpu(quick):
 
 
 def torch_has_bf16():
-    """Whether torch computes bf16 here by oneDNN. Elsewhere, such as where AVX2 is the best there is, its own
-    loops do it, some seventy times as slowly as float32.
+    """Whether torch computes bf16 here by oneDNN. Elsewhere, such as where AVX2 is the best there is, plain loops
+    of its own do it.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

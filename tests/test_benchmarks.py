@@ -143,7 +143,7 @@ def test_layers_of_any_size(tmp_path):
 
 @pytest.mark.parametrize("program", ["lstm", "linear_cross_entropy"])
 def test_where_torch_has_no_bf16_worth_timing_float32_is_the_peer(program, tmp_path):
-    """As on a machine with AVX2 alone, where torch's bf16 would take hours at ULMFiT's sizes."""
+    """As on a machine with AVX2 alone, where torch's bf16 takes minutes a call at ULMFiT's sizes."""
     if platform.machine() != "x86_64":
         pytest.skip("oneDNN's limit on the instruction set is x86's")
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
