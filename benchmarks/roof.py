@@ -33,8 +33,8 @@ def of_cpu(quick):
 
 
 def torch_has_bf16():
-    """Whether torch computes bf16 here by oneDNN. Elsewhere, such as where AVX2 is the best there is, plain loops
-    of its own do it.
+    """Whether torch computes bf16 here by oneDNN. Elsewhere, such as where AVX2 is the best there is, its own
+    plain loops do it.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
