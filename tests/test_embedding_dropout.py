@@ -90,6 +90,12 @@ def test_padding_row_is_read_and_has_no_gradient():
         assert gradient[5].eq(0).all() and gradient[2].eq(1).all()
 
 
+def test_a_dropped_nan_is_no_zero():
+    """weight * mask is NaN there, so a model that has gone wrong shows it."""
+    weight = torch.full((20, 16), math.nan, device=DEVICE)
+    assert uf.embedding_dropout(weight, torch.arange(20, device=DEVICE), 0.5, seed=1).isnan().all()
+
+
 def test_autocast_leaves_the_dtype_alone():
     weight, ids = torch.ones(3, 4, device=DEVICE), torch.tensor([1], device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):

@@ -284,7 +284,6 @@ def test_dropconnect_of_a_slice_of_a_wider_weight():
     assert_same(op(*sliced), op(*inputs))
 
 
-@pytest.mark.cpu_only("what the CPU's vectors and their edges make of it")
 @pytest.mark.parametrize("hidden", [33, 64])  # 64: whole groups of the mask
 def test_a_dropped_nan_is_no_zero(hidden):
     """w_hh * mask is NaN there, so a model that has gone wrong shows it."""

@@ -115,6 +115,26 @@ def test_architectures_and_jobs_can_be_set(build_plan, monkeypatch):
     assert build_plan.plan_jobs() == "5"
 
 
+@pytest.mark.parametrize(
+    "macros, message",
+    [
+        ("#define __GNUC__ 10", "`c\\+\\+` is GCC 10, and >= 11 is needed"),
+        ("#define __GNUC__ 4\n#define __clang_major__ 13", "`c\\+\\+` is clang 13, and >= 14 is needed"),
+        ("", "the C\\+\\+ compiler `c\\+\\+` does not run"),
+        ("#define __GNUC__ 11", None),
+        ("#define __GNUC__ 4\n#define __clang_major__ 14", None),
+    ],
+)
+def test_compilers_too_old_are_named(build_plan, monkeypatch, macros, message):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build_plan, "output", lambda *command: macros)
+    if message is None:
+        assert build_plan.find_compiler() == macros.split("\n")[0]
+    else:
+        with pytest.raises(SystemExit, match=message):
+            build_plan.find_compiler()
+
+
 def test_jobs_follow_memory(build_plan, monkeypatch):
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": (3 << 30) // 4096}  # 3 GB: one job of 2 GB
     monkeypatch.setattr(build_plan.os, "sysconf", pages.__getitem__)

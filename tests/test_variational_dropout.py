@@ -83,6 +83,13 @@ def test_p_zero_is_the_identity():
     assert torch.equal(uf.variational_dropout(x, 0), x)
 
 
+def test_a_dropped_infinity_is_no_zero():
+    """x * mask is NaN there, so a model that has gone wrong shows it."""
+    dropped = uf.variational_dropout(randn(2, 3, 33) / 0, 0.5, seed=1)
+    assert (dropped.isnan() | dropped.isinf()).all()
+    assert dropped.isnan().any()
+
+
 def test_autocast_leaves_the_dtype_alone():
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert uf.variational_dropout(torch.ones(1, 2, 3, device=DEVICE), 0.5).dtype == torch.float32

@@ -16,6 +16,7 @@ import sys
 
 NUMPY_MODULE = "csrc/kernels_module.cpp"  # the one source that is not part of the op library
 TORCH_FLOOR = (2, 10)
+COMPILER_FLOOR = {"__clang_major__": ("clang", 14), "__GNUC__": ("GCC", 11)}  # clang claims to be a GCC too
 GIGABYTES_PER_JOB = 2
 
 
@@ -62,6 +63,24 @@ def find_torch():
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < TORCH_FLOOR:
         stop(f"torch is {torch.__version__}, and >= 2.10 is needed: type `pip install -U torch`")
     return torch
+
+
+def find_compiler() -> str:
+    """The C++ compiler's own line about its version."""
+    command = os.environ.get("CXX", "c++")
+    version = output(*command.split(), "--version").split("\n")[0]
+    if not version:
+        stop(f"the C++ compiler `{command}` does not run: type `apt install g++`, or set CC and CXX to yours")
+    macros = output(*command.split(), "-dM", "-E", "-x", "c++", os.devnull)
+    for macro, (name, floor) in COMPILER_FLOOR.items():
+        if found := re.search(rf"#define {macro} (\d+)", macros):
+            if int(found[1]) < floor:
+                stop(
+                    f"`{command}` is {name} {found[1]}, and >= {floor} is needed: install one, "
+                    "and set CC and CXX to it (CC=gcc-12 CXX=g++-12 pip install ...)"
+                )
+            break
+    return version
 
 
 def find_sources(root: str, cuda: bool) -> list[str]:
@@ -126,7 +145,7 @@ def make(root: str) -> Plan:
     torch = find_torch()
     toolkit, cuda_says = plan_cuda(root, torch)
     sources = find_sources(root, bool(toolkit))
-    compiler = os.environ.get("CXX", "c++")
+    compiler = find_compiler()
     commit = output("git", "rev-parse", "--short=12", "HEAD", cwd=root)
     if commit and output("git", "status", "--porcelain", cwd=root):
         commit += "+changes"
@@ -144,6 +163,6 @@ def make(root: str) -> Plan:
             "cuda": toolkit or None,
             "cuda_why": cuda_says,
             "architectures": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if toolkit else [],
-            "compiler": output(compiler, "--version").split("\n")[0],
+            "compiler": compiler,
         },
     )

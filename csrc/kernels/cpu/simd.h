@@ -64,6 +64,17 @@ ULMFIT_HD V first_n(V v, int n, V rest) {
   return v;
 }
 
+// Lane i of the result is lane `lane[i]` of a and b, one after the other.
+template <int... lane, class V>
+ULMFIT_HD V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, typename VectorOf<Index, sizeof...(lane)>::type{lane...});
+#endif
+}
+
 // a * b + c in one rounding where the ISA has it. The build turns contraction off: what is fused is decided
 // here.
 #if ULMFIT_LANES == 16
@@ -173,10 +184,8 @@ ULMFIT_HD VD tanh_(VD x) {
 template <int kStep, class V, int... lane>
 ULMFIT_HD V add_neighbours(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr int L = sizeof...(lane);
-  return __builtin_shufflevector(a, b,
-                                 (lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep)...) +
-         __builtin_shufflevector(
-             a, b, (lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep + kStep)...);
+  return shuffle<(lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep)...>(a, b) +
+         shuffle<(lane / kStep % 2 * L + lane / (2 * kStep) * 2 * kStep + lane % kStep + kStep)...>(a, b);
 }
 // Lane i of the result is the sum of v[i]'s lanes, for as many vectors as there are lanes. They are spent.
 template <int kStep = 1, class V, int L>

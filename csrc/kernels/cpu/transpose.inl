@@ -9,7 +9,7 @@ ULMFIT_BEGIN
 template <class V, int S, bool kUpper, int... I>
 ULMFIT_HD V swap_lanes(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int L = sizeof...(I);
-  return __builtin_shufflevector(a, b, (kUpper ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...);
+  return shuffle<(kUpper ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...>(a, b);
 }
 template <class V, int S, int L>
 ULMFIT_HD void transpose_stage(V* rows) {

@@ -35,8 +35,7 @@ __global__ void masked_copy_kernel(const In* in, int64_t stride, int64_t n, int6
     const int64_t e = first + 16 * w;
     if (e >= n) return;
     const int64_t at = stride == columns ? e : e / columns * stride + e % columns;
-    // a dropped element is zero whatever it was, as where the product is made with a mask
-    out[e] = narrow<Out>(words[w] >= drop.threshold ? static_cast<T>(widen(in[at])) * scale : T(0));
+    out[e] = narrow<Out>(static_cast<T>(widen(in[at])) * (words[w] >= drop.threshold ? scale : T(0)));
   }
 }
 

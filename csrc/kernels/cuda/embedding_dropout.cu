@@ -17,8 +17,7 @@ __global__ void embedding_dropout_kernel(EmbeddingDropout a, DeviceMask mask, co
                       "ulmfit_fast.embedding_dropout: ids must be in 0..V-1, the vocabulary");
   const T m = mask_value<T>(mask.key(), id);
   for (int64_t e = threadIdx.x * N; e < a.E; e += kWarp * N) {
-    P row = {};
-    if (m != 0) row = pack_at<S, N>(weight + id * a.E + e);
+    P row = pack_at<S, N>(weight + id * a.E + e);
     for (int j = 0; j < N; ++j) row.v[j] = narrow<S>(widen(row.v[j]) * m);
     pack_at<S, N>(out + i * a.E + e) = row;
   }
