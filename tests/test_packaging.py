@@ -119,10 +119,9 @@ def test_architectures_and_jobs_can_be_set(build_plan, monkeypatch):
     "macros, message",
     [
         ("#define __GNUC__ 10", "`c\\+\\+` is GCC 10, and >= 11 is needed"),
-        ("#define __GNUC__ 4\n#define __clang_major__ 13", "`c\\+\\+` is clang 13, and >= 14 is needed"),
         ("", "the C\\+\\+ compiler `c\\+\\+` does not run"),
         ("#define __GNUC__ 11", None),
-        ("#define __GNUC__ 4\n#define __clang_major__ 14", None),
+        ("#define __GNUC__ 4\n#define __clang__ 1", None),
     ],
 )
 def test_compilers_too_old_are_named(build_plan, monkeypatch, macros, message):

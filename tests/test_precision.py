@@ -3,6 +3,8 @@
 On CUDA torch's own switch for TF32 decides alone, and without it products are strict.
 """
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,25 @@ def test_on_cuda_torchs_switch_decides(high):
     for setting, allowed in (("high", True), ("highest", False)):
         torch.set_float32_matmul_precision(setting)
         assert allows_high("lstm", None, value) == allows_high("lstm", "high", value) == allowed
+
+
+@pytest.mark.parametrize("backend, setting", [("cuda", "tf32"), ("mkldnn", "bf16"), ("mkldnn", "tf32")])
+def test_torchs_newer_setting_is_understood(backend, setting):
+    """In a process of its own: once it is used, torch.get_float32_matmul_precision raises for good."""
+    code = f"""
+import torch, ulmfit_fast as uf
+from types import SimpleNamespace
+from ulmfit_fast.ops._common import allows_high
+torch.backends.{backend}.matmul.fp32_precision = "{setting}"
+for device in ("cuda", "cpu"):
+    value = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+    assert allows_high("lstm", None, value) == ((device == "cuda") == ("{backend}" == "cuda")), device
+rnn, x = uf.WeightDropLSTM(4, 8), torch.randn(3, 2, 4)
+for rnn, x in ((rnn, x), (torch.compile(rnn, fullgraph=True, backend="aot_eager"), x),
+               (rnn.bfloat16(), x.bfloat16())):
+    rnn(x)[0].sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.cpu_only("CUDA follows torch's TF32 switch: test_cuda.py")

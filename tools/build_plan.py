@@ -16,7 +16,7 @@ import sys
 
 NUMPY_MODULE = "csrc/kernels_module.cpp"  # the one source that is not part of the op library
 TORCH_FLOOR = (2, 10)
-COMPILER_FLOOR = {"__clang_major__": ("clang", 14), "__GNUC__": ("GCC", 11)}  # clang claims to be a GCC too
+GCC_FLOOR = 11  # Ubuntu 22.04's
 GIGABYTES_PER_JOB = 2
 
 
@@ -72,14 +72,12 @@ def find_compiler() -> str:
     if not version:
         stop(f"the C++ compiler `{command}` does not run: type `apt install g++`, or set CC and CXX to yours")
     macros = output(*command.split(), "-dM", "-E", "-x", "c++", os.devnull)
-    for macro, (name, floor) in COMPILER_FLOOR.items():
-        if found := re.search(rf"#define {macro} (\d+)", macros):
-            if int(found[1]) < floor:
-                stop(
-                    f"`{command}` is {name} {found[1]}, and >= {floor} is needed: install one, "
-                    "and set CC and CXX to it (CC=gcc-12 CXX=g++-12 pip install ...)"
-                )
-            break
+    gcc = re.search(r"#define __GNUC__ (\d+)", macros)
+    if gcc and "__clang__" not in macros and int(gcc[1]) < GCC_FLOOR:  # clang claims to be GCC 4
+        stop(
+            f"`{command}` is GCC {gcc[1]}, and >= {GCC_FLOOR} is needed: install one, and set CC and CXX to it "
+            "(CC=gcc-12 CXX=g++-12 pip install ...)"
+        )
     return version
 
 

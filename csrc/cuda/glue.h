@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <stdexcept>
 
 #include "../kernels/cuda/kernels.h"
 #include "../views.h"
@@ -24,6 +25,8 @@ class Device {
  public:
 #ifndef ULMFIT_ON_CPU
   explicit Device(const Tensor& t) : guard(t.get_device_index()) {
+    if (aoti_torch_get_current_cuda_stream == nullptr)
+      throw std::runtime_error("ulmfit_fast: this torch has no CUDA part, yet a tensor on a GPU");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
@@ -39,8 +42,9 @@ inline Mask mask_of(const Tensor& seed, double p) {
 
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// out = a @ b by torch's library, summed in fp32. out is a's dtype, or fp32 where a and b are 16-bit; it may
-// have a row stride. TF32, where a is fp32, is as torch allows it.
+// out = a @ b by torch's library. out is a's dtype, or fp32 where a and b are 16-bit; it may have a row
+// stride. TF32, where a is fp32, is as torch allows it; so is the rounding of partial sums, where the library
+// cuts a long product into pieces, to a 16-bit out (allow_bf16_reduced_precision_reduction).
 inline void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
   using torch::stable::detail::from;
   const auto call = [](const char* overload, StableIValue* stack) {

@@ -34,8 +34,7 @@ class Pass {
         width(in.bias.has_value() ? padded(in.E + 1) : in.E) {
     ULMFIT_CHECK(chunk_rows >= 0, in.op, "chunk_rows must be at least 1, or 0 (chosen here), got ",
                  chunk_rows);
-    const int64_t row_bytes = padded(in.V) * size_of(dtype);
-    if (chunk_rows == 0) chunk_rows = kLogitsBytes / row_bytes;
+    if (chunk_rows == 0) chunk_rows = even_chunk(kLogitsBytes / (padded(in.V) * size_of(dtype)));
     chunk = std::max<int64_t>(1, std::min(chunk_rows, in.N));
   }
 
@@ -51,8 +50,7 @@ class Pass {
       multiply(h_rows, transposed(weight), part);
       softmax(part, first, rows);
       if (!grad) continue;
-      Tensor dh = rows_of(out.dh, first, rows);
-      multiply(part, columns_of(weight, in.E), dh);
+      input_gradient(part, rows_of(out.dh, first, rows));
       weight_gradient(part, h_rows, first == 0);
     }
     if (grad) store_weight_gradient();
@@ -60,6 +58,13 @@ class Pass {
   }
 
  private:
+  // Rows of even chunks, an eighth more than `rows` at most. Each chunk reads the weight twice and adds to
+  // its gradient, so a few rows too many are not worth one of their own.
+  int64_t even_chunk(int64_t rows) const {
+    const int64_t most = std::max<int64_t>(1, rows + rows / 8), chunks = (in.N + most - 1) / most;
+    return chunks > 0 ? (in.N + chunks - 1) / chunks : 1;
+  }
+
   // h or weight in h's dtype, with the bias (nullptr: ones) as another column where there is one.
   Tensor operand(const Tensor& t, const char* name, const void* column) const {
     const ScalarType type = in.h.scalar_type();
@@ -88,6 +93,14 @@ class Pass {
     a.row_gradient = row_gradient == nullptr ? nullptr : from_row(*row_gradient);
     a.loss = from_row(out.loss);
     cross_entropy(a, device.stream);
+  }
+
+  // dh = part @ weight, a sum over the whole vocabulary: in fp32 wherever the library cuts it into pieces.
+  void input_gradient(const Tensor& part, Tensor dh) const {
+    const Tensor w = columns_of(weight, in.E);
+    if (size_of(dtype) > 2) return multiply(part, w, dh);
+    const Tensor sums = product(part, w, compute_type(in.h));
+    masked_copy(matrix_of(in.op, "h", sums), dh.size(0), in.E, Mask(), dtype, data_of(dh), device.stream);
   }
 
   // dw (V, width) += part^T @ h, in fp32 where several chunks are summed

@@ -113,13 +113,18 @@ def autocast_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
-def _torch_precision() -> str:
-    return torch.get_float32_matmul_precision()
+def _torch_allows_less(device_type: str) -> bool:
+    """Whether torch's own setting allows float32 products to be less than float32's on such a device."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the newer setting is in use, torch.backends.<backend>.matmul.fp32_precision
+        backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        return backend.matmul.fp32_precision in ("tf32", "bf16")
 
 
 # A constant to torch.compile, which guards on this setting. `torch.compiler.assume_constant_result` says the
 # same, but imports the whole compiler to do so.
-_torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_torch_allows_less._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
@@ -128,19 +133,20 @@ def allows_high(op: str, precision: str | None, value: Tensor) -> bool:
     On the CPU they may then be made of bfloat16 ones. On CUDA they are torch's own, so its setting alone says
     whether they may be TF32's.
     """
-    chosen = _torch_precision() if precision is None else precision
-    if chosen not in ("highest", "high", "medium"):
+    if precision not in (None, "highest", "high", "medium"):
         raise ValueError(f"{op}: precision must be None, 'highest', 'high' or 'medium', got {precision!r}")
     if value.dtype != torch.float32:
         return False
-    if value.device.type == "cuda":
-        if precision == "highest" != _torch_precision():
-            raise ValueError(
-                f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
-                "products are torch's own, and it allows TF32 now"
-            )
-        chosen = _torch_precision()
-    return chosen != "highest"
+    device_type = value.device.type
+    if precision is not None and device_type != "cuda":
+        return precision != "highest"
+    allowed = _torch_allows_less(device_type)
+    if allowed and precision == "highest":
+        raise ValueError(
+            f"{op}: precision='highest' on CUDA needs torch.set_float32_matmul_precision('highest'): the "
+            "products are torch's own, and it allows TF32 now"
+        )
+    return allowed
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

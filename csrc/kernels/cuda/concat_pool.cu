@@ -79,7 +79,7 @@ __global__ void concat_pool_backward_kernel(ConcatPool a, const S* dpooled, cons
         d.v[j] = narrow<S>(sum);
       }
     }
-    pack_at<S, N>(out + h) = d;
+    store_pack<S, N>(out + h, d);
   }
 }
 

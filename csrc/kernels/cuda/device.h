@@ -77,6 +77,21 @@ __device__ Pack<S, N>& pack_at(const S* data) {
   return *reinterpret_cast<Pack<S, N>*>(const_cast<S*>(data));
 }
 
+// *pack_at(to) = values. Of a plain assignment of 16 bytes nvcc makes four stores.
+template <class S, int N>
+__device__ void store_pack(S* to, const Pack<S, N>& values) {
+#ifdef __CUDACC__
+  if constexpr (sizeof values == 16) {
+    const uint4 words = *reinterpret_cast<const uint4*>(&values);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  }
+#endif
+  pack_at<S, N>(to) = values;
+}
+
 template <class S>
 __device__ S* at(const Sequence& x, int64_t t, int64_t b) {
   return static_cast<S*>(x.data) + t * x.stride_t + b * x.stride_b;

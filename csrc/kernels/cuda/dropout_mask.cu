@@ -31,11 +31,17 @@ __global__ void masked_copy_kernel(const In* in, int64_t stride, int64_t n, int6
   uint32_t words[4] = {};
   if (drop.active()) drop.words(counter, words);
   const T scale = static_cast<T>(drop.scale);
+  T values[4];  // all loads before the first store, which might have changed what the next load reads
+  ULMFIT_UNROLL
   for (int w = 0; w < 4; ++w) {
     const int64_t e = first + 16 * w;
-    if (e >= n) return;
     const int64_t at = stride == columns ? e : e / columns * stride + e % columns;
-    out[e] = narrow<Out>(static_cast<T>(widen(in[at])) * (words[w] >= drop.threshold ? scale : T(0)));
+    values[w] = e < n ? static_cast<T>(widen(in[at])) * (words[w] >= drop.threshold ? scale : T(0)) : T(0);
+  }
+  ULMFIT_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    const int64_t e = first + 16 * w;
+    if (e < n) out[e] = narrow<Out>(values[w]);
   }
 }
 

@@ -19,7 +19,7 @@ __global__ void embedding_dropout_kernel(EmbeddingDropout a, DeviceMask mask, co
   for (int64_t e = threadIdx.x * N; e < a.E; e += kWarp * N) {
     P row = pack_at<S, N>(weight + id * a.E + e);
     for (int j = 0; j < N; ++j) row.v[j] = narrow<S>(widen(row.v[j]) * m);
-    pack_at<S, N>(out + i * a.E + e) = row;
+    store_pack<S, N>(out + i * a.E + e, row);
   }
 }
 
@@ -69,7 +69,7 @@ __global__ void embedding_dropout_backward_kernel(EmbeddingDropout a, DeviceMask
     for (int s = 1; s < kSlices; ++s) total += sums[s][threadIdx.x * N + j];
     out.v[j] = narrow<S>(total * m);
   }
-  pack_at<S, N>(dweight + id * a.E + e) = out;
+  store_pack<S, N>(dweight + id * a.E + e, out);
 }
 
 }  // namespace

@@ -13,16 +13,17 @@ template <class T>
 struct RowStatistics {
   T top, sum, total;
 
-  // exp(x - top) where both may be -infinity: no column seen yet, or a logit of -infinity
-  static __device__ T exp_from(T x, T top) { return x == top ? T(1) : exp(x - top); }
+  // What exponents are taken from: the largest, or 0 while nothing but -infinity was seen.
+  static __device__ T base(T top) { return top == -static_cast<T>(INFINITY) ? T(0) : top; }
 
   template <int N>
   __device__ void take(const T (&x)[N]) {
     T above = top;
     for (int j = 0; j < N; ++j) above = x[j] > above ? x[j] : above;
-    sum *= exp_from(top, above);
+    const T from = base(above);
+    sum *= exp(top - from);
     for (int j = 0; j < N; ++j) {
-      sum += exp_from(x[j], above);
+      sum += exp(x[j] - from);
       total += x[j];
     }
     top = above;
@@ -35,12 +36,10 @@ struct RowStatistics {
 
 template <class T>
 struct Merge {
-  // Symmetric to the bit, so that both lanes of an exchange agree.
   __device__ RowStatistics<T> operator()(const RowStatistics<T>& a, const RowStatistics<T>& b) const {
-    const T top = a.top > b.top ? a.top : b.top;
-    return {top,
-            a.sum * RowStatistics<T>::exp_from(a.top, top) + b.sum * RowStatistics<T>::exp_from(b.top, top),
-            a.total + b.total};
+    const T top = a.top > b.top ? a.top : b.top, from = RowStatistics<T>::base(top);
+    const T sum = a.sum * exp(a.top - from) + b.sum * exp(b.top - from);
+    return {top, sum, a.total + b.total};
   }
 };
 
@@ -56,7 +55,7 @@ __device__ void over_row(S* row, int64_t columns, bool write, F&& f) {
     f(first, values);
     if (!write) return;
     for (int j = 0; j < n; ++j) stored.v[j] = narrow<S>(values[j]);
-    pack_at<S, n>(row + first) = stored;
+    store_pack<S, n>(row + first, stored);
   };
   const int64_t whole = columns / N * N;
   for (int64_t j = threadIdx.x * N; j < whole; j += kThreads * N) take(std::integral_constant<int, N>(), j);
@@ -119,7 +118,7 @@ __global__ void append_column_kernel(const In* in, int64_t stride, int64_t rows,
         values.v[j] = narrow<Out>(value);
       }
     }
-    pack_at<Out, N>(out + r * width + c) = values;
+    store_pack<Out, N>(out + r * width + c, values);
   }
 }
 
@@ -132,7 +131,7 @@ __global__ void split_column_kernel(const In* in, int64_t stride, int64_t rows, 
     const Pack<In, N> loaded = pack_at<In, N>(in + r * stride + c);
     Pack<Out, N> values;
     for (int j = 0; j < N; ++j) values.v[j] = narrow<Out>(widen(loaded.v[j]));
-    pack_at<Out, N>(out + r * columns + c) = values;
+    store_pack<Out, N>(out + r * columns + c, values);
   }
   if (threadIdx.x == 0) column[r] = narrow<Out>(widen(in[r * stride + columns]));
 }

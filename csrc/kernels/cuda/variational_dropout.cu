@@ -22,7 +22,7 @@ __global__ void variational_dropout_kernel(VariationalDropout a, DeviceMask mask
     const P in = pack_at<S, N>(at<S>(a.in, t, b) + f);
     P out;
     for (int j = 0; j < N; ++j) out.v[j] = narrow<S>(widen(in.v[j]) * m[j]);
-    pack_at<S, N>(at<S>(a.out, t, b) + f) = out;
+    store_pack<S, N>(at<S>(a.out, t, b) + f, out);
   }
 }
 
