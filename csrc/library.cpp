@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
       "int ignore_index, float label_smoothing, bool high, int chunk_rows) "
       "-> (Tensor dh, Tensor dweight, Tensor dbias)");
 
+  m.def("logits(Tensor h, Tensor weight, Tensor? bias, bool high) -> Tensor");  // CPU alone, no gradient
+
   m.def("cpu_isa() -> str");               // the instruction set in use
   m.def("release_workspace() -> int");     // scratch memory kept for the next call: bytes given back
   m.def("lent_like(Tensor t) -> Tensor");  // unwritten, like t, in memory that the CPU's workspace lends

@@ -260,6 +260,18 @@ def linear_cross_entropy_case(
     return tensors, loss(ops.linear_cross_entropy), loss(reference.linear_cross_entropy)
 
 
+def logits_case(
+    dtype: torch.dtype, rows: int = 7, features: int = 45, words: int = 301, **options: torch.dtype
+) -> Case:
+    """No gradient is asked of it: what comes out is cut off."""
+    (h, *weights), _, _ = linear_cross_entropy_case(dtype, (rows,), features, words, **options)
+    return (
+        [h, *weights],
+        lambda *t: (torch.ops.ulmfit_fast.logits(*(x.detach() for x in t), False),),
+        lambda *t: (torch.nn.functional.linear(*(x.detach() for x in t)),),
+    )
+
+
 # What isa_probe.py runs under every instruction set: edges of 4, 8 and 16 lanes, and of AMX's 16 x 32 tiles.
 ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "variational_dropout": lambda dtype: variational_dropout_case(dtype, (2, 3, 149)),
@@ -269,5 +281,11 @@ ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
         dtype, 4, 19, 21, 45, lengths=tuple(i % 5 for i in range(19)), dropout_p=0.4
     ),
     "lstm_wide": lambda dtype: lstm_case(dtype, 2, 33, 70, 130, batch_first=True, reverse=True, bias=False),
+    # 7 rows: groups of 4, 2 and 1 for the weights that are not packed
+    "lstm_unpacked": lambda dtype: lstm_case(
+        dtype, 2, 7, 45, 37, weight_p=0.0, lengths=(2, 2, 1, 2, 0, 2, 2)
+    ),
     "linear_cross_entropy": lambda dtype: linear_cross_entropy_case(dtype, (67,), 45, 301),
+    "logits": logits_case,
+    "logits_packed": lambda dtype: logits_case(dtype, 67),
 }

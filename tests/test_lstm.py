@@ -56,6 +56,16 @@ def test_sizes(dtype, time, batch, inputs, hidden):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "time, batch, inputs, hidden", [(1, 1, 3, 5), (1, 64, 40, 33), (13, 5, 33, 64), (1, 2, 400, 130)]
+)
+def test_few_rows_of_undropped_weights(dtype, time, batch, inputs, hidden):
+    """Which the CPU does not pack."""
+    case = lstm_case(dtype, time, batch, inputs, hidden, weight_p=0.0)
+    check_case(case, dtype, factor(dtype), floor=0.5)
+
+
 @pytest.mark.parametrize("hidden", [33, 100, 400, 1024, 1150, 1152])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ulmfit_sizes(dtype, hidden):
@@ -69,10 +79,12 @@ def test_ulmfit_sizes(dtype, hidden):
 def test_master_weights(dtype):
     """fp32 weights with 16-bit activations: rounded when packed, gradients in fp32."""
     check_case(lstm_case(dtype, 4, 6, 20, 48, weight_dtype=torch.float32), dtype, factor(dtype))
+    undropped = lstm_case(dtype, 1, 5, 20, 48, weight_dtype=torch.float32, weight_p=0.0)
+    check_case(undropped, dtype, factor(dtype))
 
 
 @pytest.mark.cpu_only("instruction sets")
-@pytest.mark.parametrize("name", ["lstm", "lstm_wide"])
+@pytest.mark.parametrize("name", ["lstm", "lstm_wide", "lstm_unpacked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_isa(isa_results, name, dtype):
     check_case(ISA_CASES[name](dtype), dtype, factor(dtype), isa_results[f"{name}-{dtype}"])
@@ -85,6 +97,13 @@ def test_every_isa(isa_results, name, dtype):
 def test_gradcheck(options):
     inputs, op, _ = lstm_case(torch.float64, 3, 3, 2, 3, **options)
     assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.cpu_only("thread counts")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_thread_count_with_few_rows(dtype):
+    inputs, op, _ = lstm_case(dtype, 2, 30, 30, 150, weight_p=0.0)
+    assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs), (1, 2, 3, 13))
 
 
 @pytest.mark.cpu_only("thread counts")
@@ -154,7 +173,8 @@ def test_padding_is_never_read_and_gives_zeros():
 
 
 def test_dropconnect_mask_is_that_of_dropout_mask():
-    inputs, _, _ = lstm_case(torch.float32)
+    # so many rows that weights are packed with a mask and without one
+    inputs, _, _ = lstm_case(torch.float32, 9, 8)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = inputs
     mask = uf.dropout_mask(5, w_hh.shape, 0.3, device=DEVICE)
     dropped = uf.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, weight_p=0.3, seed=5)

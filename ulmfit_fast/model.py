@@ -8,6 +8,7 @@ from . import ops, to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM, unique_groups
 from .nn import VariationalDropout
+from .ops._logits import logits
 
 __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]
 
@@ -36,7 +37,7 @@ class LinearDecoder(nn.Module):
         self.output_dp = VariationalDropout(output_p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.output_dp(x))
+        return logits(self.decoder, self.output_dp(x))
 
 
 class LanguageModel(nn.Sequential):

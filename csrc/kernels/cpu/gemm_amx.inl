@@ -42,6 +42,8 @@ struct AmxTile : Bf16Packing {
   static constexpr int kBlockRows = 128, kBlockDepth = 1152;
   static constexpr int kMostRows = 384;  // of a block that is not as deep
   static constexpr int kRowsToHide = 128;
+  // Unpacked products go by AVX-512's dot products, at a small part of the tiles' rate. Not measured.
+  static constexpr int64_t kUnpackedRows = 16;
 
   struct Session {
     Session() {

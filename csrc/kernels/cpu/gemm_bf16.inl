@@ -48,6 +48,20 @@ struct Bf16Packing {
       });
     }
   }
+  // Runs along the depth, for products with a weight that is not packed. A's go on with zeros at its end.
+  static constexpr int kRun = 32;
+  static VU load_run(DType dtype, const void* row, int64_t k, int n) {
+    if (dtype == DType::bf16) return (VU)load_n(static_cast<const uint16_t*>(row) + k, n);
+    const VF low = load_as<float>(dtype, row, k, n < 16 ? n : 16);
+    const VF high = n > 16 ? load_as<float>(dtype, row, k + 16, n - 16) : VF{};
+    return (VU)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  static VU load_packed_run(const uint16_t* a, int64_t K, int64_t row, int64_t k, int) {
+    return load(reinterpret_cast<const uint32_t*>(a + row / 16 * 16 * K + k / 32 * kTile + row % 16 * 32));
+  }
+  static VF multiply_run(VU x, VU w, VF sum) {
+    return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
   // tmp = [n = 32 depths][ld rows]; rows up to a multiple of 16 are there.
   static void store_a_columns(uint16_t* a, int64_t K, int rows, int64_t k, int n, const uint16_t* tmp,
                               int64_t ld) {

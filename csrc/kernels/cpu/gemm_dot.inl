@@ -9,6 +9,7 @@ struct DotTile : Bf16Packing {
   // An A block 216 KB, B blocks 72 KB each: in L2 together. Half a B block, 36 KB, stays in L1 for all rows.
   static constexpr int kBlockRows = 192, kBlockDepth = 576, kMostRows = 384;
   static constexpr int kRowsToHide = 32;
+  static constexpr int64_t kUnpackedRows = 64;  // as for the FMA tile
 
   struct Session {};
 

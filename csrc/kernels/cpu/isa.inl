@@ -5,6 +5,7 @@
 #include "lstm_forward.inl"
 #include "lstm_backward.inl"
 #include "linear_cross_entropy.inl"
+#include "logits.inl"
 #include "concat_pool.inl"
 #include "embedding_dropout.inl"
 #include "variational_dropout.inl"
@@ -38,7 +39,9 @@ inline void with_tile(DType dtype, bool high, Kernel&& kernel) {
 }
 
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
-  with_tile(args.x.dtype, args.shape.high, [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
+  const bool few = args.shape.T * args.shape.B <= FmaTile<float>::kUnpackedRows;
+  with_tile(args.x.dtype, args.shape.high && !few,
+            [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
 }
 inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel) {
   with_tile(args.x.dtype, args.shape.high, [&](auto tile) { lstm_backward<decltype(tile)>(args, parallel); });
@@ -46,6 +49,10 @@ inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel
 inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
   with_tile(args.h.dtype, args.high,
             [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
+}
+inline void run_logits(const Logits& args, const Parallel& parallel) {
+  const bool few = args.N <= FmaTile<float>::kUnpackedRows;
+  with_tile(args.h.dtype, args.high && !few, [&](auto tile) { logits<decltype(tile)>(args, parallel); });
 }
 inline double run_in_cache(DType dtype, bool high, int64_t repeats) {
   double operations = 0;
@@ -67,6 +74,7 @@ inline const Kernels& table() {
                                   run_lstm,
                                   run_lstm_backward,
                                   run_linear_cross_entropy,
+                                  run_logits,
                                   run_in_cache};
   return kernels;
 }

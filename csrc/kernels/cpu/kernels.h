@@ -85,6 +85,15 @@ struct LinearCrossEntropy {
   void* results;
 };
 
+struct Logits {
+  int64_t N, E, V;
+  Matrix h;          // (N, E)
+  Matrix weight;     // (V, E)
+  const void* bias;  // (V) in weight's dtype, or nullptr
+  bool high;         // as LstmShape's
+  void* out;         // (N, V) in h's dtype
+};
+
 struct EmbeddingDropout {
   int64_t n, V, E;      // n ids
   const int64_t* ids;   // (n), 0..V-1, checked by the caller
@@ -118,6 +127,7 @@ struct Kernels {
   void (*lstm)(const LstmForward&, const Parallel&);
   void (*lstm_backward)(const LstmBackward&, const Parallel&);
   void (*linear_cross_entropy)(const LinearCrossEntropy&, const Parallel&);
+  void (*logits)(const Logits&, const Parallel&);
   double (*multiply_in_cache)(DType, bool high, int64_t repeats);  // -> floating-point operations done
 };
 

@@ -1,10 +1,12 @@
 // LSTM forward: pack the dropped weights once, project the inputs chunk by chunk, then step by step
-// h @ W_hh^T with the cell's pointwise part on the hot tile.
+// h @ W_hh^T with the cell's pointwise part on the hot tile. Where only a few rows meet a weight that nothing
+// is dropped of, it is not packed: the steps of a text generator, a short document.
 //
 // The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates'
 // columns side by side, so that one thread has everything a cell needs and only h crosses threads, once a
 // step. The projected inputs lie as that product's sums do, which start from them.
 #pragma once
+#include "gemm_unpacked.inl"
 #include "lstm.inl"
 
 ULMFIT_BEGIN
@@ -30,8 +32,9 @@ class LstmForwardPass {
         depth(padded_depth<Tile>(s.H)),
         chunk_steps(s.B < kChunkRows ? kChunkRows / (s.B > 0 ? s.B : 1) : 1),
         chunk_rows((chunk_steps < s.T ? chunk_steps : s.T) * s.B),
-        w_ih(blocks * panel_elements<Tile>(s.I)),
-        w_hh(blocks * panel_elements<Tile>(s.H)),
+        unpacked(!drop.active() && batch.total() <= Tile::kUnpackedRows),
+        w_ih(unpacked ? 0 : blocks * panel_elements<Tile>(s.I)),
+        w_hh(unpacked ? 0 : blocks * panel_elements<Tile>(s.H)),
         projected(blocks * chunk_rows * kCols),
         bias(blocks * kCols),
         y_mask(p.dropped.data == nullptr ? 0 : state_size()),
@@ -91,6 +94,7 @@ class LstmForwardPass {
           if (b != nullptr && n > 0) sum += load_as<T>(p.w_ih.dtype, b, at, n);
         store(bias + block * kCols + gate * L, sum);
       }
+    if (unpacked) return;
     // Column c of block j's panel is gate c / L of hidden unit j * L + c % L: a row of the weight.
     parallel(2 * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -116,17 +120,33 @@ class LstmForwardPass {
 
   // projected[block][row][gate][L] = x @ W_ih^T for the chunk's rows, all steps' one after the other
   void project(int64_t first, int64_t rows) {
+    const auto pack_x = [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
+      pack_a_rows<Tile>(a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+        const int64_t t = batch.time_of(r);
+        load_elements<Tile>(p.x.dtype, p.x.row(t, batch.sequence(r - batch.first(t))), k, n, out);
+      });
+    };
+    if (unpacked) {
+      const int64_t x_depth = padded_depth<Tile>(s.I);
+      Scratch<Packed> x(Tile::a_elements(rows, x_depth));
+      pack_x(x, 0, static_cast<int>(rows), 0, s.I);
+      return parallel(blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block)
+          unpacked_gates(s.I, x, x_depth, 0, static_cast<int>(rows), p.w_ih, block,
+                         projected + block * chunk_rows * kCols, false);
+      });
+    }
     gemm<Tile>(
-        rows, s.I, blocks, w_ih.get(), parallel,
-        [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-          pack_a_rows<Tile>(
-              a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-                const int64_t t = batch.time_of(r);
-                load_elements<Tile>(p.x.dtype, p.x.row(t, batch.sequence(r - batch.first(t))), k, n, out);
-              });
-        },
-        [](int64_t, int, int64_t, const T*) {},
+        rows, s.I, blocks, w_ih.get(), parallel, pack_x, [](int64_t, int, int64_t, const T*) {},
         [&](int64_t row0, int64_t block) { return projected + (block * chunk_rows + row0) * kCols; });
+  }
+
+  // What a panel's product would be: the four gates of a block of hidden units.
+  void unpacked_gates(int64_t K, const Packed* a, int64_t lda, int64_t row0, int rows, const Matrix& w,
+                      int64_t block, T* sums, bool accumulate) const {
+    unpacked_product<Tile>(
+        K, a, lda, row0, rows, w, [&](int gate) { return gate * s.H + block * L; },
+        [&](int) { return units_there(s.H, block * L, L); }, sums, accumulate);
   }
 
   void recur(int64_t step, T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
@@ -138,10 +158,14 @@ class LstmForwardPass {
     for (int64_t b0 = row_begin; b0 < end; b0 += Tile::kBlockRows) {
       const int rows = static_cast<int>(end - b0 < Tile::kBlockRows ? end - b0 : Tile::kBlockRows);
       for (int64_t block = block_begin; block < block_end; ++block) {
-        const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
-        const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
         T* sums = inputs + (block * chunk_rows + b0) * kCols;
-        panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
+        if (unpacked) {
+          unpacked_gates(s.H, h, depth, b0, rows, p.w_hh, block, sums, true);
+        } else {
+          const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
+          const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
+          panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
+        }
         for (int64_t row = b0; row < b0 + rows; ++row, sums += kCols)
           update_cell(step, row, block, sums, row >= before, row >= after);
       }
@@ -191,6 +215,7 @@ class LstmForwardPass {
   const Parallel& parallel;
   const Dropout drop;
   const int64_t blocks, depth, chunk_steps, chunk_rows;
+  const bool unpacked;
   Scratch<Packed> w_ih, w_hh;
   Scratch<T> projected, bias, y_mask;
   Scratch<Packed> h_even, h_odd;  // h of the step before, in A-block form, and the one being written

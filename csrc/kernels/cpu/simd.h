@@ -42,6 +42,11 @@ ULMFIT_HD void store(T* p, Vec<T> v) {
 template <class T>
 ULMFIT_HD Vec<T> load_n(const T* p, int n) {
   if (n >= lanes_of<T>) return load(p);
+#if ULMFIT_LANES == 16  // a length that the compiler does not know makes a call of memcpy
+  if constexpr (sizeof(T) == 2) return (Vec<T>)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_epi32((1u << n) - 1, p);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_epi64((1u << n) - 1, p);
+#endif
   Vec<T> v = {};
   __builtin_memcpy(&v, p, n * sizeof(T));
   return v;
