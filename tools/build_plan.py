@@ -75,8 +75,8 @@ def find_compiler() -> str:
     gcc = re.search(r"#define __GNUC__ (\d+)", macros)
     if gcc and "__clang__" not in macros and int(gcc[1]) < GCC_FLOOR:  # clang claims to be GCC 4
         stop(
-            f"`{command}` is GCC {gcc[1]}, and >= {GCC_FLOOR} is needed: install one, and set CC and CXX to it "
-            "(CC=gcc-12 CXX=g++-12 pip install ...)"
+            f"`{command}` is GCC {gcc[1]}, and >= {GCC_FLOOR} is needed: install one, and set CC and CXX "
+            "to it (CC=gcc-12 CXX=g++-12 pip install ...)"
         )
     return version
 
