@@ -128,6 +128,19 @@ def report(runs):
     return "\n".join(lines)
 
 
+def table(record):
+    """The record's runs in Markdown: accuracy, mean and standard deviation over seeds, and mean seconds."""
+    lines = ["| arm | accuracy % | seconds: language model | classifier | both |", "|---|---|---|---|---|"]
+    for arm in dict.fromkeys(r["arm"] for r in record["runs"]):
+        mine = [r for r in record["runs"] if r["arm"] == arm]
+        scores = [100 * r["accuracy"] for r in mine]
+        spread = f" ± {statistics.stdev(scores):.1f} ({len(scores)})" if len(scores) > 1 else ""
+        seconds = [statistics.mean(r["seconds"][stage] for r in mine) for stage in ("lm", "classifier")]
+        cells = [f"{s:.0f}" for s in (*seconds, sum(seconds))]
+        lines.append(f"| {' | '.join([arm, f'{statistics.mean(scores):.1f}{spread}', *cells])} |")
+    return "\n".join(lines)
+
+
 def parse(argv):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter

@@ -89,20 +89,20 @@ def _notes(records):
     """What a reader must know of the figures above, from the records themselves."""
     machines = sorted(
         {
-            f"{r['device']}, {r['isa']}, {r['threads']} threads, {r['dtype']}"
+            f"{r['device']}, {r['isa']}, {r['threads']} thread{'s' if r['threads'] > 1 else ''}, {r['dtype']}"
             for r in records
             if r["isa"] and r["dataset"] != PROBE
         }
     )
     cut = sorted({f"{r['dataset']}: {r['max_words']} words" for r in records if r.get("max_words")})
-    notes = [f"Measured on {m}." for m in machines]
+    notes = [f"Our arms were measured on {m}." for m in machines]
     if cut:
         notes.append(
-            f"Longer documents were cut to their first and last halves of ({'; '.join(cut)}) in all arms "
-            "but the SVM, which reads them whole."
+            f"Longer documents ({'; '.join(cut)}) were cut to that many words, half from the beginning and "
+            "half from the end, in every arm except the SVM, which reads them whole."
         )
     notes.append(
-        "Perplexity is per token of ulmfit_fast's tokenizer (markers count), over stage 1's vocabulary: it "
-        "does not compare with published figures. A dash: not measured."
+        "Perplexity is per token of ulmfit_fast's tokenizer (markers count as tokens), over stage 1's "
+        "vocabulary; it does not compare with published figures. A dash means not measured."
     )
     return notes

@@ -1,6 +1,7 @@
 """One JSON file per measured piece, with where and how it was measured."""
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -71,9 +72,24 @@ def write(path, data):
 
 
 def load_all(results, kind="quality"):
-    """The records of one kind, "quality" or "speed"."""
+    """The records of one kind: "quality", "speed" or "fastai-classifier"."""
     paths = sorted(Path(results).glob(f"{kind}-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def recency(record):
+    """Sorts records by age: their date, and within a day the time of the commit that they measured."""
+    return record["date"], commit_time(str(record["commit"]).partition(" ")[0])
+
+
+@functools.cache
+def commit_time(commit):
+    """When a commit was made, in seconds since 1970; 0 where git or this checkout does not know it."""
+    command = ["git", "-C", str(Path(__file__).parent), "show", "-s", "--format=%ct", f"{commit}^{{commit}}"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return 0
 
 
 def cpu_name():

@@ -1,33 +1,38 @@
 """Tables and a plot of the speed records: python -m benchmarks.report
 
-Writes RESULTS/speed.md, all records with their tables, and for each machine RESULTS/speed-MACHINE.png, how
-many times as fast ours is than each peer in the main record of every benchmark. README.md gets its part by
-`make readme`.
+Writes RESULTS/speed.md, all records with their tables, and for each machine RESULTS/speed-MACHINE.png: the
+peer's time over ours in the main record of every benchmark. `make readme` copies the main tables into
+benchmarks/README.md and a short one (`headline.py`) into README.md.
 """
 
 import argparse
 import io
 from pathlib import Path
 
-from . import gpu
 from .floors import base
-from .harness import UNITS, comparisons, crosses, describe, ratio
+from .harness import UNITS, describe, ratio
 from .record import RESULTS, load_all, write
+from .selection import (
+    TITLES,
+    is_wrong,
+    machines,
+    main_records,
+    pairs,
+    timed_single_calls,
+    title,
+    wrong_gradients,
+)
 
 TABLES = "speed.md"
 NOTHING = "Not measured yet."
-WRONG = 0.1  # a relative error of a gradient that no rounding explains
+WRONG_NOTE = "peer's gradients are wrong"
+OLD_TITLE = ", older records"
+OLD_NOTE = (
+    "These records are of commits before 3612f70: the kernels were older, and single calls were timed, which "
+    "charged the allocation of memory to the peer. They do not compare with newer records."
+)
 PARTS = ("->", "_dropout", "dropout_mask", ", eval")  # cases that a summary leaves to plot and other tables
 COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0"}
-TITLES = {
-    "train_step-lm": "Training step of the language model",
-    "graph_step": "Training step of the language model in a CUDA graph",
-    "train_step-classifier": "Training step of the classifier",
-    "lstm": "LSTM layers",
-    "linear_cross_entropy": "Softmax and loss",
-    "dropout_mask": "Dropout",
-    "way_back": "Forward pass in eval, and the ways out",
-}
 HEADINGS = {
     "tokens_per_s": "tokens/s",
     "gflops": "GFLOP/s",
@@ -49,49 +54,15 @@ HEADINGS = {
 }
 
 
-def main_records(records):
-    """The record that stands for each benchmark: ULMFiT's sizes, batch 64, 30000 words, most threads."""
-
-    presets = ["tiny", "small", "ulmfit"]
-
-    def rank(r):
-        size = presets.index(r["preset"]) if r["preset"] in presets else -1  # single layers of any size
-        near = -abs(r["batch"] - 64), -abs(r.get("vocab", 30000) - 30000)
-        return not r["quick"], size, *near, r["threads"]
-
-    ranked = sorted(records, key=rank)
-    return [found[-1] for name in TITLES if (found := [r for r in ranked if r["benchmark"] == name])]
-
-
-def machines(records):
-    """{name: its records}, GPUs last: a GPU's short name, or a CPU's instruction set, as in files' names."""
-    found = {}
-    for record in sorted(records, key=lambda r: "gpu" in r):
-        name = gpu.short_name(record["device"]) if "gpu" in record else record["isa"]
-        found.setdefault(name, []).append(record)
-    return found
-
-
 def _plot_name(machine):
     return f"speed-{machine}.png"
 
 
-def _title(records):
-    """A heading for the records of one machine."""
-    newest = max(records, key=lambda r: r["date"])
-    return newest["device"].partition(" (family")[0] + ("" if "gpu" in newest else f", {newest['isa']}")
+def ratio_table(records, without=(), wrong=()):
+    """Markdown, a row a comparison, of the cases whose name holds none of `without`.
 
-
-def pairs(record):
-    """(case, side of ours, side of the peer, their names) of all that compare in a record."""
-    for case, content in record["cases"].items():
-        sides = content["sides"]
-        for ours, peer in comparisons(sides, cross=crosses(record["benchmark"])):
-            yield case, sides[ours], sides[peer], (ours, peer)
-
-
-def ratio_table(records, without=()):
-    """Markdown, a row a comparison, of the cases whose name holds none of `without`."""
+    wrong: the peers with wrong gradients, see `is_wrong`.
+    """
     rows = []
     for record in records:
         for case, ours, peer, names in pairs(record):
@@ -106,11 +77,13 @@ def ratio_table(records, without=()):
             medians = [f"{s['total_ms']['median']:,.{digits}f}" for s in (ours, peer)]
             times = f"{', '.join(medians)} ms"
             speed = f"**{middle:.2f}** ({low:.2f}-{high:.2f})"
+            if is_wrong(record, peer, names[1], wrong):
+                speed = f"{speed.replace('*', '')}, {WRONG_NOTE}"
             what = f"{case} ({_sizes(record)})"
             rows.append(
                 [what, *names, times, speed, _at_roof(record, ours, peer), forward, memory, ", ".join(errors)]
             )
-    head = ["what", "ours", "peer", "median: ours, peer", "times as fast (p20-p80)", "at the roof"]
+    head = ["what", "ours", "peer", "median: ours, peer", "times as fast (p20-p80)", "ratio at the roof"]
     head += ["forward only"]
     return _markdown([*head, "peak memory: ours, peer", "gradient error: ours, peer"], rows)
 
@@ -197,7 +170,7 @@ def _through(gpu):
 
 
 def summary(records, folder=""):
-    """Markdown of the main records, with the plots from `folder`; without records a sentence."""
+    """Markdown of the main records, newest machine first, plots from `folder`; without records a sentence."""
     if not records:
         return NOTHING
     parts = [_section(name, some, folder) for name, some in machines(records).items()]
@@ -208,8 +181,10 @@ def _section(machine, records, folder):
     main = main_records(records)
     picture = f"![Times as fast as the peers]({folder}{_plot_name(machine)})"
     plot = [picture] if any(any(pairs(r)) for r in main) else []
-    table = ratio_table(main, PARTS)
-    parts = [f"### {_title(records)}", *plot, *([table] if table else []), "Measured on:"]
+    table = ratio_table(main, PARTS, wrong_gradients(records))
+    old = [OLD_NOTE] if all(map(timed_single_calls, records)) else []
+    name = title(records) + (OLD_TITLE if old else "")
+    parts = [f"### {name}", *old, *plot, *([table] if table else []), "Measured on:"]
     return "\n\n".join([*parts, "\n".join(f"- {place}" for place in places(main))])
 
 
@@ -217,19 +192,19 @@ def full(records):
     """Markdown of every record, machine by machine."""
     parts = ["# Speed", summary(records)]
     for some in machines(records).values():
-        parts.append(f"# {_title(some)}")
+        parts.append(f"# {title(some)}")
         for record in sorted(some, key=lambda r: list(TITLES).index(r["benchmark"])):
-            parts += _one(record)
+            parts += _one(record, wrong_gradients(some))
     return "\n\n".join(parts) + "\n"
 
 
-def _one(record):
+def _one(record, wrong):
     roof, failed = record["roof"], failures(record)
     rates = ", ".join(f"{p} {roof[key]:,.0f} GFLOP/s" for p in COLOURS if (key := f"{p}_gflops") in roof)
     return [
         f"## {TITLES[record['benchmark']]}: {_sizes(record)}",
         side_table(record),
-        ratio_table([record]),
+        ratio_table([record], wrong=wrong),
         *([f"Failed:\n\n{failed}"] if failed else []),
         f"The roof: {rates}, copy {roof['copy_gb_s']:,.1f} GB/s.",
         f"Measured on {places([record])[0]}: `{record['command']}`",
@@ -258,7 +233,7 @@ def plot(records):
         empty = tallest - sum(heights) or 0.01  # below the last panel, so that all bars are of one height
         axes = part.subplots(len(column) + 1, 1, height_ratios=[*heights, empty])
         for axis, record in zip(axes, column, strict=False):
-            _panel(axis, record)
+            _panel(axis, record, wrong_gradients(records))
         axes[-1].axis("off")
     figure.suptitle("The peer's time over ours: times as fast (bar: median, line: p20 to p80)", fontsize=12)
     buffer = io.BytesIO()
@@ -266,12 +241,12 @@ def plot(records):
     return buffer.getvalue()
 
 
-def _panel(axis, record):
+def _panel(axis, record, wrong):
     labels, colours, ratios = [], [], []
     for case, ours, peer, names in pairs(record):
         prefix = f"{case}: " if len(record["cases"]) > 1 else ""
-        wrong = ", wrong gradients" if (peer.get("gradient_error") or 0) > WRONG else ""
-        labels.append(f"{prefix}{names[0]} against {names[1]}{wrong}")
+        note = ", wrong gradients" if is_wrong(record, peer, names[1], wrong) else ""
+        labels.append(f"{prefix}{names[0]} against {names[1]}{note}")
         colours.append(COLOURS[base(ours["precision"])])
         ratios.append(ratio(ours, peer))
     middles = [middle for _, middle, _ in ratios]
