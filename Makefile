@@ -41,7 +41,7 @@ bench: $(STAMPS)/built
 
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
-	find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
+	find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
 	  | xargs $(BIN)clang-format --dry-run -Werror
 
 # the torch-free kernels alone, under ctest; asan: the same with the address and undefined-behaviour sanitizers
@@ -75,7 +75,7 @@ cuda-on-cpu: $(STAMPS)/built build/cmake-tool
 cuda-check: $(STAMPS)/built
 	tools/cuda_check.sh $(PY)
 
-# the tables of benchmarks/results into README.md
+# the tables of benchmarks/results into README.md and benchmarks/README.md
 readme: $(STAMPS)/built
 	$(PY) tools/readme_numbers.py
 

@@ -1,5 +1,6 @@
 """The build's choices and sentences, and the library's promises: stable ABI alone, nothing heavy imported."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -147,6 +148,78 @@ def test_without_torch_one_sentence_and_no_traceback():
     assert done.returncode != 0
     assert done.stderr.startswith("ulmfit_fast: the build needs torch: type `pip install torch`")
     assert done.stderr.count("\n") == 1
+
+
+ROOT_FILES = ("Makefile", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py")
+ROOT_FILES += ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", ".clang-format")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The source archive, unpacked; beside it, in `lib`, what of the package is no compiled code."""
+    if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+        pytest.skip("setup.py looks for a compiler")
+    out = tmp_path_factory.mktemp("archive")
+    steps = [
+        "egg_info",
+        "--egg-base",
+        out,
+        "sdist",
+        "--dist-dir",
+        out,
+        "build_py",
+        "--build-lib",
+        out / "lib",
+    ]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *map(str, steps)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.unpack_archive(next(out.glob("*.tar.gz")), out)
+    return next(path for path in out.glob("ulmfit_fast-*") if path.is_dir())
+
+
+def test_type_checkers_are_told_of_the_annotations(archive):
+    assert (archive.parent / "lib" / "ulmfit_fast" / "py.typed").is_file()
+    assert (archive / "ulmfit_fast" / "py.typed").is_file()
+
+
+def test_source_archive_has_what_the_make_targets_need(archive):
+    """And what the tests and the pages read; the pictures, which `make readme` makes anew, are left out."""
+    kinds = {".py", ".sh", ".cpp", ".cu", ".h", ".inl", ".md", ".json", ".toml", ".txt"}
+    folders = ("csrc", "ulmfit_fast", "tests", "benchmarks", "tools", "docs")
+    sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
+    sources += [ROOT / name for name in ROOT_FILES]
+    missing = [name for p in sources if not (archive / (name := p.relative_to(ROOT))).exists()]
+    assert not missing
+    assert not list(archive.rglob("*.png"))
+    assert (archive / "tools" / "cuda_check.sh").stat().st_mode & 0o100  # make calls it
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["make", "-n", "bench", "readme", "cuda-check", "USE_ACTIVE=1", "PYTHON=python3"],
+        [sys.executable, "-m", "benchmarks.lstm", "--help"],
+        [sys.executable, "tools/readme_numbers.py"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_benchmarks.py"],
+    ],
+    ids=["make", "bench", "readme", "tests"],
+)
+def test_source_archive_works(archive, command):
+    """Once it is built, and without git."""
+    if "tools/readme_numbers.py" in command:
+        pytest.importorskip("matplotlib")
+    library = pathlib.Path(ulmfit_fast.__file__).parent / "_C.abi3.so"
+    shutil.copy(library, archive / "ulmfit_fast")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=archive, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_versions_agree():
+    for file, line in (("CITATION.cff", "version: {}\n"), ("CHANGELOG.md", "## [{}] - ")):
+        assert line.format(ulmfit_fast.__version__) in (ROOT / file).read_text(encoding="utf-8"), file
 
 
 def test_import_brings_in_no_extra():

@@ -26,7 +26,15 @@ cuda_python=$PWD/.venv-cuda/bin/python
 "$cuda_python" -m pip install --quiet --upgrade setuptools ninja numpy pytest hypothesis "$torch"
 
 # a copy of the sources, so that the package built in place here is left alone
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$work"
+list_sources() {
+  if git rev-parse --git-dir >/dev/null 2>&1; then
+    git ls-files -z --cached --others --exclude-standard
+  else # an unpacked source archive
+    find . \( -name '.venv*' -o -name build -o -name dist -o -name '*.egg-info' -o -name __pycache__ \) -prune \
+      -o -type f ! -name '*.so' -print0
+  fi
+}
+list_sources | xargs -0 cp --parents -t "$work"
 export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
 for python in "$cuda_python" "$cpu_python"; do
   name=$("$python" -c "import torch; print(torch.__version__)")
