@@ -150,6 +150,7 @@ def test_without_torch_one_sentence_and_no_traceback():
     assert done.stderr.count("\n") == 1
 
 
+CPP = {".cpp", ".cu", ".h", ".inl"}
 ROOT_FILES = ("Makefile", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py")
 ROOT_FILES += ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", ".clang-format")
 
@@ -160,20 +161,9 @@ def archive(tmp_path_factory):
     if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         pytest.skip("setup.py looks for a compiler")
     out = tmp_path_factory.mktemp("archive")
-    steps = [
-        "egg_info",
-        "--egg-base",
-        out,
-        "sdist",
-        "--dist-dir",
-        out,
-        "build_py",
-        "--build-lib",
-        out / "lib",
-    ]
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", *map(str, steps)], cwd=ROOT, capture_output=True, text=True
-    )
+    steps = f"egg_info --egg-base {out} sdist --dist-dir {out} build_py --build-lib {out}/lib"
+    command = [sys.executable, "setup.py", "-q", *steps.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shutil.unpack_archive(next(out.glob("*.tar.gz")), out)
     return next(path for path in out.glob("ulmfit_fast-*") if path.is_dir())
@@ -186,7 +176,7 @@ def test_type_checkers_are_told_of_the_annotations(archive):
 
 def test_source_archive_has_what_the_make_targets_need(archive):
     """And what the tests and the pages read; the pictures, which `make readme` makes anew, are left out."""
-    kinds = {".py", ".sh", ".cpp", ".cu", ".h", ".inl", ".md", ".json", ".toml", ".txt"}
+    kinds = {".py", ".sh", ".md", ".json", ".txt", *CPP}
     folders = ("csrc", "ulmfit_fast", "tests", "benchmarks", "tools", "docs")
     sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
     sources += [ROOT / name for name in ROOT_FILES]
@@ -215,6 +205,15 @@ def test_source_archive_works(archive, command):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=archive, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lint_reads_every_source():
+    command = ["make", "-n", "lint", "USE_ACTIVE=1", "PYTHON=python3"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    read = tuple(f"{folder}/" for folder in re.search(r"find (.*?) -name", recipe)[1].split())
+    folders = ("csrc", "tests", "benchmarks", "tools", "ulmfit_fast")
+    sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in CPP]
+    assert sources and not [p for p in sources if not str(p.relative_to(ROOT)).startswith(read)]
 
 
 def test_versions_agree():
