@@ -105,6 +105,27 @@ def test_cross_entropy_is_the_definition(isa, smoothing):
         assert np.abs(actual - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
+@pytest.mark.parametrize("words, value", [(2, np.inf), (140, np.inf), (slice(None), -np.inf), (140, np.nan)])
+def test_cross_entropy_of_an_infinite_logit_is_nan(isa, dtype, words, value):
+    rng = np.random.default_rng(4)
+    stored = [rng.normal(size=(11, 20)), rng.normal(size=(150, 20)), np.zeros(150)]
+    stored[2][words] = value
+    if dtype == "bf16":
+        stored = [bf16_bits(a) for a in stored]
+    else:
+        stored = [a.astype("f" + str(int(dtype[1:]) // 8)) for a in stored]
+    target = rng.integers(0, 100, 11)
+    target[3] = -100
+    loss, *grads = kernels.linear_cross_entropy(isa, *stored, target)
+    dh, dweight, dbias = (from_bf16(a) if dtype == "bf16" else a for a in grads)
+    counted = target != -100
+    assert np.isnan(loss[counted]).all() and np.isnan(dh[counted]).all()
+    assert (loss[~counted] == 0).all() and (dh[~counted] == 0).all()
+    assert np.isnan(dweight).all() and np.isnan(dbias).all()
+
+
 def test_bad_arguments_are_named():
     x, h0, c0, w_ih, w_hh, b = lstm_inputs(T=2, B=2, I=3, H=4)
     with pytest.raises(ValueError, match="isa is 'mmx', but this machine can run"):

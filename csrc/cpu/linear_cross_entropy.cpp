@@ -20,8 +20,8 @@ LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, con
   a.ignore_index = in.ignore_index;
   a.label_smoothing = in.label_smoothing;
   a.high = high;
-  // An empty batch still has a gradient, zeros; any pointer says that one is wanted.
-  a.row_gradient = row_gradient == nullptr ? nullptr : in.N > 0 ? data_of(*row_gradient) : &in;
+  a.gradient = row_gradient != nullptr;
+  a.row_gradient = a.gradient ? data_of(*row_gradient) : nullptr;
   a.loss = data_of(out.loss);
   a.dh = data_of(out.dh);
   a.dbias = out.dbias.numel() > 0 ? data_of(out.dbias) : nullptr;
@@ -45,7 +45,13 @@ Tensor sum_of(const Tensor& losses) {
                        : static_cast<const float*>(losses.data_ptr())[i];
   }
   Tensor sum = torch::stable::new_empty(losses, {});
-  return torch::stable::fill_(sum, total);
+  // torch's fill_ refuses what a float cannot hold; that is inf here, as in torch's sum
+  if (is_double) {
+    *static_cast<double*>(sum.data_ptr()) = total;
+  } else {
+    *static_cast<float*>(sum.data_ptr()) = static_cast<float>(total);
+  }
+  return sum;
 }
 
 // chunk_rows: for devices where logits lie in large memory; here a few rows do at a time, always.

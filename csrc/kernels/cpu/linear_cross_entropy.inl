@@ -42,7 +42,7 @@ class LinearCrossEntropyPass {
         panels(ceil_div(p.V, kCols)),
         e_panels(ceil_div(p.E, kCols)),
         slices(ceil_div(panels, kSlice)),
-        gradient(p.row_gradient != nullptr),
+        gradient(p.gradient),
         smoothing(p.label_smoothing != 0),
         chunk(chunk_rows(p.N)),
         stride(round_up(chunk, L)),
@@ -134,7 +134,9 @@ class LinearCrossEntropyPass {
     });
   }
 
-  // reference[row] = the largest logit of the first n panels.
+  // reference[row] = the largest logit of the first n panels, infinite or not. A logit equal to an infinite
+  // reference makes the row NaN, as torch's softmax does; every finite one is far above -inf, so that all
+  // panels are asked.
   void find_reference(const Chunk& now, int64_t n) {
     gemm<Tile>(
         now.rows, p.E, n, w_forward.get(), parallel,
@@ -155,7 +157,7 @@ class LinearCrossEntropyPass {
       T max = sums[r];
       for (int64_t panel = 1; panel < n; ++panel)
         max = sums[panel * stride + r] > max ? sums[panel * stride + r] : max;
-      reference[r] = std::isfinite(max) ? max : T(0);
+      reference[r] = max;
     }
   }
 
