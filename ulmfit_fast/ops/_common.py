@@ -1,9 +1,12 @@
-"""What the ops share: seeds, autocast, checks that name the argument, the refusal of second derivatives."""
+"""What the ops share: seeds, autocast, checks that name the argument, what their gradients cannot do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Seed = int | Tensor | None
@@ -80,7 +83,8 @@ def readable(value: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+    plain = type(value) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(value)  # vmap's has none
+    return plain and value.device.type == "cpu"
 
 
 def check_range(
@@ -161,10 +165,30 @@ def raise_second_derivative(op: str) -> None:
     )
 
 
-def forbid_second_derivative(op: str) -> None:
-    """Gives the backward op of `op` an autograd formula that only explains."""
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError where a tensor carries a tangent or torch.func wants its gradient.
 
-    def backward(ctx: object, *grads: Tensor | None) -> None:
+    torch would lose the tangent in silence, and speak of autograd.Function for the gradient.
+    """
+    given = [t for t in tensors if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        what = "forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors) are not implemented"
+    elif not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_gradtrackingtensor, given)):
+        what = "torch.func's derivatives (grad, vjp, jacrev) are not implemented, torch.autograd's are"
+    else:
+        return
+    raise NotImplementedError(f"ulmfit_fast.{op}: {what}; ulmfit_fast.reference.{op} has them")
+
+
+def register_gradient(op: str, backward: Callable, setup_context: Callable) -> None:
+    """The autograd formula of `op`; its backward op gets one that only explains."""
+
+    def checked(ctx: object, *grads: Tensor | None) -> tuple:
+        refuse_transforms(op, *grads)
+        return backward(ctx, *grads)
+
+    def explain(ctx: object, *grads: Tensor | None) -> None:
         raise_second_derivative(op)
 
-    torch.library.register_autograd(f"ulmfit_fast::{op}_backward", backward)
+    torch.library.register_autograd(f"ulmfit_fast::{op}", checked, setup_context=setup_context)
+    torch.library.register_autograd(f"ulmfit_fast::{op}_backward", explain)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulmfit_fast.ops._common import check_input, check_lengths, forbid_second_derivative
+from ulmfit_fast.ops._common import check_input, check_lengths, refuse_transforms, register_gradient
 
 
 def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
     if out.dim() != 3:
         raise ValueError(f"{op}: out must have shape (B, T, H), got {tuple(out.shape)}")
     check_lengths(op, lengths, out.shape[0], out.shape[1], out.device)
+    refuse_transforms(op, out)
     return torch.ops.ulmfit_fast.concat_pool(out, lengths)[0]
 
 
@@ -63,5 +64,4 @@ def _backward(ctx: Any, dpooled: Tensor | None, dargmax: Tensor | None) -> tuple
     return torch.ops.ulmfit_fast.concat_pool_backward(dpooled, lengths, argmax, ctx.time), None
 
 
-torch.library.register_autograd("ulmfit_fast::concat_pool", _backward, setup_context=_setup_context)
-forbid_second_derivative("concat_pool")
+register_gradient("concat_pool", _backward, _setup_context)

@@ -13,7 +13,8 @@ from ulmfit_fast.ops._common import (
     check_probability,
     check_range,
     check_tensor,
-    forbid_second_derivative,
+    refuse_transforms,
+    register_gradient,
     seed_tensor,
 )
 
@@ -58,6 +59,7 @@ def embedding_dropout(
         raise ValueError(f"{op}: padding_idx must be in {-words}..{words - 1}, got {padding_idx}")
     elif padding_idx < 0:
         padding_idx += words
+    refuse_transforms(op, weight)
     seed = seed_tensor(op, seed, p, weight.device)
     return torch.ops.ulmfit_fast.embedding_dropout(weight, ids.long(), seed, p, padding_idx)
 
@@ -89,5 +91,4 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple:
     return dweight, None, None, None, None
 
 
-torch.library.register_autograd("ulmfit_fast::embedding_dropout", _backward, setup_context=_setup_context)
-forbid_second_derivative("embedding_dropout")
+register_gradient("embedding_dropout", _backward, _setup_context)

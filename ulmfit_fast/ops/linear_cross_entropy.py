@@ -13,10 +13,11 @@ from ulmfit_fast.ops._common import (
     check_input,
     check_shape,
     check_tensor,
-    forbid_second_derivative,
     needs_grad,
     raise_second_derivative,
     readable,
+    refuse_transforms,
+    register_gradient,
 )
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -94,6 +95,7 @@ def linear_cross_entropy(
             allowed = f"in 0..{words - 1}, the vocabulary, or ignore_index = {ignore_index}"
             raise IndexError(f"{op}: target must be {allowed}, got {int(wrong[0])}")
 
+    refuse_transforms(op, h, weight, bias)
     # A mean is the sum divided here: the gradients that the op saves are then the sum's, which float16 can
     # hold where those of a mean over thousands of positions underflow, before a gradient scaler has had its
     # say.
@@ -180,5 +182,4 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
 
-torch.library.register_autograd("ulmfit_fast::linear_cross_entropy", _backward, setup_context=_setup_context)
-forbid_second_derivative("linear_cross_entropy")
+register_gradient("linear_cross_entropy", _backward, _setup_context)

@@ -17,8 +17,9 @@ from ulmfit_fast.ops._common import (
     check_probability,
     check_shape,
     check_tensor,
-    forbid_second_derivative,
     needs_grad,
+    refuse_transforms,
+    register_gradient,
     seed_tensor,
 )
 
@@ -112,6 +113,7 @@ def lstm(
         check_lengths(op, lengths, batch, time, x.device)
 
     h0, c0 = states
+    refuse_transforms(op, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     seed = seed_tensor(op, seed, weight_p, x.device)
     high = allows_high(op, precision, x)
     drop = 0.0
@@ -190,5 +192,4 @@ def _backward(
     )
 
 
-torch.library.register_autograd("ulmfit_fast::lstm", _backward, setup_context=_setup_context)
-forbid_second_derivative("lstm")
+register_gradient("lstm", _backward, _setup_context)

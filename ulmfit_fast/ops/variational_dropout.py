@@ -12,7 +12,8 @@ from ulmfit_fast.ops._common import (
     check_flag,
     check_input,
     check_probability,
-    forbid_second_derivative,
+    refuse_transforms,
+    register_gradient,
     seed_tensor,
 )
 
@@ -44,6 +45,7 @@ def variational_dropout(x: Tensor, p: float, *, seed: Seed = None, batch_first: 
         raise ValueError(f"{op}: x must have shape {layout}, got {tuple(x.shape)}")
     if p == 0:
         return x
+    refuse_transforms(op, x)
     return torch.ops.ulmfit_fast.variational_dropout(x, seed_tensor(op, seed, p, x.device), p, batch_first)
 
 
@@ -71,5 +73,4 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple:
     return dx, None, None, None
 
 
-torch.library.register_autograd("ulmfit_fast::variational_dropout", _backward, setup_context=_setup_context)
-forbid_second_derivative("variational_dropout")
+register_gradient("variational_dropout", _backward, _setup_context)
