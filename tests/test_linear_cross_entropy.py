@@ -22,6 +22,7 @@ from checks import (
 from torch.nn import functional as F
 
 import ulmfit_fast as uf
+from ulmfit_fast import reference
 
 # 16-bit: weights, probabilities and gradients are rounded once or twice each. fp32, fp64: long sums.
 FACTOR = 2
@@ -208,6 +209,40 @@ def test_float16_gradients_of_a_mean_survive_the_gradient_scaler():
     wide = [t.detach().double().requires_grad_() for t in inputs]
     for a, b in zip(grads, torch.autograd.grad(ref(*wide)[0] * scale, wide), strict=True):
         assert_near(a, b, torch.float16, FACTOR)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_weights_whose_gradient_of_the_sum_overflows(reduction):
+    h, weight = torch.full((4608, 4), 40.0), torch.zeros(30, 4)
+    target = torch.zeros(4608, dtype=torch.int64, device=DEVICE)
+
+    def gradients(function, dtype):
+        leaves = [t.to(DEVICE, dtype).requires_grad_() for t in (h, weight)]
+        loss = function(*leaves) / (1 if reduction == "mean" else 4608)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    ours = gradients(
+        lambda h, w: uf.linear_cross_entropy(h, w, None, target, reduction=reduction), torch.half
+    )
+    theirs = gradients(lambda h, w: F.cross_entropy(h @ w.t(), target, reduction=reduction), torch.double)
+    assert ours[0].dtype == torch.float32
+    for a, b in zip(ours, theirs, strict=True):
+        assert_near(a, b, torch.float16, FACTOR)
+
+
+def test_batches_of_upstream_gradients():
+    """vmap over the backward pass, as torch.autograd.functional.jacobian(vectorize=True) has it."""
+    h, weight = randn(3, 4), randn(5, 4)
+    target = torch.tensor([0, 1, 2], device=DEVICE)
+    for reduction in ("mean", "none"):
+        ours, theirs = (
+            torch.autograd.functional.jacobian(
+                lambda h, w, f=f, r=reduction: f(h, w, None, target, reduction=r), (h, weight), vectorize=True
+            )
+            for f in (uf.linear_cross_entropy, reference.linear_cross_entropy)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert_near(a, b, torch.float64, factor(torch.float64))
 
 
 def test_a_retained_graph_gives_the_same_gradient_twice():

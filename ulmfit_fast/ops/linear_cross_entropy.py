@@ -98,8 +98,10 @@ def linear_cross_entropy(
     refuse_transforms(op, h, weight, bias)
     # A mean is the sum divided here: the gradients that the op saves are then the sum's, which float16 can
     # hold where those of a mean over thousands of positions underflow, before a gradient scaler has had its
-    # say.
-    code = _NONE if reduction == "none" else _SUM
+    # say.  But a float16 weight's is a sum over all positions, which float16 may not hold: there the gradient
+    # is computed on the way back, from the scale that arrives, and costs the logits a second time.
+    grad = needs_grad(h, weight, bias)
+    code = _NONE if reduction == "none" or (grad and weight.dtype == torch.float16) else _SUM
     loss = torch.ops.ulmfit_fast.linear_cross_entropy(
         h.reshape(-1, features),
         weight,
@@ -109,11 +111,13 @@ def linear_cross_entropy(
         float(label_smoothing),
         code,
         allows_high(op, precision, h),
-        needs_grad(h, weight, bias) and code == _SUM,
+        grad and code == _SUM,
         chunk_rows or 0,
     )[0]
     if reduction == "none":
         return loss.reshape(target.shape)
+    if code == _NONE:
+        loss = loss.sum(dtype=torch.float64).float()
     return loss if reduction == "sum" else loss / (target != ignore_index).sum().clamp(min=1)
 
 
