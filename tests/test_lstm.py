@@ -208,6 +208,16 @@ def test_gradients_of_some_outputs_or_inputs_only(dropout_p):
         assert torch.equal(grad, everything[i])
 
 
+def test_each_bias_has_a_gradient_of_its_own():
+    """Though both are the same numbers: gradients are clipped and averaged in place."""
+    inputs, op, _ = lstm_case(torch.float32)
+    for y in op(*[t.requires_grad_() for t in inputs]):
+        of_ih, of_hh = torch.autograd.grad(y.sum(), inputs[-2:], retain_graph=True)
+        assert torch.equal(of_ih, of_hh)
+        of_ih.zero_()
+        assert of_hh.any()
+
+
 def test_nothing_is_saved_without_grad():
     inputs, op, _ = lstm_case(torch.float32)
     with torch.no_grad():
