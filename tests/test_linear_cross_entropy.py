@@ -274,8 +274,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) * unit < 100e6
 
 
-def test_autocast():
-    inputs, op, ref = linear_cross_entropy_case(torch.float32, (40,), 30, 90)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_autocast(weight_dtype):
+    inputs, op, ref = linear_cross_entropy_case(torch.float32, (40,), 30, 90, weight_dtype=weight_dtype)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         results = with_gradients(op, inputs)
     assert results[0].dtype == torch.float32

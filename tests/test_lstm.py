@@ -225,14 +225,17 @@ def test_nothing_is_saved_without_grad():
             assert torch.equal(a, b) and not a.requires_grad
 
 
-def test_autocast():
-    inputs, op, ref = lstm_case(torch.float32, 4, 6, 20, 48)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_autocast(weight_dtype):
+    inputs, op, ref = lstm_case(torch.float32, 4, 6, 20, 48, weight_dtype=weight_dtype)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         results = with_gradients(op, inputs)
     assert [t.dtype for t in results[:3]] == [torch.bfloat16] * 3
     check_case((inputs, op, ref), torch.bfloat16, FACTOR, results)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert op(*[t.double() for t in inputs])[0].dtype == torch.float64
+        with pytest.raises(TypeError, match="lstm: w_hh must be float64, got float16"):
+            op(*[t.double() for t in inputs[:3]], *[t.half() for t in inputs[3:]])
 
 
 def test_several_python_threads_and_more_threads_than_cores():

@@ -117,6 +117,13 @@ def autocast_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
+def autocast_weight(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A 16-bit weight in the `dtype` that autocast chose; a float32 one stays, as the ops can read it."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.bfloat16, torch.float16):
+        return value
+    return value.to(dtype) if autocast_dtype(value) == dtype else value
+
+
 def _torch_allows_less(device_type: str) -> bool:
     """Whether torch's own setting allows float32 products to be less than float32's on such a device."""
     try:

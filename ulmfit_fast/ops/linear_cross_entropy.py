@@ -10,6 +10,7 @@ from torch import Tensor
 from ulmfit_fast.ops._common import (
     allows_high,
     autocast_dtype,
+    autocast_weight,
     check_input,
     check_shape,
     check_tensor,
@@ -66,6 +67,7 @@ def linear_cross_entropy(
     if h.dim() < 1:
         raise ValueError(f"{op}: h must have shape (..., E), got ()")
     h = h.to(autocast_dtype(h))
+    weight, bias = autocast_weight(weight, h.dtype), autocast_weight(bias, h.dtype)
     weight_dtypes = (h.dtype, torch.float32) if h.dtype.itemsize == 2 else (h.dtype,)
     check_tensor(op, "weight", weight, weight_dtypes, h.device)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:

@@ -11,6 +11,7 @@ from ulmfit_fast.ops._common import (
     Seed,
     allows_high,
     autocast_dtype,
+    autocast_weight,
     check_flag,
     check_input,
     check_lengths,
@@ -87,6 +88,7 @@ def lstm(
 
     dtype = autocast_dtype(x)
     x = x.to(dtype)
+    w_ih, w_hh, b_ih, b_hh = (autocast_weight(t, dtype) for t in (w_ih, w_hh, b_ih, b_hh))
     weight_dtypes = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
     check_tensor(op, "w_hh", w_hh, weight_dtypes, x.device)
     if w_hh.dim() != 2 or w_hh.shape[1] == 0 or w_hh.shape[0] != 4 * w_hh.shape[1]:
