@@ -1,4 +1,4 @@
-"""DistributedDataParallel on two processes: gradients and carried state of one process with all rows."""
+"""Distributed data parallelism: gradients and carried state of one process with all rows."""
 
 import os
 import pathlib
@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+
+import ulmfit_fast as uf
 
 PROBE = pathlib.Path(__file__).parent / "ddp_probe.py"
 pytestmark = [
@@ -51,3 +53,16 @@ def test_each_process_carries_the_state_of_its_rows(results):
     for layer, (h, c) in enumerate(alone):
         close(torch.cat([rank[layer][0] for rank in ranks], 1), h)
         close(torch.cat([rank[layer][1] for rank in ranks], 1), c)
+
+
+def test_the_state_is_no_dtensor_where_fsdp_shards_the_weights():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lm = uf.LanguageModel(uf.AWDLSTM(30, 6, 10, 2)).double().eval()
+        ids = torch.randint(30, (2, 5))
+        expected = lm(ids)
+        torch.distributed.fsdp.fully_shard(lm)
+        lm.reset()
+        close(lm(ids), expected)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -145,9 +145,10 @@ class AWDLSTM(nn.Module):
         self.hidden = self.zero_hidden(self.bs)
 
     def zero_hidden(self, batch: int) -> Hidden:
-        weight = self.encoder.weight.detach()
+        # not the weight's new_zeros: FSDP's weights are DTensors between forwards, and states must not be
+        like = {"dtype": self.encoder.weight.dtype, "device": self.encoder.weight.device}
         shapes = [(self.n_dir, batch, self._features(layer)) for layer in range(self.n_layers)]
-        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for shape in shapes]
+        return [(torch.zeros(shape, **like), torch.zeros(shape, **like)) for shape in shapes]
 
     def forward(
         self,
@@ -164,6 +165,8 @@ class AWDLSTM(nn.Module):
         the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
         """
         exporting = is_exporting() or torch.jit.is_tracing()
+        if not exporting:
+            _refuse_recomputation()
         hidden = self.zero_hidden(inp.size(0)) if exporting else self.hidden
         raw_outputs, hidden = self.run(inp, hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
         if not exporting:
@@ -227,7 +230,11 @@ class AWDLSTM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":
         super()._apply(fn, recurse)
-        self.hidden = [(fn(h), fn(c)) for h, c in self.hidden]
+
+        def moved(h: Tensor) -> Tensor:  # not fn(h), which to_empty() leaves unwritten
+            return _like(h, fn(h.new_zeros(1)))
+
+        self.hidden = [(moved(h), moved(c)) for h, c in self.hidden]
         return self
 
 
@@ -250,9 +257,28 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
     return [(resize(h), resize(c)) for h, c in hidden]
 
 
+def _refuse_recomputation() -> None:
+    """RuntimeError for a forward that carries the state, with gradients, inside a backward pass."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "AWDLSTM.forward was called inside a backward pass, as torch.utils.checkpoint does to repeat it: "
+            "it would start from the state that the first call left, and its gradients would be wrong. "
+            "Checkpoint AWDLSTM.run instead, which takes the state and returns it"
+        )
+
+
+def _like(h: Tensor, like: Tensor) -> Tensor:
+    """A state in the dtype and on the device of `like`; zeros where it comes from the meta device."""
+    if h.is_meta and not like.is_meta:
+        return torch.zeros(h.shape, device=like.device, dtype=like.dtype)
+    return h.to(device=like.device, dtype=like.dtype)
+
+
 def _usable(h: Tensor, like: Tensor) -> Tensor:
     """A carried state for this call's device and dtype (autocast changes it), also out of inference mode."""
-    h = h.to(device=like.device, dtype=like.dtype)
+    h = _like(h, like)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return h
     return h.clone() if h.is_inference() else h
