@@ -241,7 +241,6 @@ def test_weights_stay_tied(train):
     loaded.load_state_dict(torch.load(buffer), assign=True)
     empty = language_model().to("meta").to_empty(device=DEVICE)
     empty.load_state_dict(lm.state_dict())
-    empty.reset()
     lm.reset()
     for other in (
         copy.deepcopy(lm),
@@ -260,6 +259,19 @@ def test_weights_stay_tied(train):
     untied = language_model(tie_weights=False, bias=False)
     assert untied[1].decoder.weight is not untied[0].encoder.weight and untied[1].decoder.bias is None
     assert copy.deepcopy(untied)(tokens()).shape == (4, 9, V)
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_parametrized_weight_is_tied_no_more_and_casts(part):
+    lm = language_model().eval()
+    module = lm[1].decoder if part == "decoder" else lm[0].encoder
+    nn.utils.parametrizations.weight_norm(module)
+    expected = lm(tokens())
+    lm.reset()
+    lm.float().double()
+    torch.testing.assert_close(lm(tokens()), expected, rtol=1e-5, atol=1e-6)
+    lm.load_state_dict(lm.state_dict())
+    assert nn.utils.parametrize.is_parametrized(module, "weight")
 
 
 def test_layer_groups_have_every_parameter_once():

@@ -110,10 +110,12 @@ class LanguageModel(nn.Sequential):
 def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
     """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty().
 
-    A decoder that torch's dynamic quantisation has put in has a packed weight of its own.
+    Not where either has no such parameter any more: torch's parametrizations and its dynamic quantisation put
+    others in its place.
     """
-    if model.tie_weights and isinstance(model[1].decoder, nn.Linear):
-        model[1].decoder.weight = model[0].encoder.weight
+    decoder, encoder = model[1].decoder, model[0].encoder
+    if model.tie_weights and "weight" in decoder._parameters and "weight" in encoder._parameters:
+        decoder.weight = encoder.weight
 
 
 def layer_groups(model: nn.Module) -> list[list[nn.Parameter]]:
