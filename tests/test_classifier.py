@@ -178,6 +178,13 @@ def test_half_precision_and_autocast(dtype):
     close(logits.double(), double, 0.05)
 
 
+def test_no_lengths_under_a_default_device():
+    model, (ids, _) = classifier().eval(), documents()
+    expected = model(ids)
+    with torch.device("meta"):
+        assert torch.equal(model(ids), expected)
+
+
 def test_from_language_model_copies_the_encoder():
     lm = uf.LanguageModel(uf.AWDLSTM(V, E, H, 3)).to(DEVICE)
     lm(documents()[0])

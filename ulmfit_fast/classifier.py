@@ -132,7 +132,7 @@ def _check_documents(ids: Tensor, lengths: Tensor | None) -> Tensor:
         raise ValueError(f"ids must be (B, T) int64 token numbers, got {tuple(ids.shape)} of {ids.dtype}")
     batch, steps = ids.shape
     if lengths is None:
-        return torch.full((batch,), steps)
+        return torch.full((batch,), steps, device="cpu")
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
