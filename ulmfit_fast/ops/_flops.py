@@ -1,0 +1,32 @@
+"""Floating-point operations of the ops' products, for torch.utils.flop_counter.FlopCounterMode."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = torch.Size
+_OPS = torch.ops.ulmfit_fast
+
+
+@register_flop_formula(_OPS.lstm)
+def _(x: Shape, h0: Shape, c0: Shape, w_ih: Shape, w_hh: Shape, *rest: object, **_: object) -> int:
+    return 2 * x[0] * x[1] * w_ih[0] * (w_ih[1] + w_hh[1])
+
+
+@register_flop_formula(_OPS.lstm_backward)
+def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, *rest, **_) -> int:  # type: ignore
+    need_dx, need_dw = rest[-2:]
+    inputs, hidden = w_ih[1], w_hh[1]
+    return 2 * x[0] * x[1] * w_ih[0] * (need_dx * inputs + hidden + need_dw * (inputs + hidden))
+
+
+@register_flop_formula(_OPS.linear_cross_entropy)
+def _(h: Shape, weight: Shape, *rest: object, **_: object) -> int:
+    grad = rest[-2]
+    return 2 * h[0] * h[1] * weight[0] * (3 if grad else 1)
+
+
+@register_flop_formula(_OPS.linear_cross_entropy_backward)
+def _(dloss: Shape, h: Shape, weight: Shape, *rest: object, **_: object) -> int:
+    return 3 * 2 * h[0] * h[1] * weight[0]  # the logits again, then both gradients
