@@ -194,9 +194,9 @@ OTHERS = [
     ),
     (lstm, {"reverse": "yes"}, TypeError, "reverse must be True or False, got 'yes'"),
     (lstm, {"seed": 0.5, "weight_p": 0.5}, TypeError, "seed must be None, an int or .*, got float"),
-    (lstm, {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    (lstm, {"dropout_p": 1.0}, ValueError, r"dropout_p must be a number in \[0, 1\), got 1.0"),
     (lstm, {"dropout_seed": 3}, ValueError, "dropout_seed needs dropout_p, got 3 alone"),
-    (lstm, {"dropout_p": "0.5"}, TypeError, r"dropout_p must be a float in \[0, 1\), got str"),
+    (lstm, {"dropout_p": "0.5"}, TypeError, r"dropout_p must be a number in \[0, 1\), got str"),
     (
         lstm,
         {"dropout_seed": 0.5, "dropout_p": 0.5},

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, is_exporting, unique_groups
-from .nn import check_probability
+from .ops._common import check_probability
 
 
 class SentenceEncoder(nn.Module):
@@ -175,7 +175,7 @@ class PoolingLinearClassifier(nn.Module):
         for i, p in enumerate(ps):
             norm = BatchNorm1d(dims[i])
             nn.init.constant_(norm.bias, 1e-3)  # fastai's
-            dropout = nn.Dropout(check_probability("ps", p))
+            dropout = nn.Dropout(check_probability("TextClassifier", "ps", p))
             block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False)]
             blocks.append(nn.Sequential(*block, *([nn.ReLU()] if i < len(ps) - 1 else [])))
         self.layers = nn.Sequential(*blocks)

@@ -8,13 +8,12 @@ from torch import Tensor, fx, nn
 from . import to_torch
 from .nn import (
     EmbeddingDropout,
-    Seed,
     VariationalDropout,
     WeightDropLSTM,
-    check_probability,
     derive_seed,
     draw_seed,
 )
+from .ops._common import Seed, check_probability
 
 Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
 
@@ -42,7 +41,7 @@ class WeightDropLayer(nn.Module):
 
     @weight_p.setter
     def weight_p(self, p: float) -> None:
-        self.module.weight_p = check_probability("weight_p", p)
+        self.module.weight_p = check_probability("AWDLSTM", "weight_p", p)
 
     def forward(
         self,
@@ -131,11 +130,11 @@ class AWDLSTM(nn.Module):
         """Change the probabilities that are given (the language model and the classifier want others)."""
         if hidden_p is not None:
             for dropout in self.hidden_dps:
-                dropout.p = check_probability("hidden_p", hidden_p)
+                dropout.p = check_probability("AWDLSTM", "hidden_p", hidden_p)
         if input_p is not None:
-            self.input_dp.p = check_probability("input_p", input_p)
+            self.input_dp.p = check_probability("AWDLSTM", "input_p", input_p)
         if embed_p is not None:
-            self.encoder_dp.embed_p = check_probability("embed_p", embed_p)
+            self.encoder_dp.embed_p = check_probability("AWDLSTM", "embed_p", embed_p)
         if weight_p is not None:
             for rnn in self.rnns:
                 rnn.weight_p = weight_p

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-
-Seed = int | Tensor | None
+from .ops._common import Seed, check_probability
 
 _SEED_MASK = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
@@ -24,13 +23,6 @@ def derive_seed(seed: Seed, k: int) -> Seed:
     return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
 
 
-def check_probability(name: str, p: float) -> float:
-    """`p` as a float; ValueError unless it is a number in [0, 1)."""
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-        raise ValueError(f"{name} must be a number in [0, 1) (the probability of dropping), got {p!r}")
-    return float(p)
-
-
 class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
@@ -40,7 +32,7 @@ class VariationalDropout(nn.Module):
 
     def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
         super().__init__()
-        self.p = check_probability("p", p)
+        self.p = check_probability("VariationalDropout", "p", p)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor, seed: Seed = None, dropped: Tensor | None = None) -> Tensor:
@@ -67,7 +59,7 @@ class EmbeddingDropout(nn.Module):
             if getattr(emb, option):
                 raise ValueError(f"EmbeddingDropout has no nn.Embedding({option}={getattr(emb, option)})")
         self.emb = emb
-        self.embed_p = check_probability("embed_p", embed_p)
+        self.embed_p = check_probability("EmbeddingDropout", "embed_p", embed_p)
 
     def forward(self, ids: Tensor, scale: float | None = None, seed: Seed = None) -> Tensor:
         p = self.embed_p if self.training else 0.0
@@ -131,10 +123,10 @@ class WeightDropLSTM(nn.Module):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = check_probability("dropout", dropout)
+        self.dropout = check_probability("WeightDropLSTM", "dropout", dropout)
         self.bidirectional = bidirectional
         self.proj_size = 0
-        self.weight_p = check_probability("weight_p", weight_p)
+        self.weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p)
         for layer in range(num_layers):
             n_in = input_size if layer == 0 else hidden_size * self.num_directions
             shapes = {"weight_ih": (4 * hidden_size, n_in), "weight_hh": (4 * hidden_size, hidden_size)}

@@ -40,9 +40,9 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
 def check_probability(op: str, name: str, p: float) -> float:
     """p as a float in [0, 1)."""
     if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{op}: {name} must be a float in [0, 1), got {type(p).__name__}")
+        raise TypeError(f"{op}: {name} must be a number in [0, 1), got {type(p).__name__}")
     if not 0 <= p < 1:
-        raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
+        raise ValueError(f"{op}: {name} must be a number in [0, 1), got {p}")
     return float(p)
 
 
