@@ -71,7 +71,10 @@ class AWDLSTM(nn.Module):
     may change between calls (rows beyond it start from zero, missing ones are forgotten).  It follows the
     module's device and dtype and is no part of the state dict.  Under torch.export and torch.jit.trace
     each call starts from zeros and nothing is carried, as a program has no place for it: export a module
-    that calls `run` for a state that goes in and out.
+    that calls `run` for a state that goes in and out.  torch.jit.trace wants torch.no_grad() around it, or
+    check_trace=False: its check runs without gradients, where the ops save nothing and the graph differs.
+    torch.utils.checkpoint would repeat forward from a state that has moved on: an error, but not under
+    torch.compile, which cannot see it.  `run` may be checkpointed.
 
     Unlike in fastai, with bidir the recurrent weights of the reverse direction are dropped too.
     """

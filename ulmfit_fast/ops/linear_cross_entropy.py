@@ -41,7 +41,8 @@ def linear_cross_entropy(
 
     Equivalent to `F.cross_entropy(F.linear(h, weight, bias), target, ...)`, except that no more than a
     chunk of logits exists at a time (with "mean" and "sum" the gradient is computed in the forward pass,
-    where a gradient is wanted), and that a mean over no position is 0, not NaN.
+    where a gradient is wanted; with "none" and for a float16 weight the backward pass computes the logits
+    again), and that a mean over no position is 0, not NaN.
 
     Args:
         h: (..., E); float64, float32, bfloat16 or float16.

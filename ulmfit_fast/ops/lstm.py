@@ -188,7 +188,7 @@ def _backward(
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.ulmfit_fast.lstm_backward(
         dy, dh_n, dc_n, ddropped, *ctx.saved_tensors, *ctx.options, need_x, need_w
     )
-    db_hh = db.clone() if need_b_ih and need_b_hh else db  # whoever changes one in place means that one
+    db_hh = db.clone() if need_b_ih and need_b_hh else db  # for in-place changes of one alone
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db_hh)
     return (
         tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)) + (None,) * 9
