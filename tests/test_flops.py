@@ -5,6 +5,8 @@ import torch
 from checks import linear_cross_entropy_case, lstm_case
 from torch.utils.flop_counter import FlopCounterMode
 
+import ulmfit_fast.flops  # noqa: F401
+
 
 def flops(function, inputs, frozen=()):
     leaves = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(inputs)]

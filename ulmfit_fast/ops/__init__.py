@@ -16,7 +16,6 @@ except ImportError as error:
         "`python setup.py build_ext --inplace`, in the environment that has torch (2.10 or newer)."
     ) from error
 
-from ulmfit_fast.ops import _flops  # noqa: F401
 from ulmfit_fast.ops.concat_pool import concat_pool
 from ulmfit_fast.ops.dropout_mask import dropout_mask
 from ulmfit_fast.ops.embedding_dropout import embedding_dropout

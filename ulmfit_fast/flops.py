@@ -1,4 +1,7 @@
-"""Floating-point operations of the ops' products, for torch.utils.flop_counter.FlopCounterMode."""
+"""`import ulmfit_fast.flops` lets torch.utils.flop_counter.FlopCounterMode count the ops' products.
+
+Not imported by the package itself: where torch has CUDA, flop_counter imports triton.
+"""
 
 from __future__ import annotations
 
