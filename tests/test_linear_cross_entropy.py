@@ -156,7 +156,6 @@ def test_logits_of_the_first_words_far_from_the_others(dtype, first, later):
         assert_near(a, b, dtype, factor(dtype) + rounding)
 
 
-@pytest.mark.cpu_only("the CUDA kernel's +inf gives a loss of inf")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words, value", INFINITE_LOGITS)
 @pytest.mark.parametrize("grad", [True, False])

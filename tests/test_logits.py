@@ -94,6 +94,8 @@ def test_left_to_torch_where_something_else_is_wanted(decoder, calls):
             logits(decoder, torch.randn(3, 21))
         with pytest.raises(RuntimeError, match="dtype"):
             logits(decoder, h.bfloat16())  # fp32 weights, and no autocast
+    _, tangent = torch.func.jvp(lambda x: logits(decoder, x), (h,), (torch.ones_like(h),))
+    torch.testing.assert_close(tangent[0], decoder.weight.sum(1))
     logits(decoder, h).sum().backward()
     assert decoder.weight.grad is not None
     assert not calls

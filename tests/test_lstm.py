@@ -317,6 +317,14 @@ def test_dropconnect_of_a_slice_of_a_wider_weight():
     assert_same(op(*sliced), op(*inputs))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, -1])
+def test_a_nan_of_any_bits_stays_one(bits):
+    x = torch.full((1, 2, 3), bits, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    _, *others = lstm_case(torch.float32, 1, 2, 3, 20)[0]
+    for result in uf.lstm(x, *others):
+        assert result.isnan().all()
+
+
 @pytest.mark.parametrize("hidden", [33, 64])  # 64: whole groups of the mask
 def test_a_dropped_nan_is_no_zero(hidden):
     """w_hh * mask is NaN there, so a model that has gone wrong shows it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ulmfit_fast.ops._common import FLOATS, allows_high, autocast_dtype, needs_grad, readable
 
@@ -13,7 +14,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def logits(decoder: nn.Module, h: Tensor) -> Tensor:
     """decoder(h), h (..., E) -> (..., V), by this library's products where `decoder` is a plain nn.Linear.
 
-    On a CPU, without a gradient and in eager mode: torch's own product is slow there on machines without
+    On a CPU, without derivatives and in eager mode: torch's own product is slow there on machines without
     AMX, and for few rows in 16 bits everywhere.  Everything else, hooks included, is the decoder's own call.
     """
     plain = type(decoder) is nn.Linear and not any(getattr(decoder, hooks) for hooks in _HOOKS)
@@ -21,7 +22,8 @@ def logits(decoder: nn.Module, h: Tensor) -> Tensor:
         return decoder(h)
     weight, bias = decoder.weight, decoder.bias
     eager = all(readable(t) for t in (h, weight, bias) if t is not None)
-    if not eager or needs_grad(h, weight, bias) or h.shape[-1:] != weight.shape[1:]:
+    derived = needs_grad(h, weight, bias) or forward_ad._current_level >= 0
+    if not eager or derived or h.shape[-1:] != weight.shape[1:]:
         return decoder(h)
     x = h.to(autocast_dtype(h))
     master = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32 and x.dtype.itemsize == 2
