@@ -1,5 +1,5 @@
-// Checks of an op's tensors. Every message names the op and the argument, says what it was and what is
-// allowed.
+// Checks of an op's tensors. Every message names the op
+// and the argument, says what it was and what is allowed.
 //
 // The public Python functions check before they call; these hold for every other way in (torch.compile,
 // torch.ops, libtorch), because a kernel that is handed a wrong shape or id would read outside its buffers.

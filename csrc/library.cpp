@@ -25,12 +25,10 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
       "bool reverse, bool high, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor dropped, Tensor gates, Tensor cells)");
   m.def(
-      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? ddropped, Tensor x, Tensor h0, Tensor "
-      "c0, "
-      "Tensor w_ih, Tensor w_hh, Tensor? lengths, Tensor seed, Tensor dropout_seed, Tensor y, Tensor gates, "
-      "Tensor cells, float weight_p, float dropout_p, bool batch_first, bool reverse, bool high, bool "
-      "need_dx, "
-      "bool need_dw) "
+      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? ddropped, "
+      "Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? lengths, Tensor seed, "
+      "Tensor dropout_seed, Tensor y, Tensor gates, Tensor cells, float weight_p, float dropout_p, "
+      "bool batch_first, bool reverse, bool high, bool need_dx, bool need_dw) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
 
   m.def(

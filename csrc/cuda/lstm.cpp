@@ -1,6 +1,6 @@
-// The LSTM. What has no order in time is one product of torch's library each. The recurrence is a product and
-// a fused kernel for every step, for any size and card; or, where it is asked for, one kernel
-// (lstm_persistent.h).
+// The LSTM. What has no order in time is one product of torch's library each.
+// The recurrence is a product and a fused kernel for every step, for any size
+// and card; or, where it is asked for, one kernel (lstm_persistent.h).
 #include "lstm_persistent.h"
 
 namespace ulmfit_fast::cuda {

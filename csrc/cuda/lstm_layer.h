@@ -1,5 +1,5 @@
-// What both directions and both paths of the LSTM share: where a step is, and the weights as products take
-// them.
+// What both directions and both paths of the LSTM share:
+// where a step is, and the weights as products take them.
 #pragma once
 #include "../lstm_inputs.h"
 #include "glue.h"

@@ -1,8 +1,8 @@
-// The namespace that everything below csrc/kernels lives in, one inline copy for each instruction set.
+// The namespace of what is compiled once for each instruction set: one inline copy for each.
 //
-// An ISA file (cpu/isa_*.cpp) defines ULMFIT_ISA before it includes the sources. Because the name differs,
-// the linker cannot merge an AVX-512 copy of an inline function with a baseline one, which would crash an
-// older CPU.
+// An ISA file (cpu/isa_*.cpp) defines ULMFIT_ISA before it includes the
+// sources. Because the name differs, the linker cannot merge an AVX-512 copy
+// of an inline function with a baseline one, which would crash an older CPU.
 #pragma once
 
 #ifndef ULMFIT_ISA

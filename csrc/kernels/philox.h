@@ -1,16 +1,16 @@
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") -> dropout masks.
 //
-// A mask is a pure function of (seed, element index, p), so it is never stored: forward and backward, every
-// ISA, every thread count and every device compute the same bits. The one definition, for element e of a flat
-// row-major tensor:
+// A mask is a pure function of (seed, element index, p), so it is never stored:
+// forward and backward, every ISA, every thread count and every device compute
+// the same bits. The one definition, for element e of a flat row-major tensor:
 //
 //   group g = e / 64, r = e % 64, lane = r % 16, word = r / 16
 //   counter = g * 16 + lane (64 bits in c0, c1; c2 = c3 = 0), key = seed (low word, high word)
 //   dropped  iff  philox(counter, key)[word] < floor(p * 2^32);    kept elements are scaled by 1 / (1 - p)
 //
-// 16 consecutive counters fill one AVX-512 register, and their four output words are then four runs of 16
-// consecutive elements: no shuffle is needed, and narrower machines take the same counters in two or four
-// parts.
+// 16 consecutive counters fill one AVX-512 register, and their four output
+// words are then four runs of 16 consecutive elements: no shuffle is needed,
+// and narrower machines take the same counters in two or four parts.
 #pragma once
 #include <cstdint>
 
@@ -20,8 +20,8 @@ ULMFIT_BEGIN
 
 constexpr int kMaskGroup = 64;  // elements that one run of 16 counters covers
 
-// 32 x 32 -> 64 bit product, in halves. The SIMD wrapper declares it for vectors before it includes this
-// file.
+// 32 x 32 -> 64 bit product, in halves. The SIMD wrapper
+// declares it for vectors before it includes this file.
 ULMFIT_HD void mul_hi_lo(uint32_t a, uint32_t b, uint32_t& hi, uint32_t& lo) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
   hi = static_cast<uint32_t>(product >> 32);

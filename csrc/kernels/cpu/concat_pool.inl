@@ -1,5 +1,5 @@
-// Concat pooling, [last, max, mean] over the first lengths[b] steps, in one pass over the sequence; and its
-// gradient.
+// Concat pooling, [last, max, mean] over the first lengths[b]
+// steps, in one pass over the sequence; and its gradient.
 #pragma once
 #include "storage.h"
 

@@ -1,6 +1,6 @@
-// Embedding lookup with whole rows of the vocabulary dropped. Only the rows that occur are read; a row's mask
-// element is recomputed at each occurrence, which costs ten multiplications against a row of hundreds of
-// floats.
+// Embedding lookup with whole rows of the vocabulary dropped. Only the rows
+// that occur are read; a row's mask element is recomputed at each occurrence,
+// which costs ten multiplications against a row of hundreds of floats.
 #pragma once
 #include "storage.h"
 

@@ -1,9 +1,10 @@
 // Blocked matrix products: everything in this library that multiplies matrices is built from these pieces.
 //
 // C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile`
-// says how an operand lies in memory and holds the micro-kernel; gemm_fma.inl has the FMA tile (float,
-// double), gemm_amx.inl the AMX one. Each element of C is summed in an order that depends on the shape alone,
-// so threads never change a bit of it.
+// says how an operand lies in memory and holds the micro-kernel: gemm_fma.inl (float, double), gemm_dot.inl
+// (bf16 dot products), gemm_amx.inl (bf16 in AMX tiles), gemm_split.inl (float as three bf16 products).
+// gemm_unpacked.inl has the products of few rows, for which B stays as it lies. Each element of C is summed
+// in an order that depends on the shape alone, so threads never change a bit of it.
 #pragma once
 #include "gemm_fma.inl"
 
@@ -72,9 +73,9 @@ inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_
     Tile::store_b_columns(panel, k0, static_cast<int>(padded), tmp, kLine);
   }
 }
-// Packs all panels of B, (K, N), whose row k is a run of memory: load(k, column, n, out) fetches n <= kCols
-// elements of it. Threads share out the rows, so that memory is read as it lies; kRowsAtOnce of them are one
-// thread's.
+// Packs all panels of B, (K, N), whose row k is a run of memory: load(k, column,
+// n, out) fetches n <= kCols elements of it. Threads share out the rows, so that
+// memory is read as it lies; kRowsAtOnce of them are one thread's.
 constexpr int64_t kRowsAtOnce = 64;
 template <class Tile, class Load>
 inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, const Parallel& parallel,
@@ -179,7 +180,7 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
   constexpr bool kPlaced = !std::is_same_v<std::decay_t<Place>, std::nullptr_t>;
-  constexpr int64_t kWholeBytes = 8 << 20;
+  constexpr int64_t kWholeBytes = 8 << 20;  // of packed A, a thread: it must stay in L3 beside B
   if (M == 0 || panels == 0) return;
   const int64_t depth = block_depth<Tile>(K);
   // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 288 x 64

@@ -59,9 +59,9 @@ struct AmxTile : Bf16Packing {
 
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
                             const uint16_t* next, float* c, bool accumulate, int columns = kCols) {
-    // Two tiles by two: 32 rows and half a panel. All rows meet a half before the other one's turn, because
-    // that half then comes from L1 at least in part: with both operands from L2, loading takes longer than
-    // multiplying.
+    // Two tiles by two: 32 rows and half a panel. All rows meet a half before
+    // the other one's turn, because that half then comes from L1 at least in
+    // part: with both operands from L2, loading takes longer than multiplying.
     const int whole = rows / kRows, tail = rows % kRows;
     Ahead ahead{reinterpret_cast<const char*>(next), (2 * whole + (tail > 0 ? 2 : 0))};
     for (int half = 0; 32 * half < columns; ++half)

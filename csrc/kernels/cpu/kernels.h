@@ -1,5 +1,5 @@
-// The CPU kernels' border: plain pointers in, plain pointers out, one table of entry points per instruction
-// set.
+// The CPU kernels' border: plain pointers in, plain pointers
+// out, one table of entry points per instruction set.
 //
 // Nothing here knows torch. Callers allocate every result; shapes stand beside each pointer, rows are
 // contiguous unless a stride is given, and no result may alias an input. T = time steps, B = batch, I =
@@ -31,8 +31,8 @@ struct Parallel {
 struct LstmShape {
   int64_t T, B, I, H;
   bool reverse;  // from each sequence's last valid step back to its first
-  const int64_t*
-      lengths;    // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out
+  // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out.
+  const int64_t* lengths;
   uint64_t seed;  // of the DropConnect mask of w_hh, element index row * H + column
   double weight_p;
   bool high = false;          // fp32: products of torch's "high" precision will do, where they are faster

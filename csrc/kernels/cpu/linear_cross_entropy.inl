@@ -247,8 +247,8 @@ class LinearCrossEntropyPass {
     return far;
   }
 
-  // loss = (1 - a)(lse - z_target) + a (lse - mean z), and what the gradient of L rows from r0 on needs of
-  // it.
+  // loss = (1 - a)(lse - z_target) + a (lse - mean z), and
+  // what the gradient of L rows from r0 on needs of it.
   void finish_rows(const Chunk& now, int64_t r0) const {
     const auto over_panels = [&](const T* parts) {
       V sum{}, part{};  // two levels again: an error here is one of the whole row

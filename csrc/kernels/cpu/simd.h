@@ -1,10 +1,9 @@
-// A thin SIMD wrapper: compiler vector types of ULMFIT_LANES floats, and the few operations that need an
-// intrinsic.
+// A thin SIMD wrapper: compiler vector types of ULMFIT_LANES
+// floats, and the few operations that need an intrinsic.
 //
-// Included once per ISA file, inside its `#pragma GCC target` region; standard headers and <immintrin.h> come
-// before.
-// +, -, *, /, comparisons and ?: are the compiler's own on these types, so only what C++ cannot say is
-// written here.
+// Included once per ISA file, inside its `#pragma GCC target` region; standard
+// headers and <immintrin.h> come before. +, -, *, /, comparisons and ?: are the
+// compiler's own on these types, so only what C++ cannot say is written here.
 #pragma once
 
 #include "../isa_namespace.h"
@@ -80,8 +79,8 @@ ULMFIT_HD V shuffle(V a, V b) {
 #endif
 }
 
-// a * b + c in one rounding where the ISA has it. The build turns contraction off: what is fused is decided
-// here.
+// a * b + c in one rounding where the ISA has it. The build
+// turns contraction off: what is fused is decided here.
 #if ULMFIT_LANES == 16
 ULMFIT_HD VF fma(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 ULMFIT_HD VD fma(VD a, VD b, VD c) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -136,13 +135,13 @@ ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
 }
 
 ULMFIT_END
-// Vector types have no namespace for a template to find their functions in: what philox.h calls must stand
-// before it.
+// Vector types have no namespace for a template to find their
+// functions in: what philox.h calls must stand before it.
 #include "../philox.h"
 ULMFIT_BEGIN
 
-// exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5 polynomial (Cephes expf), below 2 ulp; saturates,
-// keeps NaN.
+// exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5
+// polynomial (Cephes expf), below 2 ulp; saturates, keeps NaN.
 ULMFIT_HD VF exp_(VF x) {
   x = max_(broadcast(-87.3365447505531f), min_(broadcast(88.3762626647950f), x));
   const VF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits

@@ -1,5 +1,5 @@
-// Standard headers, included before an ISA file opens its target region: their inline functions must stay
-// baseline.
+// Standard headers, included before an ISA file opens its
+// target region: their inline functions must stay baseline.
 #pragma once
 #include <atomic>
 #include <cmath>

@@ -17,8 +17,8 @@ ULMFIT_HD VU widened(VH h) { return __builtin_convertvector(h, VU); }
 #endif
 
 ULMFIT_HD VF from_bf16(VH h) { return (VF)(widened(h) << 16); }
-// Round to nearest even; NaN stays NaN (a quiet bit is set, so that truncation cannot make an infinity of
-// it).
+// Round to nearest even; NaN stays NaN (a quiet bit is
+// set, so that truncation cannot make an infinity of it).
 ULMFIT_HD VU bf16_bits(VF v) {
   const VU bits = (VU)v;
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -44,8 +44,8 @@ ULMFIT_HD VH to_f16(VF v) {
 ULMFIT_HD VF from_f16(VH h) { return (VF)vcvt_f32_f16((float16x4_t)h); }
 ULMFIT_HD VH to_f16(VF v) { return (VH)vcvt_f16_f32((float32x4_t)v); }
 #else
-// Without F16C: move the bits and let one multiplication do the subnormals (both ways exact or rounded to
-// even).
+// Without F16C: move the bits and let one multiplication
+// do the subnormals (both ways exact or rounded to even).
 ULMFIT_HD VF from_f16(VH h) {
   const VU u = widened(h);
   const VU sign = (u & 0x8000u) << 16, magnitude = (u & 0x7FFFu) << 13;
@@ -113,7 +113,7 @@ ULMFIT_HD Vec<T> round_as(DType dtype, Vec<T> v) {
   return v;
 }
 
-// Whole rows: n elements from `at` on. f(vector, offset, lanes) style loops stay in the callers' hands.
+// Whole rows: n elements from `at` on.
 template <class T>
 inline void load_row(DType dtype, const void* p, int64_t at, int64_t n, T* out) {
   constexpr int L = lanes_of<T>;
