@@ -24,6 +24,7 @@ Tensor logits(const Tensor& h_in, const Tensor& weight_in, const OptionalTensor&
   }
   a.bias = bias_in.has_value() ? data_of(bias) : nullptr;
   a.high = high;
+  a.out_type = a.h.dtype;
   const Tensor out = empty_like(h, {a.N, a.V});
   use_huge_pages({out});
   a.out = data_of(out);

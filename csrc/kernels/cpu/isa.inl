@@ -47,7 +47,8 @@ inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel
   with_tile(args.x.dtype, args.shape.high, [&](auto tile) { lstm_backward<decltype(tile)>(args, parallel); });
 }
 inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
-  with_tile(args.h.dtype, args.high,
+  const bool few = !args.gradient && args.N <= FmaTile<float>::kUnpackedRows;
+  with_tile(args.h.dtype, args.high && !few,
             [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); });
 }
 inline void run_logits(const Logits& args, const Parallel& parallel) {

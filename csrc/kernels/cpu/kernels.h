@@ -91,7 +91,8 @@ struct Logits {
   Matrix weight;     // (V, E)
   const void* bias;  // (V) in weight's dtype, or nullptr
   bool high;         // as LstmShape's
-  void* out;         // (N, V) in h's dtype
+  DType out_type;    // h's, or what its products are summed in
+  void* out;         // (N, V)
 };
 
 struct EmbeddingDropout {

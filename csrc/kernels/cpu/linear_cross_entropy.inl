@@ -11,6 +11,7 @@
 // once a chunk, which is why a chunk has many rows. The reference is the row's largest logit among the first
 // panel's words: any near the largest will do.
 #pragma once
+#include "linear_cross_entropy_few.inl"
 #include "linear_cross_entropy_weight.inl"
 
 ULMFIT_BEGIN
@@ -319,6 +320,8 @@ class LinearCrossEntropyPass {
 
 template <class Tile>
 void linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
+  if (!args.gradient && args.N <= Tile::kUnpackedRows)
+    return linear_cross_entropy_of_few<Tile>(args, parallel);
   LinearCrossEntropyPass<Tile>(args, parallel).run();
 }
 

@@ -23,7 +23,7 @@ void logits(const Logits& p, const Parallel& parallel) {
     if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, words, bias);
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < words; j += L)
-        store_as<T>(p.h.dtype, p.out, (row0 + r) * p.V + panel * kCols + j,
+        store_as<T>(p.out_type, p.out, (row0 + r) * p.V + panel * kCols + j,
                     load(tile + r * kCols + j) + load(bias + j), words - j < L ? words - j : L);
   };
 
