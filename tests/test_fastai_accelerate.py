@@ -35,6 +35,8 @@ pytestmark = pytest.mark.cpu_only("fastai's side is the CPU's")
 # weight_p is not 0, with which fastai's WeightDropout takes the raw weight for the module's own, and dies
 NO_DROPOUT = dict(output_p=0.0, hidden_p=0.0, input_p=0.0, embed_p=0.0, weight_p=1e-13)
 
+WHOLE = 128
+
 
 @pytest.fixture(scope="module")
 def lm_dls(tmp_path_factory):
@@ -44,6 +46,12 @@ def lm_dls(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dls(tmp_path_factory):
     return in_order(reviews(write_reviews(tmp_path_factory.mktemp("reviews"))))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Documents of one chunk of WHOLE words, which fastai reads rightly in every batch."""
+    return in_order(reviews(write_reviews(tmp_path_factory.mktemp("reviews")), seq_len=WHOLE))
 
 
 def close(ours, theirs, rtol=1e-10):
@@ -64,10 +72,10 @@ def test_a_fit_of_the_language_model_has_fastais_numbers(lm_dls):
 
 
 @float64()
-def test_a_fit_of_the_classifier_has_fastais_numbers(dls):
+def test_a_fit_of_the_classifier_has_fastais_numbers(short):
     config = {**CLAS_CONFIG, **NO_DROPOUT}
-    options = dict(config=config, ps=[0.0], metrics=accuracy)
-    theirs, ours = twins(classifier, dls, [THEIRS, THEIRS], **options)
+    options = dict(config=config, ps=[0.0], metrics=accuracy, seq_len=WHOLE)
+    theirs, ours = twins(classifier, short, [THEIRS, THEIRS], **options)
     uf.accelerate(ours)
     assert type(ours.model[0]) is uf.SentenceEncoder and isinstance(ours.model[0].module, OURS)
     for mine, other in zip(fitted(ours, 2), fitted(theirs, 2), strict=True):
@@ -151,8 +159,8 @@ def test_parameters_that_were_replaced_come_back(lm_dls):
 
 
 @pytest.mark.parametrize("make", [lm_learner, classifier])
-def test_predictions_of_an_accelerated_learner(make, lm_dls, dls):
-    learn = make(lm_dls if make is lm_learner else dls, THEIRS)
+def test_predictions_of_an_accelerated_learner(make, lm_dls, short):
+    learn = lm_learner(lm_dls, THEIRS) if make is lm_learner else classifier(short, THEIRS, seq_len=WHOLE)
 
     def everything():
         torch.manual_seed(0)

@@ -114,22 +114,48 @@ def test_reverse_direction_is_dropped_too():
         assert torch.equal(first, model(x)[..., 4:]) == repeats
 
 
-def test_documents_may_come_in_any_order():
-    """Whole chunks of padding before the shorter ones; fastai reads other rows than those that have begun."""
-    lengths, bptt = (6, 20, 13), 7
-    rows = torch.ones(3, 20, dtype=torch.int64)
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        begin = (20 - length) // bptt * bptt
-        row[begin : begin + length] = tokens(1, length, seed=i)[0]
+def padded(documents, bptt, first):
+    """As fastai's `pad_chunk` pads (first), whole chunks before and the rest after, or all of it after."""
+    columns = max(map(len, documents))
+    rows = torch.ones(len(documents), columns, dtype=torch.int64)
+    for row, document in zip(rows, documents, strict=True):
+        begin = (columns - len(document)) // bptt * bptt if first else 0
+        row[begin : begin + len(document)] = document
+    return rows
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("longest", [19, 20, 21])
+def test_documents_are_read_as_when_alone(longest, first):
+    """In any order: fastai reads other rows than those that have begun, and reads the last word elsewhere."""
+    lengths, bptt = (6, longest, 13, 2, 14, 15, 18), 7  # 15's padding reaches the last chunk's first column
+    documents = [tokens(1, n, seed=n)[0] for n in lengths]
     torch.manual_seed(0)
     model = get_text_classifier(THEIRS, V, 2, seq_len=bptt, config=CLAS_CONFIG).eval()
-    order = [1, 2, 0]
-    expected = model(rows[order])[0]
-    assert not torch.allclose(model(rows)[0][order], expected, rtol=0.1)
+    alone = torch.cat([model(document[None])[0] for document in documents])
+    longest_first = torch.tensor(lengths).argsort(descending=True)
     model[0] = uf.SentenceEncoder(bptt, model[0].module, max_len=model[0].max_len).eval()
-    torch.testing.assert_close(model(rows)[0][order], expected)
+    head = uf.PoolingLinearClassifier([36, 50, 2], [0.4, 0.1], bptt).eval()
+    head.load_state_dict(model[1].state_dict())
+    theirs = nn.Sequential(SentenceEncoder(bptt, model[0].module), model[1]).eval()
+    model[1] = head
+    for order in (longest_first, torch.arange(len(lengths)), longest_first.flip(0)):
+        batch = padded(documents, bptt, first)[order]
+        right = first and longest % bptt == 0 and order is longest_first  # the one case that is in fastai
+        assert torch.allclose(theirs(batch)[0], alone[order], rtol=1e-3) == right
+        torch.testing.assert_close(model(batch)[0], alone[order])
     model[0].module = OURS(V, **{k: v for k, v in CLAS_CONFIG.items() if k != "output_p"}).eval()
-    torch.testing.assert_close(model(rows)[0][order], model(rows[order])[0])
+    mine = torch.cat([model(document[None])[0] for document in documents])
+    torch.testing.assert_close(model(padded(documents, bptt, first))[0], mine)
+
+
+def test_an_empty_document_leaves_the_others():
+    encoder = uf.SentenceEncoder(4, OURS(V, 6, 10, 2)).eval()
+    x = tokens(3, 10)
+    x[1] = 1
+    out, mask = encoder(x)
+    assert mask[1].all() and not out[1].any()
+    torch.testing.assert_close(out[[0, 2]], encoder(x[[0, 2]])[0])
 
 
 def test_a_document_that_begins_inside_a_chunk_is_an_error():

@@ -12,6 +12,7 @@ where they take fastai's own; weights go both ways. A learner that is there alre
 from .fastai_modules import (
     AWD_LSTM,
     EmbeddingDropout,
+    PoolingLinearClassifier,
     RNNDropout,
     SentenceEncoder,
     WeightDropout,
@@ -23,6 +24,7 @@ __all__ = [
     "AWD_LSTM",
     "Accelerated",
     "EmbeddingDropout",
+    "PoolingLinearClassifier",
     "RNNDropout",
     "SentenceEncoder",
     "WeightDropout",

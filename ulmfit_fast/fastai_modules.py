@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from . import ops
 from .encoder import AWDLSTM, WeightDropLayer
 from .nn import EmbeddingDropout, Seed, VariationalDropout, WeightDropLSTM, draw_seed
 
-__all__ = ["AWD_LSTM", "EmbeddingDropout", "RNNDropout", "SentenceEncoder", "WeightDropout", "dropout_mask"]
+__all__ = [
+    "AWD_LSTM",
+    "EmbeddingDropout",
+    "PoolingLinearClassifier",
+    "RNNDropout",
+    "SentenceEncoder",
+    "WeightDropout",
+    "dropout_mask",
+]
 
 RNNDropout = VariationalDropout
 
@@ -155,32 +164,64 @@ class AWD_LSTM(AWDLSTM):
 
 
 class SentenceEncoder(core.SentenceEncoder):
-    """fastai's `SentenceEncoder`, for documents in any order.
+    """fastai's `SentenceEncoder`, for documents in any order, padded before or after their words.
 
-    fastai's reads the first rows of each chunk, as many as have begun, which are the right ones only where
-    the rows that begin earlier come first; else it is silently wrong.  Here they are brought into that order
-    and back.  What it has in common with fastai's: documents begin where a chunk does, the state is detached
-    between chunks, and of a document longer than max_len only whole chunks at its end are pooled.
+    fastai's counts the rows with a word in a chunk's first column and reads as many from the top.  Those are
+    the wrong ones where the batch is not sorted, and also where padding at a document's end reaches that
+    column; then it is silently wrong.  Here each chunk is read by the rows that have begun.  What it has in
+    common with fastai's: documents begin where a chunk does, the state is detached between chunks, and of a
+    document longer than max_len only whole chunks at its end are pooled.
     """
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """input (B, T) token numbers -> outputs (B, L, emb_sz), mask (B, L): True where there is padding.
 
-        ValueError where a document begins inside a chunk: fastai's leaves the chunk's tokens out.
+        Whole chunks of padding after a document come before it in what is returned, as the head's pooling
+        looks for the last word in the last bptt columns.  ValueError where a document begins inside a chunk:
+        fastai's leaves the chunk's tokens out.
         """
-        begins = (input == self.pad_idx).long().cumprod(1).sum(1).tolist()  # padding before each document
-        for row, begin in enumerate(begins):
-            if begin % self.bptt and begin < input.size(1):
+        rows, columns = input.shape
+        padding = input.as_subclass(Tensor) == self.pad_idx
+        begins = padding.long().cumprod(1).sum(1)  # padding before each document
+        after = padding.flip(1).long().cumprod(1).sum(1).where(begins < columns, 0)
+        for row, begin in enumerate(begins.tolist()):
+            if begin % self.bptt and begin < columns:
                 raise ValueError(
                     f"input must be padded in whole chunks of bptt = {self.bptt} before each document, but "
                     f"row {row} begins at {begin}: give the DataLoaders and the learner the same seq_len"
                 )
-        order = sorted(range(len(begins)), key=begins.__getitem__)
-        if order == list(range(len(begins))):
-            return super().forward(input)
-        back = torch.argsort(torch.tensor(order))
-        out, mask = super().forward(input[order])
-        return out[back], mask[back]
+        shift = after // self.bptt * self.bptt
+        begins, order = (begins + shift).sort(stable=True)
+        places = torch.arange(columns, device=input.device) - shift[order, None]
+        input = input[order].gather(1, places % columns)
+        padding, begins = input == self.pad_idx, begins.tolist()
+        self.reset()
+        outs, masks = [], []
+        for start in range(0, columns, self.bptt):
+            chunk = slice(start, start + self.bptt)
+            out = self.module(input[: bisect_right(begins, start), chunk])
+            if self.max_len is None or columns - start <= self.max_len:
+                outs.append(core._pad_tensor(out, rows))
+                masks.append(padding[:, chunk])
+        back = order.argsort()
+        return torch.cat(outs, 1)[back], torch.cat(masks, 1)[back]
+
+
+class PoolingLinearClassifier(core.PoolingLinearClassifier):
+    """fastai's classifier head, which takes the output after each document's last word, however short it is.
+
+    fastai's counts the padding in the last bptt columns, also that before a document that begins there, and
+    so goes back too far in one shorter than bptt.
+    """
+
+    def forward(self, input: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """outputs (B, L, emb_sz), mask (B, L) as of `SentenceEncoder` -> (B, classes), outputs twice."""
+        out, mask = input
+        pooled = core.masked_concat_pool(out, mask, self.bptt)
+        after = mask.flip(1).long().cumprod(1).sum(1)
+        last = out[torch.arange(len(out)), -after.clamp(max=mask.size(1) - 1) - 1]
+        x = self.layers(torch.cat([last, pooled[:, last.size(1) :]], 1))
+        return x, out, out
 
 
 core._model_meta[AWD_LSTM] = core._model_meta[awdlstm.AWD_LSTM].copy()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from . import ops
-from .fastai_modules import AWD_LSTM, SentenceEncoder
+from .fastai_modules import AWD_LSTM, PoolingLinearClassifier, SentenceEncoder
 
 _MODULE_STATE = set(vars(nn.Module())) - {"_modules"}  # parameters, buffers, hooks, training
 _READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
@@ -52,7 +52,8 @@ def accelerate(learn: Learner) -> Learner:
     """Put this library's modules into a learner, in place, where it has fastai's `AWD_LSTM`.
 
     The new modules hold the very Parameter objects and hooks of the old ones, so the optimizer with its
-    state and groups stays as it is.  `SentenceEncoder` is swapped too.  For a language model whose loss is
+    state and groups stays as it is.  A classifier's `SentenceEncoder` and `PoolingLinearClassifier` are
+    swapped too: fastai's read documents wrongly in many a batch.  For a language model whose loss is
     fastai's cross-entropy, the decoder and the loss become one op that never holds all the logits; they are
     made when something other than that loss reads them: a metric like `accuracy`, `predict`, a callback.
     `learn.accelerated` says what was done.  A learner made with our `AWD_LSTM` gains the last part.
@@ -71,6 +72,8 @@ def accelerate(learn: Learner) -> Learner:
             new[module] = _encoder_like(module)
         elif type(module) is core.SentenceEncoder and isinstance(module.module, AWD_LSTM | awdlstm.AWD_LSTM):
             new[module] = _with_class(module, SentenceEncoder)
+        elif type(module) is core.PoolingLinearClassifier:
+            new[module] = _with_class(module, PoolingLinearClassifier)
     if not any(isinstance(module, AWD_LSTM) for module in [*new.values(), *learn.model.modules()]):
         raise TypeError(
             "learn must hold fastai's AWD_LSTM itself, as language_model_learner(dls, AWD_LSTM) makes it (no "
