@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ulmfit_fast import fastai as uf
-from ulmfit_fast import fastai_swap
+from ulmfit_fast import fastai_fused
 
 pytestmark = pytest.mark.cpu_only("fastai's side is the CPU's")
 
@@ -44,14 +44,14 @@ def lm_dls(tmp_path_factory):
 @pytest.fixture
 def made(monkeypatch):
     """The shapes of the logits that were made."""
-    shapes, make = [], fastai_swap.Logits.make
+    shapes, make = [], fastai_fused.Logits.make
 
     def watched(logits):
         if logits.made is None:
             shapes.append(tuple(logits.shape))
         return make(logits)
 
-    monkeypatch.setattr(fastai_swap.Logits, "make", watched)
+    monkeypatch.setattr(fastai_fused.Logits, "make", watched)
     return shapes
 
 
@@ -108,6 +108,58 @@ def test_metrics_that_need_logits_get_them_in_validation(lm_dls, made):
     assert repr(learn.accelerated).endswith("logits are made in training and validation, for accuracy")
 
 
+@float64()
+def test_metrics_of_training_are_those_before_the_step(lm_dls):
+    learners = twins(lm_learner, lm_dls, [OURS, OURS], metrics=accuracy)
+    uf.accelerate(learners[1])
+    for learn in learners:
+        learn.recorder.train_metrics = True
+        fitted(learn, 2)
+    plain, fused = (torch.tensor(learn.recorder.values) for learn in learners)
+    assert plain.shape == (2, 4)  # losses and accuracies of training and of validation
+    close(fused, plain)
+
+
+def stepped(learn):
+    """A step of fastai's optimizer, which writes to p.data."""
+    learn.create_opt()
+    for parameter in learn.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learn.opt.set_hyper("lr", 1e-2)
+    learn.opt.step()
+
+
+def loaded(learn):
+    learn.model.load_state_dict({key: t + 1 for key, t in learn.model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [stepped, loaded])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_logits_of_weights_that_are_no_more_are_an_error(change, tie_weights, lm_dls):
+    learn = uf.accelerate(lm_learner(lm_dls, config={**LM_CONFIG, "tie_weights": tie_weights}))
+    learn.model.eval()
+    x, y = lm_dls.valid.one_batch()
+    read, unread = learn.model(x)[0], learn.model(x)[0]
+    before = read + 0
+    change(learn)
+    assert torch.equal(read + 0, before)
+    for late in (lambda: unread.sum(), lambda: learn.loss_func(unread, y)):
+        with pytest.raises(RuntimeError, match="the decoder's weights have been changed before that: read"):
+            late()
+
+
+def test_logits_of_other_weights_for_one_call(lm_dls):
+    plain, fused = twins(lm_learner, lm_dls, [OURS, OURS])
+    uf.accelerate(fused)
+    x = lm_dls.valid.one_batch()[0]
+    twice = {name: 2 * p.detach() for name, p in plain.model.named_parameters()}
+    expected, logits = (
+        torch.func.functional_call(learn.model.eval(), twice, (x,))[0] for learn in (plain, fused)
+    )
+    assert type(logits) is fastai_fused.Logits
+    torch.testing.assert_close(logits + 0, expected)
+
+
 @pytest.mark.parametrize("what", ["to_fp16", "to_bf16", "lr_find", "accumulation", "smoothing", "ignore"])
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_what_learners_do_works_fused(what, lm_dls, made, tmp_path):
@@ -154,9 +206,40 @@ def test_a_hooked_decoder_keeps_its_logits(lm_dls, made):
     learn, seen = uf.accelerate(lm_learner(lm_dls)), []
     handle = learn.model[1].decoder.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     x = lm_dls.valid.one_batch()[0]
-    assert type(learn.model(x)[0]) is not fastai_swap.Logits and len(seen) == 1
+    assert type(learn.model(x)[0]) is not fastai_fused.Logits and len(seen) == 1
     handle.remove()
-    assert type(learn.model(x)[0]) is fastai_swap.Logits and len(seen) == 1
+    assert type(learn.model(x)[0]) is fastai_fused.Logits and len(seen) == 1
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "option, waits", [(None, True), ("find_unused_parameters", False), ("static_graph", False)]
+)
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_gradients_under_ddp(option, waits, tie_weights, lm_dls, process_group):
+    """Two of DDP's options look into what the model returns, and late logits show them no decoder."""
+    config = {**LM_CONFIG, "tie_weights": tie_weights}
+    plain, fused = twins(lm_learner, lm_dls, [OURS, OURS], config=config)
+    uf.accelerate(fused)
+    x, y = (t.as_subclass(torch.Tensor) for t in lm_dls.train.one_batch())
+    parallel = nn.parallel.DistributedDataParallel(fused.model, **({option: True} if option else {}))
+    for _ in range(2):
+        gradients = []
+        for model, loss_func in ((plain.model, plain.loss_func), (parallel, fused.loss_func)):
+            torch.manual_seed(0)
+            model.zero_grad()
+            logits = model(x)[0]
+            loss_func(logits, y).backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert (type(logits) is fastai_fused.Logits) == waits
+        for mine, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -8,28 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, ValueMetric
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import LossMetric, Perplexity
+from fastai.learner import Learner
 from fastai.text.models import awdlstm, core
-from fastai.torch_core import TensorBase
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from . import ops
+from .fastai_fused import FusedDecoder, FusedLoss, when_made, why_not_fused
 from .fastai_modules import AWD_LSTM, PoolingLinearClassifier, SentenceEncoder
 
 _MODULE_STATE = set(vars(nn.Module())) - {"_modules"}  # parameters, buffers, hooks, training
-_READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
-_METADATA = {
-    torch.is_floating_point,
-    Tensor.is_floating_point,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.__len__,
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
-}
 
 
 @dataclass
@@ -82,12 +68,12 @@ def accelerate(learn: Learner) -> Learner:
     decoders = [m for m in learn.model.modules() if type(m) is core.LinearDecoder]
     if not decoders:
         record.loss = "no language model's decoder, whose loss could be fused"
-    elif why := _why_not_fused(learn.loss_func):
+    elif why := next(filter(None, (why_not_fused(decoder, learn.loss_func) for decoder in decoders)), ""):
         record.loss = f"logits are kept: {why}"
     else:
         new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in decoders}
-        record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func)
-        record.loss = f"decoder and loss are one op: logits are {_when_made(learn)}"
+        record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func, learn)
+        record.loss = f"decoder and loss are one op: logits are {when_made(learn)}"
     for parent, name, module in list(_children(learn)):
         if module in new:
             record.swapped.append((parent, name, module, new[module]))
@@ -167,97 +153,3 @@ def _copy_state(to: nn.Module, source: nn.Module) -> None:
             setattr(twin, p, getattr(module, p))
     to.reset()  # what the layers keep of a call before
     to.bs, to.hidden = source.bs, list(source.hidden)
-
-
-def _why_not_fused(loss: Callable) -> str:
-    """Why the decoder cannot be fused with this loss, or ""."""
-    if type(loss) is not CrossEntropyLossFlat:
-        return f"the loss is {loss!r}, not fastai's CrossEntropyLossFlat"
-    if loss.func.weight is not None:
-        return "the loss has class weights"
-    if loss.axis != -1 or loss.floatify or not loss.flatten or not loss.is_2d:
-        return "the loss has axis, flatten, floatify or is_2d other than by default"
-    return ""
-
-
-def _when_made(learn: Learner) -> str:
-    readers = [metric.name for metric in learn.metrics if not isinstance(metric, _READ_THE_LOSS)]
-    if not readers:
-        return "not made"
-    in_training = getattr(getattr(learn, "recorder", None), "train_metrics", False)
-    return f"made in {'training and ' * in_training}validation, for {', '.join(readers)}"
-
-
-class Logits(Tensor):
-    """Logits (B, T, V) that do not exist until they are read: a decoder and its dropped input (B, T, E).
-
-    Shape, dtype and device are known; everything else is done with the real ones, made then and kept.
-    Like fastai's mixed precision wants them, they are float32 where the input has 16 bits.
-    """
-
-    @staticmethod
-    def __new__(cls, decoder: nn.Linear, h: Tensor) -> Logits:
-        shape = (*h.shape[:-1], decoder.out_features)
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=h.device)
-
-    def __init__(self, decoder: nn.Linear, h: Tensor) -> None:
-        self.decoder, self.h, self.made = decoder, h, None
-
-    def make(self) -> Tensor:
-        if self.made is None:
-            h = self.h.as_subclass(Tensor)
-            if not torch.is_autocast_enabled(h.device.type):
-                h = h.to(self.decoder.weight.dtype)
-            # not a plain Tensor: fastai casts one that it gets out of a Logits to the type it put in
-            kind = TensorBase if type(self.h) is Tensor else type(self.h)
-            self.made = self.decoder(h).to(self.dtype).as_subclass(kind)
-        return self.made
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func is Tensor.float and args[0].dtype == torch.float32:
-            return args[0]
-        args, kwargs = tree_map_only(Logits, Logits.make, (args, kwargs))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
-        raise RuntimeError(
-            f"{func} reads logits that do not exist: restore(learn) gives fastai's decoder back"
-        )
-
-
-class FusedDecoder(core.LinearDecoder):
-    """fastai's `LinearDecoder` that leaves the logits to the loss."""
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dropped = self.output_dp(input)
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(self.decoder, name) for name in hooks)  # they want to see the call
-        return self.decoder(dropped) if hooked else Logits(self.decoder, dropped), input, dropped
-
-
-class FusedLoss(CrossEntropyLossFlat):
-    """fastai's cross-entropy, which computes it without the logits where they are not made."""
-
-    def __init__(self, loss: CrossEntropyLossFlat) -> None:
-        vars(self).update(vars(loss))
-
-    def __call__(self, inp: Tensor, targ: Tensor, **kwargs: Any) -> Tensor:
-        if not isinstance(inp, Logits) or inp.made is not None or kwargs:
-            return super().__call__(inp, targ, **kwargs)
-        loss = ops.linear_cross_entropy(
-            inp.h.as_subclass(Tensor),
-            inp.decoder.weight,
-            inp.decoder.bias,
-            targ.as_subclass(Tensor).long(),
-            ignore_index=self.func.ignore_index,
-            label_smoothing=self.func.label_smoothing,
-            reduction=self.func.reduction,
-        )
-        return loss.flatten() if loss.dim() else loss
