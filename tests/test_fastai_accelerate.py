@@ -1,5 +1,6 @@
 """accelerate(learn) and restore(learn): an existing learner keeps all it has, and its numbers."""
 
+import copy
 import warnings
 
 import pytest
@@ -26,8 +27,10 @@ from fastai.text.all import (
     accuracy,
     load_learner,
 )
+from fastai.text.models import awdlstm
 from fastai.text.models.core import LinearDecoder, SentenceEncoder
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ulmfit_fast import fastai as uf
 
@@ -212,3 +215,86 @@ def test_learners_that_are_refused(lm_dls, dls):
     with pytest.raises(ValueError, match="weight_p must be a number in"):
         uf.accelerate(learn)
     assert type(learn.model[0]) is SentenceEncoder and type(learn.model[0].module) is THEIRS
+
+
+class Scaled(nn.Module):
+    """Takes the place of a dropout, with its p."""
+
+    p = 0.1
+
+    def forward(self, x):
+        return 3 * x
+
+
+class Doubled(awdlstm.WeightDropout):
+    def forward(self, *args):
+        output, state = super().forward(*args)
+        return 2 * output, state
+
+
+def lstm(*args, **options):
+    return nn.LSTM(*args, batch_first=True, **options)
+
+
+CHANGES = {
+    r"hidden_dps\.0 \(Scaled\).*RNNDropout itself": lambda e: setattr(e.hidden_dps, "0", Scaled()),
+    r"input_dp \(Identity\).*RNNDropout itself": lambda e: setattr(e, "input_dp", nn.Identity()),
+    r"encoder_dp \(Sequential\).*EmbeddingDropout itself": lambda e: setattr(
+        e, "encoder_dp", nn.Sequential(e.encoder)
+    ),
+    r"rnns\.0 \(Doubled\).*WeightDropout itself": lambda e: setattr(e.rnns, "0", Doubled(lstm(12, 20), 0.1)),
+    r"rnns\.0 \(LSTM\).*WeightDropout itself": lambda e: setattr(e.rnns, "0", lstm(12, 20)),
+    r"rnns\.0 .*layer_names \['weight_hh_l0'\], not .*weight_ih": lambda e: setattr(
+        e.rnns, "0", awdlstm.WeightDropout(lstm(12, 20), 0.1, ["weight_hh_l0", "weight_ih_l0"])
+    ),
+    r"rnns\.0\.module .*num_layers=1, not 2": lambda e: setattr(
+        e.rnns, "0", awdlstm.WeightDropout(lstm(12, 20, 2), 0.1)
+    ),
+    r"rnns\.0\.module .*bias=True, not False": lambda e: setattr(
+        e.rnns, "0", awdlstm.WeightDropout(lstm(12, 20, bias=False), 0.1)
+    ),
+    r"rnns\.1\.module .*parameters .*\(48, 20\).*, not .*\(48, 16\)": lambda e: setattr(
+        e.rnns, "1", awdlstm.WeightDropout(lstm(16, 12), 0.1)
+    ),
+    r"rnns\.1\.module \(ParametrizedLSTM\).*LSTM itself": lambda e: weight_norm(
+        e.rnns[1].module, "weight_ih_l0"
+    ),
+    r"encoder \(Embedding\).*max_norm=None, not 0.1": lambda e: setattr(e.encoder, "max_norm", 0.1),
+    r"0 \(AWD_LSTM\).*own forward": lambda e: setattr(e, "forward", lambda inp: inp),
+    r"extra \(Linear\).*needs nothing": lambda e: setattr(e, "extra", nn.Linear(3, 3)),
+    r"hidden_dps\.1 \(NoneType\).*needs a module": lambda e: setattr(e, "hidden_dps", e.hidden_dps[:1]),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_changed_encoder_is_refused(message, lm_dls):
+    """As the change would be lost; the learner stays as it is."""
+    learn = lm_learner(lm_dls, THEIRS)
+    CHANGES[message](learn.model[0])
+    modules, loss_func = list(learn.model.modules()), learn.loss_func
+    with pytest.raises(TypeError, match=rf"learn\.model\.0?\.?{message}"):
+        uf.accelerate(learn)
+    assert list(learn.model.modules()) == modules and learn.loss_func is loss_func
+    assert "accelerated" not in vars(learn)
+
+
+def test_a_compiled_encoder_is_refused(lm_dls):
+    learn = lm_learner(lm_dls, THEIRS)
+    learn.model[0] = torch.compile(learn.model[0], backend="eager")
+    with pytest.raises(TypeError, match=r"learn\.model\.0 is compiled.*accelerate\(learn\) first"):
+        uf.accelerate(learn)
+
+
+@BOTH
+def test_an_accelerated_learner_can_be_copied(arch, lm_dls):
+    learn = lm_learner(lm_dls, arch)
+    fitted(learn)  # fastai's modules keep a dropped weight
+    twin = copy.deepcopy(uf.accelerate(learn))
+    uf.restore(learn)
+    x = lm_dls.valid.one_batch()[0]
+    for one in (learn, twin):
+        one.model.eval()
+        one.model.reset()
+    torch.testing.assert_close(twin.model(x)[0] + 0, learn.model(x)[0])
+    fitted(twin)
+    assert not torch.equal(twin.model[0].encoder.weight, learn.model[0].encoder.weight)

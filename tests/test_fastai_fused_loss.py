@@ -71,6 +71,12 @@ def close(ours, theirs, rtol=1e-10):
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
 
 
+def of_probabilities():
+    loss = CrossEntropyLossFlat()
+    loss.func = nn.NLLLoss()
+    return loss
+
+
 @float64()
 def test_fused_loss_has_the_numbers_of_the_logits(lm_dls):
     """With dropout, as both draw the same masks."""
@@ -248,6 +254,7 @@ def test_gradients_under_ddp(option, waits, tie_weights, lm_dls, process_group):
         (LabelSmoothingCrossEntropyFlat(), "the loss is .*not fastai's CrossEntropyLossFlat"),
         (nn.CrossEntropyLoss(), "the loss is CrossEntropyLoss.*not fastai's"),
         (CrossEntropyLossFlat(weight=torch.ones(3)), "the loss has class weights"),
+        (of_probabilities(), "the loss computes NLLLoss"),
         (CrossEntropyLossFlat(axis=1), "the loss has axis"),
     ],
 )
@@ -258,6 +265,54 @@ def test_losses_that_cannot_be_fused(loss, reason, lm_dls):
     assert re.search(f"logits are kept: {reason}", repr(learn.accelerated))
     assert isinstance(learn.model[0], OURS) and type(learn.model[1]) is LinearDecoder
     assert learn.loss_func is loss
+
+
+class LoRA(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_forward(module):
+    module.forward = lambda x: (2 * x, x, x)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda d: setattr(d, "decoder", LoRA(12, 48)), "the decoder's map is a LoRA"),
+        (lambda d: setattr(d, "decoder", nn.Sequential(d.decoder)), "the decoder's map is a Sequential"),
+        (lambda d: with_forward(d.decoder), "the decoder's map is a Linear, or has a forward of its own"),
+        (with_forward, "the decoder has a forward of its own"),
+    ],
+)
+def test_decoders_that_cannot_be_fused(change, reason, lm_dls, made):
+    learn = lm_learner(lm_dls, THEIRS)
+    change(learn.model[1])
+    uf.accelerate(learn)
+    assert f"logits are kept: {reason}" in repr(learn.accelerated)
+    assert type(learn.model[1]) is LinearDecoder and isinstance(learn.model[0], OURS)
+    late = uf.accelerate(lm_learner(lm_dls, THEIRS))
+    change(late.model[1])  # one that is changed afterwards
+    x = lm_dls.valid.one_batch()[0]
+    assert type(late.model(x)[0]) is not fastai_fused.Logits and made == []
+
+
+def test_a_parametrized_decoder_is_fused(lm_dls):
+    plain, fused = twins(lm_learner, lm_dls, [OURS, OURS], config={**LM_CONFIG, "tie_weights": False})
+    x, y = lm_dls.valid.one_batch()
+    losses, gradients = [], []
+    for learn in (plain, fused):
+        nn.utils.parametrizations.weight_norm(learn.model[1].decoder)
+        if learn is fused:
+            uf.accelerate(learn)
+        torch.manual_seed(0)
+        losses.append(torch.Tensor(learn.loss_func(learn.model(x)[0], y)))
+        losses[-1].backward()
+        gradients.append([p.grad for p in learn.model[1].parameters()])
+    assert type(fused.model(x)[0]) is fastai_fused.Logits and len(gradients[0]) == 3
+    close(losses[1], losses[0], rtol=1e-5)
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_a_loss_set_afterwards_stays(lm_dls):

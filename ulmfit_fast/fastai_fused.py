@@ -34,8 +34,10 @@ _SAMPLED = 2**14  # elements of a weight, at most, in which a change is looked f
 
 def why_not_fused(decoder: core.LinearDecoder, loss: Callable) -> str:
     """Why this decoder cannot be fused with this loss, or ""."""
-    if "forward" in vars(decoder) or not _is_linear(decoder.decoder):
-        return f"the decoder is no plain nn.Linear, but {decoder.decoder!r}"
+    if "forward" in vars(decoder):
+        return "the decoder has a forward of its own"
+    if not _is_linear(decoder.decoder):
+        return f"the decoder's map is a {type(decoder.decoder).__name__}, or has a forward of its own"
     if type(loss) is not CrossEntropyLossFlat:
         return f"the loss is {loss!r}, not fastai's CrossEntropyLossFlat"
     if type(loss.func) is not nn.CrossEntropyLoss:

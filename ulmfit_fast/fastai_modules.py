@@ -37,7 +37,7 @@ def dropout_mask(x: Tensor, sz: list[int], p: float) -> Tensor:
     return ops.dropout_mask(draw_seed(x.device), tuple(sz), p, dtype=x.dtype, device=x.device)
 
 
-class _InnerLSTM(WeightDropLSTM):
+class InnerLSTM(WeightDropLSTM):
     """What stands in place of the `nn.LSTM` that a `WeightDropout` wraps.
 
     `weight_hh_l0` is there to be looked at, as in fastai: made when it is read, from the last call's mask.
@@ -69,7 +69,7 @@ class WeightDropout(WeightDropLayer):
             raise ValueError(f"layer_names must be 'weight_hh_l0' (its reverse is dropped too), got {names}")
         nn.Module.__init__(self)
         self.layer_names = names
-        self.module = _InnerLSTM(
+        self.module = InnerLSTM(
             module.input_size,
             module.hidden_size,
             batch_first=module.batch_first,

@@ -13,9 +13,30 @@ from fastai.text.models import awdlstm, core
 from torch import nn
 
 from .fastai_fused import FusedDecoder, FusedLoss, when_made, why_not_fused
-from .fastai_modules import AWD_LSTM, PoolingLinearClassifier, SentenceEncoder
+from .fastai_modules import (
+    AWD_LSTM,
+    EmbeddingDropout,
+    InnerLSTM,
+    PoolingLinearClassifier,
+    RNNDropout,
+    SentenceEncoder,
+    WeightDropout,
+)
 
 _MODULE_STATE = set(vars(nn.Module())) - {"_modules"}  # parameters, buffers, hooks, training
+_THEIRS = {  # what each module of our encoder stands for
+    AWD_LSTM: awdlstm.AWD_LSTM,
+    EmbeddingDropout: awdlstm.EmbeddingDropout,
+    RNNDropout: awdlstm.RNNDropout,
+    WeightDropout: awdlstm.WeightDropout,
+    InnerLSTM: nn.LSTM,
+    nn.Embedding: nn.Embedding,
+    nn.ModuleList: nn.ModuleList,
+}
+_ALIKE = {
+    nn.Embedding: ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+    nn.LSTM: ("num_layers", "bias", "batch_first", "bidirectional", "proj_size"),
+}
 
 
 @dataclass
@@ -48,14 +69,23 @@ def accelerate(learn: Learner) -> Learner:
         learn; one that is accelerated already is left as it is.
 
     Raises:
-        TypeError: learn is no Learner, or holds no `AWD_LSTM`.
+        TypeError: learn is no Learner, holds no `AWD_LSTM`, or one that was changed: with a module of another
+            class, a forward of its own, an option that the kernels do not have, or compiled already.
     """
     if _record(learn):
         return learn
     record, new = Accelerated(), {}
-    for _, _, module in _children(learn):
+    paths = {module: f"model.{path}".rstrip(".") for path, module in learn.model.named_modules()}
+    swappable = (awdlstm.AWD_LSTM, core.SentenceEncoder, core.PoolingLinearClassifier, core.LinearDecoder)
+    for _, name, module in _children(learn):
+        if name == "_orig_mod" and type(module) in swappable:
+            raise TypeError(
+                f"learn.{paths[module].removesuffix('._orig_mod')} is compiled, so that a module put into it "
+                "would not run: accelerate(learn) first, then torch.compile"
+            )
+    for module, path in paths.items():
         if type(module) is awdlstm.AWD_LSTM:
-            new[module] = _encoder_like(module)
+            new[module] = _encoder_like(module, path)
         elif type(module) is core.SentenceEncoder and isinstance(module.module, AWD_LSTM | awdlstm.AWD_LSTM):
             new[module] = _with_class(module, SentenceEncoder)
         elif type(module) is core.PoolingLinearClassifier:
@@ -124,7 +154,10 @@ def _with_class(module: nn.Module, kind: type) -> nn.Module:
     return twin
 
 
-def _encoder_like(theirs: awdlstm.AWD_LSTM) -> AWD_LSTM:
+def _encoder_like(theirs: awdlstm.AWD_LSTM, name: str) -> AWD_LSTM:
+    """Ours with the parameters of theirs, which is `learn.<name>`; TypeError if ours would compute else."""
+    if type(theirs.encoder) is not nn.Embedding:
+        raise _unlike(f"{name}.encoder", theirs.encoder, "nn.Embedding itself")
     with torch.device("meta"):
         ours = AWD_LSTM(
             len(theirs.encoder.weight),
@@ -134,14 +167,57 @@ def _encoder_like(theirs: awdlstm.AWD_LSTM) -> AWD_LSTM:
             theirs.pad_token,
             bidir=theirs.n_dir == 2,
         )
+    _check_alike(theirs, ours, name)
     _copy_state(ours, theirs)
     return ours
+
+
+def _check_alike(theirs: nn.Module, ours: nn.Module, name: str) -> None:
+    """TypeError, naming the module, where one of theirs is other than fastai makes it."""
+    twins = dict(ours.named_modules())
+    for key, module in theirs.named_modules():
+        path = ".".join(filter(None, (name, key)))
+        if key not in twins:
+            raise _unlike(path, module, "nothing")
+        twin = twins.pop(key)
+        kind = _THEIRS[type(twin)]
+        if type(module) is not kind:
+            raise _unlike(path, module, f"{kind.__name__} itself")
+        for attribute in vars(module):
+            if callable(getattr(kind, attribute, None)) and attribute != "flatten_parameters":
+                raise _unlike(path, module, f"the class's own {attribute}, not another")
+        for attribute in _ALIKE.get(kind, ()):
+            found, wanted = getattr(module, attribute), getattr(twin, attribute)
+            if found != wanted:
+                raise _unlike(path, module, f"{attribute}={wanted!r}, not {found!r}")
+        if kind is awdlstm.WeightDropout and list(module.layer_names) != ["weight_hh_l0"]:
+            raise _unlike(path, module, f"layer_names ['weight_hh_l0'], not {list(module.layer_names)}")
+        if _shapes(module) != _shapes(twin):
+            raise _unlike(path, module, f"parameters {_shapes(twin)}, not {_shapes(module)}")
+    for key in twins:
+        raise _unlike(f"{name}.{key}", None, "a module")
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.LSTM):  # fastai's weight_p = 0 leaves a second name of the raw weight there
+        shapes.pop("weight_hh_l0", None)
+    return shapes
+
+
+def _unlike(path: str, module: nn.Module | None, wanted: str) -> TypeError:
+    return TypeError(
+        f"learn.{path} ({type(module).__name__}) must be as fastai's AWD_LSTM has it, or what takes its "
+        f"place would compute something else: accelerate needs {wanted}"
+    )
 
 
 def _copy_state(to: nn.Module, source: nn.Module) -> None:
     """From one library's encoder to the other's: parameters, buffers and hooks, in the very same dicts."""
     for rnn in source.rnns:
         rnn.module._parameters.pop("weight_hh_l0", None)  # fastai's weight_p = 0 leaves the raw one there
+        if isinstance(rnn.module, nn.LSTM):
+            rnn.module.weight_hh_l0 = None  # the last call's, with which nothing can be deep-copied
     for name, module in source.named_modules():
         twin = to.get_submodule(name)
         vars(twin).update({key: vars(module)[key] for key in _MODULE_STATE})
