@@ -125,6 +125,15 @@ def test_weight_drop_of_an_lstm(make):
     net.train()(x)[0].sum().backward()  # theirs raises TypeError here
 
 
+def test_weight_drop_of_one_leaves_no_recurrence():
+    net = WeightDrop(nn.LSTM(5, 8, device=DEVICE), ["weight_hh_l0"], dropout=1.0)
+    x = torch.randn(6, 3, 5, device=DEVICE)
+    own = {name.removesuffix("_raw"): p.detach() for name, p in net.module.named_parameters()}
+    own["weight_hh_l0"] = torch.zeros_like(own["weight_hh_l0"])
+    wanted = torch.func.functional_call(nn.LSTM(5, 8, device=DEVICE), own, (x,))[0]
+    torch.testing.assert_close(net(x)[0], wanted)
+
+
 @pytest.mark.parametrize("variational", [False, True])
 def test_weight_drop_of_other_weights(variational):
     linear = nn.Linear(6, 40, device=DEVICE)
@@ -191,6 +200,13 @@ def test_split_cross_entropy(splits):
     targets = torch.randperm(23, device=DEVICE)
     wanted = -sum(log_p(h)[t] for h, t in zip(hiddens, targets, strict=True)) / 23
     torch.testing.assert_close(criterion(weight, bias, hiddens, targets), wanted)
+    table = torch.stack([log_p(hidden) for hidden in hiddens])
+    torch.testing.assert_close(criterion.logprob(weight, bias, hiddens), table)
+    assert criterion.nsplits == len(splits) + 1
+    if splits:
+        torch.testing.assert_close(
+            criterion.logprob(weight, bias, hiddens, [1]), table[:, slice(*criterion.splits[1:3])]
+        )
     with pytest.raises(ValueError, match="splits must be increasing"):
         SplitCrossEntropyLoss(6, [5, 5])
 
@@ -255,6 +271,26 @@ def test_training_as_in_their_script(tmp_path):
     assert found.format == "salesforce" and all(
         torch.equal(saved[key].cpu(), tensor) for key, tensor in found.parts.named("salesforce").items()
     )
+
+
+class TheirWeightDrop(nn.Module):
+    """Of their weight_drop.py, which main.py imports to resume."""
+
+
+def test_resuming_as_in_their_script(tmp_path):
+    net = model()
+    torch.save(
+        [net, SplitCrossEntropyLoss(6, []), torch.optim.SGD(net.parameters(), lr=2)], tmp_path / "m.pt"
+    )
+    net = torch.load(tmp_path / "m.pt")[0]
+    for rnn in net.rnns:
+        if type(rnn) == TheirWeightDrop:  # noqa: E721
+            rnn.dropout = 0.25
+        elif rnn.zoneout > 0:
+            rnn.zoneout = 0.25
+    assert [rnn.dropout for rnn in net.rnns] == [rnn.zoneout for rnn in net.rnns] == [0.25] * 3
+    outputs = net(words(5, 4), net.init_hidden(4))[0]
+    assert outputs.isfinite().all() and net.rnns[0].module.weight_p == 0.25
 
 
 def test_from_checkpoint(tmp_path, monkeypatch):

@@ -81,12 +81,22 @@ class WeightDrop(nn.Module):
         for name in weights:
             module.register_parameter(name + "_raw", module._parameters.pop(name))
 
+    @property
+    def zoneout(self) -> float:
+        """`dropout` by another name: main.py --resume takes what is not its own WeightDrop for a QRNN."""
+        return self.dropout
+
+    @zoneout.setter
+    def zoneout(self, p: float) -> None:
+        self.dropout = p
+
     def forward(self, *args: object) -> object:
         """What `module` returns for these arguments."""
         lstm = self.module
         if isinstance(lstm, WeightDropLSTM):
             lstm.weight_p = 0.0
-            if not self.variational and {names[1] for names in lstm.weight_names} == set(self.weights):
+            recurrent = {names[1] for names in lstm.weight_names}
+            if not self.variational and self.dropout < 1 and recurrent == set(self.weights):
                 lstm.weight_p = float(self.dropout)
                 names = [[n + "_raw" * (n in self.weights) for n in each] for each in lstm.weight_names]
                 x, hx = args if len(args) == 2 else (*args, None)
@@ -219,6 +229,43 @@ class SplitCrossEntropyLoss(nn.Module):
             self.tail_vectors = nn.Parameter(torch.zeros(len(splits), hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(splits)))
 
+    @property
+    def nsplits(self) -> int:
+        """The number of parts, the head among them."""
+        return len(self.splits) - 1
+
+    def logprob(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        hiddens: Tensor,
+        splits: Sequence[int] | None = None,
+        softmaxed_head_res: Tensor | None = None,
+        verbose: bool = False,
+    ) -> Tensor:
+        """log p of each word (N, V), or of the words of some parts: weight (V, E), bias (V,), hiddens (N, E).
+
+        splits: numbers of parts, 0 is the head. softmaxed_head_res: the log-softmax of the head, if known.
+        """
+        if softmaxed_head_res is None:
+            softmaxed_head_res = F.linear(hiddens, *self._head(weight, bias)).log_softmax(-1)
+        results = []
+        for part in range(self.nsplits) if splits is None else splits:
+            words = slice(self.splits[part], self.splits[part + 1])
+            if part == 0:
+                results.append(softmaxed_head_res[:, words])
+            else:
+                inner = F.linear(hiddens, weight[words], bias[words]).log_softmax(-1)
+                results.append(softmaxed_head_res[:, -part, None] + inner)
+        return torch.cat(results, 1)
+
+    def _head(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first stage: the first words, then, last part first, one entry for each."""
+        if self.nsplits == 1:
+            return weight, bias
+        words = slice(self.splits[1])
+        return torch.cat([weight[words], self.tail_vectors]), torch.cat([bias[words], self.tail_bias])
+
     def forward(
         self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor, verbose: bool = False
     ) -> Tensor:
@@ -231,9 +278,7 @@ class SplitCrossEntropyLoss(nn.Module):
         part = torch.bucketize(targets, targets.new_tensor(cuts), right=True)
         # theirs: the entry of part i is the i-th from the end
         entry = torch.where(part == 0, targets, head + len(cuts) - part)
-        head_weight = torch.cat([weight[:head], self.tail_vectors])
-        head_bias = torch.cat([bias[:head], self.tail_bias])
-        total = ops.linear_cross_entropy(hiddens, head_weight, head_bias, entry, reduction="sum")
+        total = ops.linear_cross_entropy(hiddens, *self._head(weight, bias), entry, reduction="sum")
         for i, (start, end) in enumerate(itertools.pairwise([*cuts, len(weight)]), 1):
             rows = (part == i).nonzero().squeeze(1)
             if len(rows):
