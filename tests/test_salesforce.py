@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import foreign_files as files
 import pytest
@@ -303,6 +304,11 @@ def test_from_checkpoint(tmp_path, monkeypatch):
         output, _ = net(ids, net.init_hidden(2))
         lm = uf.load_checkpoint(tmp_path / "PTB.pt").language_model().eval()
         torch.testing.assert_close(net.decoder(output).view(5, 2, -1), lm(ids.T).transpose(0, 1))
+    split = SplitCrossEntropyLoss(6, [5, 9])
+    torch.save([model(), split, torch.optim.SGD(split.parameters(), lr=1)], tmp_path / "split.pt")
+    note = r"left out: the criterion's tail_vectors \(2, 6\), tail_bias \(2,\); .*softmax in two stages"
+    assert re.match(note, " ".join(uf.load_checkpoint(tmp_path / "split.pt").notes))
+    assert uf.load_checkpoint(tmp_path / "PTB.pt").notes == ()
     untied = RNNModel(*SIZES, wdrop=0.5)
     torch.save(untied.state_dict(), tmp_path / "untied.pt")
     again = RNNModel.from_checkpoint(tmp_path / "untied.pt", wdrop=0.5)

@@ -64,6 +64,14 @@ def test_words_go_along(tmp_path):
     uf.save_checkpoint(tmp_path / "lm.pth", uf.load_checkpoint(tmp_path / "ours"), "fastai")
     assert pickle.loads((tmp_path / "lm_itos.pkl").read_bytes()) == WORDS
     assert uf.load_checkpoint(tmp_path / "lm.pth", tokens=tmp_path / "lm_itos.pkl").tokens == WORDS
+    found = uf.load_checkpoint(tmp_path / "lm.pth")  # finds the file beside it
+    assert found.tokens == WORDS and found.notes == ()
+    assert uf.load_checkpoint(tmp_path / "lm.pth", tokens=WORDS[::-1]).tokens == WORDS[::-1]
+    for content, why in ((["a"], "1 words for 22 rows"), ({"a": 1}, "is not a pickled list of words")):
+        (tmp_path / "lm_itos.pkl").write_bytes(pickle.dumps(content))
+        found = uf.load_checkpoint(tmp_path / "lm.pth")
+        assert found.tokens is None and "lm_itos.pkl, beside it, is not taken" in found.notes[0]
+        assert why in found.notes[0]
     with pytest.raises(ValueError, match="one word for each row of the embedding, got 2"):
         uf.save_checkpoint(tmp_path / "x", lm, tokens=["a", "b"])
     with pytest.raises(ValueError, match="format must be one of ulmfit_fast, fastai, .* got 'keras'"):
@@ -71,6 +79,25 @@ def test_words_go_along(tmp_path):
     with pytest.raises(ValueError, match="model holds no LSTM weights"):
         uf.save_checkpoint(tmp_path / "x", nn.Linear(2, 3))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_decoder_without_bias(tmp_path, format):
+    """Stays so, except in salesforce's RNNModel, whose decoder always has one."""
+    lm = uf.LanguageModel(language_model()[0], bias=False).eval()
+    uf.save_checkpoint(tmp_path / "lm", lm, format)
+    found = uf.load_checkpoint(tmp_path / "lm")
+    again = found.language_model().eval()
+    torch.testing.assert_close(again(IDS), lm(IDS))
+    if format == "salesforce":
+        assert not again[1].decoder.bias.any()
+        return
+    assert again[1].decoder.bias is None and list(again.state_dict()) == list(lm.state_dict())
+    assert found.notes == ("no decoder bias in the file, and none in its language model",)
+    assert not found.with_bias().language_model()[1].decoder.bias.any()
+    assert not RNNModel.from_checkpoint(found).decoder.bias.any()
+    moved = uf.load_checkpoint(tmp_path / "lm", tokens=WORDS).with_tokens(WORDS[::-1])
+    assert moved.known == len(WORDS) and moved.language_model()[1].decoder.bias is None
 
 
 def test_stock_modules_load_the_torch_format(tmp_path):
@@ -117,8 +144,11 @@ def test_salesforces_model_loads_its_format(tmp_path):
     torch.testing.assert_close(ours.decoder(output).view(9, 3, -1).transpose(0, 1), lm(IDS))
 
 
-def fastai_learners(path):
-    """(language model learner, classifier learner) of real fastai on a few sentences, with small sizes."""
+def fastai_learners(path, **config):
+    """(language model learner, classifier learner) of real fastai on a few sentences, with small sizes.
+
+    config: of the language model.
+    """
     text = pytest.importorskip("fastai.text.all", exc_type=ImportError)
     for i in range(40):
         folder = path / ("train", "test")[i % 2] / ("good", "bad")[i // 2 % 2]
@@ -129,7 +159,7 @@ def fastai_learners(path):
     lm_dls = text.TextDataLoaders.from_folder(path, is_lm=True, text_vocab=WORDS, **options)
     clf_dls = text.TextDataLoaders.from_folder(path, text_vocab=WORDS, **options)
     lm = text.language_model_learner(
-        lm_dls, text.AWD_LSTM, pretrained=False, config=text.awd_lstm_lm_config | sizes, path=path
+        lm_dls, text.AWD_LSTM, pretrained=False, config=text.awd_lstm_lm_config | sizes | config, path=path
     )
     clf = text.text_classifier_learner(
         clf_dls, text.AWD_LSTM, pretrained=False, config=text.awd_lstm_clas_config | sizes, path=path
@@ -174,3 +204,19 @@ def test_fastais_learners_load_ours_and_we_theirs(tmp_path):
         assert torch.equal(layer.weight_hh_l0_raw, ours.weight_hh_l0_raw)
         for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
             assert torch.equal(getattr(layer.module, name), getattr(ours.module, name))
+
+
+def test_fastais_learner_without_bias_and_back(tmp_path):
+    theirs, _ = fastai_learners(tmp_path, out_bias=False)
+    theirs.save("lm")
+    path, rows = tmp_path / "models/lm.pth", theirs.model[0].encoder.num_embeddings
+    lm = uf.load_checkpoint(path).language_model().eval()
+    theirs.model.eval().reset()
+    ids = (IDS % rows).clamp(min=2)  # no padding
+    expected = theirs.model(ids)[0]
+    torch.testing.assert_close(lm(ids), expected)
+    torch.nn.init.zeros_(theirs.model[0].rnns[0].weight_hh_l0_raw)
+    uf.save_checkpoint(path, lm, "fastai")
+    theirs.load("lm")
+    theirs.model.eval().reset()
+    torch.testing.assert_close(theirs.model(ids)[0], expected)

@@ -31,6 +31,13 @@ def state_on_cpu(result):
     return {key: tensor.cpu() for key, tensor in result.model.state_dict().items()}
 
 
+def test_fine_tuning_gives_a_decoder_without_bias_one(tmp_path):
+    model = uf.LanguageModel(language_model()[0], bias=False)
+    uf.save_checkpoint(tmp_path / "lm.pth", model, "fastai", tokens=WORDS)
+    lm = uf.finetune_lm(tmp_path / "lm.pth", TEXTS, tmp_path / "a", **STILL)  # with the words beside it
+    assert not lm.model[1].decoder.bias.any()
+
+
 def test_fine_tuning_begins_with_the_checkpoint(archive, tmp_path, capsys):
     found = uf.load_checkpoint(archive)
     lm = uf.finetune_lm(archive, TEXTS, tmp_path / "a", **STILL | dict(progress="lines"))

@@ -4,6 +4,7 @@
 and gives `Parts`; `Parts.named` names them again.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ class Parts:
     """The weights without names.
 
     layers: each {"weight_ih", "weight_hh", "bias_ih", "bias_hh": tensor}, with "_reverse" after them for the
-    other direction; head: keys as of `PoolingLinearClassifier.layers`; origin: whose names they had; notes:
-    what a reader should know.
+    other direction; bias: None where there is no decoder, or it has none; head: keys as of
+    `PoolingLinearClassifier.layers`; origin: whose names they had; notes: what a reader should know.
     """
 
     origin: str
@@ -61,11 +62,19 @@ class Parts:
             vocab_sz=vocab_sz, emb_sz=emb_sz, n_hid=n_hid, n_layers=len(outputs), bidir=directions == 2
         )
 
+    def with_bias(self) -> "Parts":
+        """The same with zeros for the bias of a decoder that has none."""
+        if self.decoder is None or self.bias is not None:
+            return self
+        return dataclasses.replace(self, bias=self.decoder.new_zeros(len(self.decoder)))
+
     def named(self, format: str) -> dict[str, Tensor]:
         """The state dict under the names of one of FORMATS, in the order of its writer's own."""
         if format == "salesforce" and (self.head or "weight_hh_reverse" in self.layers[0]):
             what = "classifier" if self.head else "bidirectional LSTM"
             raise ValueError(f"format 'salesforce' has no {what}; use 'fastai' or 'torch'")
+        if format == "salesforce" and self.decoder is not None:  # whose decoder always has a bias
+            self = self.with_bias()
         where, decoder, head = {
             "fastai": ("0.module." if self.head else "" if self.decoder is None else "0.", "1.", "1.layers"),
             "salesforce": ("", "", ""),
@@ -79,7 +88,9 @@ class Parts:
                 if kind in layer:
                     state[f"{where}rnns.{i}.{suffix}"] = layer[kind]
         if self.decoder is not None:
-            state |= {f"{decoder}decoder.weight": self.decoder, f"{decoder}decoder.bias": self.bias}
+            state[f"{decoder}decoder.weight"] = self.decoder
+        if self.bias is not None:
+            state[f"{decoder}decoder.bias"] = self.bias
         return state | {f"{head}.{key}": tensor for key, tensor in self.head.items()}
 
 
@@ -186,7 +197,7 @@ def _complete(source: str, i: int, layer: dict[str, Tensor], notes: list[str]) -
 
 
 def _check_outside(source: str, parts: Parts) -> None:
-    """Embedding and decoder, against each other; a missing decoder bias becomes zeros."""
+    """Embedding and decoder, against each other; fastai 0.7's decoder gets the bias that fastai 2's has."""
     for name, tensor in (("embedding", parts.embedding), ("decoder", parts.decoder)):
         if tensor is not None and tensor.dim() != 2:
             raise ValueError(f"{source}: the {name} has shape {tuple(tensor.shape)}, not (words, features)")
@@ -197,10 +208,12 @@ def _check_outside(source: str, parts: Parts) -> None:
     rows = len(parts.decoder)
     if parts.embedding is not None and len(parts.embedding) != rows:
         raise ValueError(f"{source}: {len(parts.embedding)} words in the embedding, {rows} in the decoder")
-    if parts.bias is None:
-        parts.bias = parts.decoder.new_zeros(rows)
+    if parts.bias is None and parts.origin == "fastai 0.7":
+        parts.bias = parts.with_bias().bias
         parts.notes.append("no decoder bias in the file: zeros")
-    if parts.bias.shape != (rows,):
+    elif parts.bias is None:
+        parts.notes.append("no decoder bias in the file, and none in its language model")
+    elif parts.bias.shape != (rows,):
         raise ValueError(f"{source}: the decoder has {rows} rows, its bias {tuple(parts.bias.shape)}")
 
 

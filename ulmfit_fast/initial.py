@@ -56,7 +56,7 @@ def starting_point(run, argument, decoder=True):
         warnings.warn(
             f"{start.source} seems to read texts backwards; ulmfit_fast reads them forwards", stacklevel=3
         )
-    start = dataclasses.replace(start, tokens=own_names(start.tokens))
+    start = dataclasses.replace(start.with_bias(), tokens=own_names(start.tokens))  # the stages train one
     return start, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
 
 

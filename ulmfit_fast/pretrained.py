@@ -81,6 +81,10 @@ class Checkpoint:
         state, known = transfer(self.state, self.tokens, tokens)
         return dataclasses.replace(self, state=state, tokens=list(tokens), known=known)
 
+    def with_bias(self) -> "Checkpoint":
+        """The same with zeros for the bias of a decoder that has none."""
+        return dataclasses.replace(self, state=self.parts.with_bias().named("fastai"))
+
     def encoder(self, **dropouts: float) -> AWDLSTM:
         """An AWDLSTM with these weights. dropouts: its hidden_p, input_p, embed_p, weight_p."""
         encoder = AWDLSTM(**self.config, pad_token=self._pad_token(), **dropouts)
@@ -97,13 +101,16 @@ class Checkpoint:
         return PAD_ID if has_one else None
 
     def language_model(self, output_p: float = 0.1, **dropouts: float) -> LanguageModel:
-        """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal."""
+        """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal.
+
+        It has no bias where the file's has none.
+        """
         parts = self.parts
         if parts.decoder is None:
             raise ValueError(f"{self.source} holds no decoder; it is of kind {self.kind!r}")
         encoder = self.encoder(**dropouts)
         tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
-        model = LanguageModel(encoder, output_p, tie_weights=tied)
+        model = LanguageModel(encoder, output_p, tie_weights=tied, bias=parts.bias is not None)
         load_state(model, dataclasses.replace(parts, head={}).named("fastai"), self.source)
         return model
 
@@ -136,7 +143,8 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
     [model, criterion, optimizer], or a state dict), of stock nn.LSTMs; a published archive such as
     wt103-fwd.tgz with its words. A str that begins with http://, https:// or file:// is fetched first
     (`archives.local_copy`).
-    tokens: the words, or the path of their pickle (itos_wt103.pkl), where they are not in the file itself.
+    tokens: the words, or the path of their pickle (itos_wt103.pkl), where they are not in the file itself;
+    None looks for NAME_itos.pkl beside NAME.pth, which `save_checkpoint` writes.
 
     No code of a file ever runs. Raises OSError if it cannot be read, ValueError, naming it, if it is damaged,
     unsafe, or not a whole AWD-LSTM.
@@ -145,29 +153,50 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
     path = archives.local_copy(source) if archives.is_address(source) else Path(path)
     if isinstance(tokens, str | Path):
         tokens = read_tokens(Path(tokens).read_bytes(), str(tokens))
+    notes: list[str] = []
     if path.is_dir():
         read_config(path, "path")
         origin, state, _ = _read_safetensors(path / MODEL)
         found = Tokenizer.load(path / TOKENIZER).itos
     else:
-        origin, state, found = _read_file(path, source)
-    tokens = found if tokens is None else list(tokens)
+        origin, state, found = _read_file(path, source, notes)
     parts = parse(state, source)
-    return Checkpoint(source, origin or parts.origin, parts.named("fastai"), tokens, tuple(parts.notes))
+    if tokens is None and found is None:
+        found = _words_beside(path, parts.embedding, notes)
+    tokens = found if tokens is None else list(tokens)
+    notes = parts.notes + notes
+    return Checkpoint(source, origin or parts.origin, parts.named("fastai"), tokens, tuple(notes))
 
 
-def _read_file(path: Path, source: str) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
-    """(format if the file says it, state dict, words if it has any)"""
+def _words_beside(path: Path, embedding: Tensor | None, notes: list[str]) -> list[str] | None:
+    """The words of NAME_itos.pkl beside NAME.pth, if they are the embedding's; notes says if they are not."""
+    beside = path.with_name(path.stem + "_itos.pkl")
+    if embedding is None or not beside.is_file():
+        return None
+    try:
+        words = read_tokens(beside.read_bytes(), beside.name)
+        if len(words) == len(embedding):
+            return words
+        notes.append(f"{beside.name}, beside it, is not taken: {len(words)} words for {len(embedding)} rows")
+    except ValueError as error:
+        notes.append(f"{beside.name}, beside it, is not taken: {error}")
+    return None
+
+
+def _read_file(
+    path: Path, source: str, notes: list[str]
+) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
+    """(format if the file says it, state dict, words if it has any); notes gets what is left out."""
     archives.check_published_name(path)
     with open(path, "rb") as file:
         begin = file.read(len(LEGACY_MAGIC))
     if begin.startswith(archives.GZIP_MAGIC):
         found = archives.read_archive(path)
-        state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}")
+        state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}", notes)
         words = found.get("tokens")
         return None, state, words and read_tokens(words[1], f"{source}: {words[0]}")
     if begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC:
-        return None, _torch_state(path.read_bytes(), source), None
+        return None, _torch_state(path.read_bytes(), source, notes), None
     if begin.startswith(_HDF5_MAGIC):
         raise ValueError(f"{source} is an HDF5 file; fastai's .h5 files are torch files under that name")
     if begin[8:9] != b"{":
@@ -182,10 +211,17 @@ def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], lis
     return "ulmfit_fast" if ours else None, state, metadata.get("tokens")
 
 
-def _torch_state(data: bytes, source: str) -> Mapping[str, Tensor]:
+def _torch_state(data: bytes, source: str, notes: list[str]) -> Mapping[str, Tensor]:
     content = read_torch(data, source)
     if isinstance(content, list | tuple) and content and isinstance(content[0], Inert):
-        content = content[0]  # salesforce's [model, criterion, optimizer]
+        # salesforce's [model, criterion, optimizer]
+        criterion = [module_state(each) for each in content[1:2] if isinstance(each, Inert)]
+        if left := {key: tuple(tensor.shape) for each in criterion for key, tensor in each.items()}:
+            notes.append(
+                f"left out: the criterion's {', '.join(f'{key} {shape}' for key, shape in left.items())}; it "
+                "was trained with a softmax in two stages, and its language model has a plain one"
+            )
+        content = content[0]
     if isinstance(content, Inert):
         return module_state(content)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
@@ -206,7 +242,8 @@ def save_checkpoint(
 
     - "ulmfit_fast": safetensors, with the words.
     - "fastai": what `learn.load`, `load_encoder` (an encoder) and `pretrained_fnames` take; the words go into
-      NAME_itos.pkl beside NAME.pth.
+      NAME_itos.pkl beside NAME.pth. For a model whose decoder has no bias the config there needs
+      out_bias=False.
     - "salesforce": the state dict of its RNNModel with weight drop; no classifier.
     - "torch": encoder.weight for an nn.Embedding, rnns.{l}.weight_ih_l0 and so on for an nn.ModuleList of
       nn.LSTMs, decoder.weight and .bias for an nn.Linear, head.{i}.0 and .2 for a classifier's BatchNorm1d

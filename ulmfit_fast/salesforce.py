@@ -167,7 +167,7 @@ class RNNModel(nn.Module):
         """A model with the weights of what `load_checkpoint` opens. options: the class's five dropouts."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint)
-        parts, source = checkpoint.parts, checkpoint.source
+        parts, source = checkpoint.parts.with_bias(), checkpoint.source
         if parts.embedding is None or parts.decoder is None:
             raise ValueError(f"{source} is no language model: an RNNModel has an embedding and a decoder")
         tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
