@@ -114,6 +114,7 @@ def test_everything_is_kept_there_and_back(arch, lm_dls):
     assert calls == ["lstm", "rnn"]
     handle.remove()  # the handle from before
     learn.model[0].input_dp.p = 0.125
+    assert [m for m in learn.model.modules() if isinstance(m, awdlstm.AWD_LSTM)] == [learn.model[0]]
     fitted(learn)
     assert learn.opt.state_dict()["state"][0]["step"] == 2 * steps
     assert uf.accelerate(learn) is learn  # again: nothing to do

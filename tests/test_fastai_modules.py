@@ -1,9 +1,11 @@
 """What fastai's own notebooks assert of its text modules, asserted of ours; their interface."""
 
 import inspect
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from checks_fastai import CLAS_CONFIG, LM_CONFIG, OURS, THEIRS
@@ -208,6 +210,29 @@ def test_attributes_are_fastais(bidir):
         assert mine.module.weight_hh_l0.shape == other.module.weight_hh_l0.shape
     shapes = [[tuple(h.shape) for h in state] for state in theirs.hidden]
     assert [[tuple(h.shape) for h in state] for state in ours.hidden] == shapes
+
+
+def test_modules_are_found_by_fastais_classes():
+    """As by a loop over the modules that changes every dropout."""
+    theirs, ours = (get_language_model(arch, 30, LM_CONFIG) for arch in (THEIRS, OURS))
+    for name in ("RNNDropout", "EmbeddingDropout", "WeightDropout", "AWD_LSTM"):
+        kind = getattr(awdlstm, name)
+        found = [[n for n, m in model.named_modules() if isinstance(m, kind)] for model in (ours, theirs)]
+        assert found[0] == found[1] != []
+    missing = {name for name in dir(theirs[0]) if not hasattr(ours[0], name)}
+    assert not missing
+    twin = pickle.loads(pickle.dumps(ours))
+    assert [type(m) for m in twin.modules()] == [type(m) for m in ours.modules()]
+
+
+def test_probabilities_are_any_numbers():
+    config = {**LM_CONFIG, "weight_p": np.float32(0.25), "hidden_p": torch.tensor(0.5), "input_p": 0}
+    encoder = get_language_model(OURS, 30, config)[0]
+    assert [rnn.weight_p for rnn in encoder.rnns] == [0.25] * 2
+    assert [dropout.p for dropout in encoder.hidden_dps] == [0.5] * 2 and encoder.input_dp.p == 0
+    encoder(torch.randint(0, 30, (2, 4)))
+    with pytest.raises(TypeError, match="hidden_p must be a number, got None"):
+        OURS(30, 6, 10, 2, hidden_p=None)
 
 
 @pytest.mark.parametrize("bidir", [False, True])

@@ -207,7 +207,7 @@ class AWDLSTM(nn.Module):
             last = layer == self.n_layers - 1
             mask_seed, drop = None if last else derive_seed(seed, first + 1), {}
             # the layer's kernel drops its own output, unless a module of another kind has a say in it
-            if not last and dropout.training and type(dropout) is VariationalDropout:
+            if not last and dropout.training and type(dropout).forward is VariationalDropout.forward:
                 drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
             output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
             raw_outputs.append(output)

@@ -15,9 +15,10 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("ulmfit_fast.fastai needs fastai 2: pip install fastai") from None
 
+from . import nn as own
 from . import ops
 from .encoder import AWDLSTM, WeightDropLayer
-from .nn import EmbeddingDropout, Seed, VariationalDropout, WeightDropLSTM, draw_seed
+from .nn import Seed, WeightDropLSTM, draw_seed
 
 __all__ = [
     "AWD_LSTM",
@@ -29,7 +30,20 @@ __all__ = [
     "dropout_mask",
 ]
 
-RNNDropout = VariationalDropout
+
+class _Plain(nn.Module):
+    """Stands before a class of fastai, which ours has for isinstance, so that its constructor is not run."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class RNNDropout(own.VariationalDropout, _Plain, awdlstm.RNNDropout):
+    """fastai's `RNNDropout`: one mask for all time steps."""
+
+
+class EmbeddingDropout(own.EmbeddingDropout, _Plain, awdlstm.EmbeddingDropout):
+    """fastai's `EmbeddingDropout`, whose scale leaves the weights as they are."""
 
 
 def dropout_mask(x: Tensor, sz: list[int], p: float) -> Tensor:
@@ -49,7 +63,7 @@ class InnerLSTM(WeightDropLSTM):
         return super().__getattr__(name)
 
 
-class WeightDropout(WeightDropLayer):
+class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
     """fastai's `WeightDropout(module, weight_p, layer_names)` around one layer of `nn.LSTM`, whose parameters
     it takes over.
 
@@ -75,7 +89,7 @@ class WeightDropout(WeightDropLayer):
             batch_first=module.batch_first,
             bidirectional=module.bidirectional,
             device="meta",
-            weight_p=weight_p,
+            weight_p=float(weight_p),
         )
         parameters = dict(module.named_parameters())
         self.weight_hh_l0_raw = parameters.pop("weight_hh_l0")
@@ -110,7 +124,7 @@ class WeightDropout(WeightDropLayer):
         return raw * ops.dropout_mask(int(seed), tuple(raw.shape), p, dtype=raw.dtype, device=raw.device)
 
 
-class AWD_LSTM(AWDLSTM):
+class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
     """fastai's `AWD_LSTM`: its constructor, attributes, outputs and state-dict keys, on our kernels.
 
     What is not as in fastai: with bidir the reverse direction's recurrent weights are dropped too; no weight
@@ -134,12 +148,19 @@ class AWD_LSTM(AWDLSTM):
     ) -> None:
         dropouts = dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p)
         for name, p in dropouts.items():
+            try:
+                dropouts[name] = p = float(p)  # of NumPy's numbers too, and of tensors
+            except (TypeError, ValueError):
+                raise TypeError(f"{name} must be a number, got {p!r}") from None
             if not 0 <= p < 1:
                 raise ValueError(
                     f"{name} must be in [0, 1) (the probability of dropping), got {p:g}: fastai multiplies "
                     f"each of config's probabilities by drop_mult; take a smaller one, or a smaller {name}"
                 )
         super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, bidir=bidir, **dropouts)
+        self.encoder_dp = EmbeddingDropout(self.encoder, dropouts["embed_p"])
+        self.input_dp = RNNDropout(dropouts["input_p"])
+        self.hidden_dps = nn.ModuleList(RNNDropout(dropouts["hidden_p"]) for _ in range(n_layers))
 
     def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropout:
         return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir), weight_p)

@@ -86,7 +86,7 @@ def accelerate(learn: Learner) -> Learner:
     for module, path in paths.items():
         if type(module) is awdlstm.AWD_LSTM:
             new[module] = _encoder_like(module, path)
-        elif type(module) is core.SentenceEncoder and isinstance(module.module, AWD_LSTM | awdlstm.AWD_LSTM):
+        elif type(module) is core.SentenceEncoder and isinstance(module.module, awdlstm.AWD_LSTM):
             new[module] = _with_class(module, SentenceEncoder)
         elif type(module) is core.PoolingLinearClassifier:
             new[module] = _with_class(module, PoolingLinearClassifier)
@@ -223,9 +223,9 @@ def _copy_state(to: nn.Module, source: nn.Module) -> None:
         vars(twin).update({key: vars(module)[key] for key in _MODULE_STATE})
         for key, parameter in twin._parameters.items():
             setattr(twin, key, parameter)  # nn.LSTM keeps a list of them besides
-    to.encoder_dp.embed_p, to.input_dp.p = source.encoder_dp.embed_p, source.input_dp.p
+    to.encoder_dp.embed_p, to.input_dp.p = float(source.encoder_dp.embed_p), float(source.input_dp.p)
     for kind, p in (("rnns", "weight_p"), ("hidden_dps", "p")):
         for twin, module in zip(getattr(to, kind), getattr(source, kind), strict=True):
-            setattr(twin, p, getattr(module, p))
+            setattr(twin, p, float(getattr(module, p)))
     to.reset()  # what the layers keep of a call before
     to.bs, to.hidden = source.bs, list(source.hidden)
