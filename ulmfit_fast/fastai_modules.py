@@ -224,8 +224,11 @@ class SentenceEncoder(core.SentenceEncoder):
             if self.max_len is None or columns - start <= self.max_len:
                 outs.append(core._pad_tensor(out, rows))
                 masks.append(padding[:, chunk])
+        out, mask = torch.cat(outs, 1), torch.cat(masks, 1)
+        if order.tolist() == list(range(rows)):  # as fastai's sorted batches mostly are: no copy
+            return out, mask
         back = order.argsort()
-        return torch.cat(outs, 1)[back], torch.cat(masks, 1)[back]
+        return out.index_select(0, back), mask.index_select(0, back)
 
 
 class PoolingLinearClassifier(core.PoolingLinearClassifier):
