@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, ValueMetric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import LossMetric, Perplexity
@@ -18,6 +17,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_map_only
 
 from . import ops
+from .ops._logits import linear
 
 _READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
 _METADATA = {
@@ -95,7 +95,7 @@ class Logits(Tensor):
                 h = h.to(weight.dtype)
             # not a plain Tensor: fastai casts one that it gets out of a Logits to the type it put in
             kind = TensorBase if type(self.h) is Tensor else type(self.h)
-            self.made = F.linear(h, weight, bias).to(self.dtype).as_subclass(kind)
+            self.made = linear(h, weight, bias).to(self.dtype).as_subclass(kind)
         return self.made
 
     def parts(self, elements: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
