@@ -187,19 +187,6 @@ class WeightDropLSTM(nn.Module):
         of the module's own, in the order of `all_weights`; dropout_p is used as it is, in eval too.
         """
         weights = self.all_weights if weights is None else weights
-        return self.run(x, hx, weights, lengths, seed, dropout_p, dropout_seed)
-
-    def run(
-        self,
-        x: Tensor,
-        hx: tuple[Tensor, Tensor] | None,
-        weights: list[list[Tensor]],
-        lengths: Tensor | None = None,
-        seed: Seed = None,
-        dropout_p: float | None = None,
-        dropout_seed: Seed = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """`forward` with the weights given, in the order of `all_weights`."""
         self._check_input(x, weights[0][0], lengths)
         if dropout_p is None and dropout_seed is not None:
             raise ValueError(f"dropout_seed needs dropout_p, got {dropout_seed!r} alone")

@@ -100,7 +100,7 @@ class WeightDrop(nn.Module):
                 lstm.weight_p = float(self.dropout)
                 names = [[n + "_raw" * (n in self.weights) for n in each] for each in lstm.weight_names]
                 x, hx = args if len(args) == 2 else (*args, None)
-                return lstm.run(x, hx, [[getattr(lstm, n) for n in each] for each in names])
+                return lstm(x, hx, weights=[[getattr(lstm, n) for n in each] for each in names])
         dropped = {name: self._drop(getattr(lstm, name + "_raw")) for name in self.weights}
         return torch.func.functional_call(lstm, dropped, args)
 
