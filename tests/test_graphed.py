@@ -1,6 +1,7 @@
 """Training steps from a CUDA graph have the step's own numbers; without a GPU, what is around the graph."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def test_every_call_is_one_step_whatever_the_shapes(pretended_graph):
         assert step(batch) == eager.step(batch)
         assert all(map(torch.equal, machine.hidden[0], eager.hidden[0]))
         assert (step.graph is not None) == (4 <= i < 8), "captured after three steps of one shape"
+
+
+def test_warm_ups_share_one_stream(monkeypatch):
+    made, machine = [], Machine()
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(stream) or stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    step = graphed.GraphedStep(machine.step, torch.device("cpu"), lambda: machine.hidden, machine.set_hidden)
+    for _ in range(graphed.WARM_UPS):
+        step((torch.ones(4),))
+    assert len(made) == 1
 
 
 def test_a_graph_needs_a_gpu(tmp_path):

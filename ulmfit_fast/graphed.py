@@ -23,6 +23,7 @@ class GraphedStep:
     def __init__(self, step, device, get_hidden, set_hidden):
         self.step, self.device = step, device
         self.get_hidden, self.set_hidden = get_hidden, set_hidden
+        self.side_stream = None
         self.forget()
 
     def forget(self):
@@ -44,7 +45,9 @@ class GraphedStep:
 
     def _aside(self, function):
         """On a stream of its own, as capture wants its warm-ups."""
-        stream = torch.cuda.Stream(self.device)
+        if self.side_stream is None:
+            self.side_stream = torch.cuda.Stream(self.device)
+        stream = self.side_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             result = function()
