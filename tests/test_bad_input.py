@@ -40,8 +40,24 @@ def files(tmp_path):
     (tmp_path / "heading.csv").write_text("text,label\n")
     (tmp_path / "short.csv").write_text("label,text\nx,a\ny\n")
     (tmp_path / "void.csv").write_text("")
+    (tmp_path / "comma.csv").write_text("text,label\nfine,good\n\nfine, and long,good\n")
+    (tmp_path / "open.csv").write_text('text,label\nfine,good\n"fine,good\nfine,good\n')
+    (tmp_path / "twice.csv").write_text("text,label,text\na,b,c\n")
+    (tmp_path / "blank.csv").write_text("text,label\nfine,good\nfine, \n")
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "packed.txt.gz").write_bytes(b"\x1f\x8b\x08")
+    (tmp_path / "wiki.train.tokens").write_text("a b c\n")
     (tmp_path / "file").write_text("")
     return tmp_path
+
+
+class Table:
+    """As a DataFrame, which yields the names of its columns."""
+
+    columns = ("text", "label")
+
+    def __iter__(self):
+        return iter(self.columns)
 
 
 def pretrain(sources, lm, files, **options):
@@ -62,14 +78,14 @@ CASES = {
     "one text, no list": (
         lambda m, f: pretrain("a text", m, f),
         TypeError,
-        "sources must be a list .* got 'a text'",
+        "sources must be a list of texts or paths, or the path of a file, got one str: 'a text'",
     ),
     "bytes": (lambda m, f: pretrain([b"a"], m, f), TypeError, r"sources\[0\] must be str, got bytes"),
     "a number": (lambda m, f: pretrain(["a", 3], m, f), TypeError, r"sources\[1\] must be str, got int: 3"),
     "None": (
         lambda m, f: pretrain(None, m, f),
         TypeError,
-        "sources must be a list of texts or paths, got NoneType",
+        "sources must be a list of texts or paths, .* got NoneType",
     ),
     "too short": (lambda m, f: pretrain(["a"], m, f), ValueError, "too short: 2 tokens"),
     "missing file": (lambda m, f: pretrain([f / "no.txt"], m, f), FileNotFoundError, "no such file.*no.txt"),
@@ -98,7 +114,52 @@ CASES = {
     "CSV with a short row": (
         lambda m, f: classify(f / "short.csv", None, m, f),
         ValueError,
-        "row 3: the column 'text'",
+        "short.csv', line 3: the column 'text' is missing",
+    ),
+    "CSV with an unquoted comma": (
+        lambda m, f: classify(f / "comma.csv", None, m, f),
+        ValueError,
+        "comma.csv', line 4: 3 fields under 2 columns",
+    ),
+    "CSV with an open quote": (
+        lambda m, f: classify(f / "open.csv", None, m, f),
+        ValueError,
+        "open.csv', line 3: the row that begins here cannot be read",
+    ),
+    "CSV with a column twice": (
+        lambda m, f: pretrain(f / "twice.csv", m, f),
+        ValueError,
+        "twice.csv' has more than one column 'text'",
+    ),
+    "CSV with a blank label": (
+        lambda m, f: classify(f / "blank.csv", None, m, f),
+        ValueError,
+        "blank.csv', line 3: the label is blank",
+    ),
+    "JSON lines": (lambda m, f: pretrain([f / "lines.jsonl"], m, f), ValueError, "a .jsonl file is not read"),
+    "a packed file": (lambda m, f: pretrain(f / "packed.txt.gz", m, f), ValueError, "unpacked text file"),
+    "a file's name in a list": (
+        lambda m, f: pretrain(["a text", str(f / "wiki.train.tokens")], m, f),
+        ValueError,
+        r"sources\[1\]='.*wiki.train.tokens' is a file: give pathlib.Path",
+    ),
+    "a missing path in a list": (
+        lambda m, f: m.perplexity(["my data/wiki one.txt"]),
+        ValueError,
+        r"texts\[0\]='my data/wiki one.txt' looks like a path, but is no file",
+    ),
+    "a dict": (lambda m, f: pretrain({"text": TEXTS}, m, f), TypeError, "got a dict: give one column of it"),
+    "a dict of labels": (lambda m, f: classify(TEXTS, {}, m, f), TypeError, "labels must be .* got a dict"),
+    "perplexity of a table": (lambda m, f: m.perplexity(Table()), TypeError, r"got a Table: .*df\['text'\]"),
+    "one-hot labels": (
+        lambda m, f: classify(TEXTS, np.eye(2)[[0, 1] * 12], m, f),
+        TypeError,
+        r"labels\[0\] must be one label, got an array of shape \(2,\)",
+    ),
+    "a blank label": (
+        lambda m, f: classify(TEXTS, ["good", " "] * 12, m, f),
+        ValueError,
+        r"labels\[1\] is blank: ' '",
     ),
     "empty valid": (lambda m, f: pretrain(TEXTS, m, f, valid=[]), ValueError, "valid is empty"),
     "unknown option": (lambda m, f: pretrain(TEXTS, m, f, lrr=1), ValueError, "'lrr'; did you mean 'lr'"),
@@ -200,8 +261,15 @@ def test_refused(name, lm, files):
 def test_classifier_calls(clf):
     for call, error, message in (
         (lambda: clf.predict("a text"), TypeError, "texts must be a list of texts, got one str"),
+        (
+            lambda: clf.predict(Table()),
+            TypeError,
+            "texts must be a list of texts, got a Table: give one column",
+        ),
+        (lambda: clf.accuracy(TEXTS, [0, 1] * 12), ValueError, "labels has the label 0, which the .* lack"),
+        (lambda: clf.accuracy(TEXTS, ["ugly"] * 24), ValueError, "labels has the label 'ugly'"),
         (lambda: clf.predict([1]), TypeError, r"texts\[0\] must be str, got int: 1"),
-        (lambda: clf.accuracy(TEXTS, LABELS[:2]), ValueError, "one length, got 24 and 2"),
+        (lambda: clf.accuracy(TEXTS, LABELS[:2]), ValueError, "one length, got 24 texts and 2 labels"),
         (lambda: uf.finetune_lm(clf.path, TEXTS, clf.path.parent / "y"), ValueError, "holds a classifier"),
     ):
         with pytest.raises(error, match=message):

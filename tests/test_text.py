@@ -78,6 +78,7 @@ def test_join_tokens():
         == "The BEST film,!!! so so (it's)"
     )
     assert join_tokens(["xxrep", "many"]) == "many"
+    assert join_tokens(["xxrep", "²", "a"]) == "² a"  # a digit that is no number
 
 
 @given(st.text(max_size=60))
@@ -118,6 +119,23 @@ def test_readers(tmp_path):
     assert corpus.read_labelled(c) == (["q"], ["1"])
     assert corpus.read_labelled(["t", "u"], np.array([1, 0])) == (["t", "u"], [1, 0])
     assert corpus.read_texts(["See read me.txt"]) == ["See read me.txt"]
+    assert corpus.read_labelled(["see readme", "robots.txt", str(a)], [1, 0, 1])[0][1:] == [
+        "robots.txt",
+        str(a),
+    ]
+
+
+def test_a_single_name_of_a_file_is_its_path(tmp_path, monkeypatch):
+    (tmp_path / "wiki.train.tokens").write_text("one\ntwo\n")
+    monkeypatch.chdir(tmp_path)
+    assert corpus.read_texts("wiki.train.tokens") == ["one", "two"]
+
+
+def test_quotation_marks_and_labels_of_tables(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"so\tpos \nend" of\t neg\n')
+    assert corpus.read_labelled(tmp_path / "a.tsv") == (['"so', 'end" of'], ["pos", "neg"])
+    (tmp_path / "a.csv").write_text('text,label\na "so" b,pos \n"""c"", d",neg\n')
+    assert corpus.read_labelled(tmp_path / "a.csv") == (['a "so" b', '"c", d'], ["pos", "neg"])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 9))

@@ -2,100 +2,144 @@
 
 import csv
 import io
+import math
 import os
 import pathlib
 import sys
 
-from .text import check_texts
+from .text import as_list, check_texts
 
-SUFFIXES = (".txt", ".csv", ".tsv")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".txt", *TABLES)
+# what would otherwise be read as lines of text, or be taken for text in a wrong encoding
+UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".zip", ".json", ".jsonl", ".parquet", ".xlsx")
 
 
 def is_path(source):
-    """A pathlib.Path is a file. So is a str that ends in .txt, .csv or .tsv and either exists or has no
-    white space.
+    """Whether `source`, given alone, is a file: a pathlib.Path, a str that ends in .txt, .csv or .tsv, or one
+    that is the name of a file.
     """
     if isinstance(source, pathlib.Path):
         return True
-    if not isinstance(source, str) or not source.lower().endswith(SUFFIXES) or len(source) > 4096:
+    return isinstance(source, str) and (_has_suffix(source) or os.path.isfile(source))
+
+
+def _has_suffix(source):
+    return len(source) <= 4096 and "\n" not in source and source.lower().endswith(SUFFIXES)
+
+
+def _listed_path(source, where):
+    """Whether `source`, an entry of a list, is a file: a pathlib.Path, or a str that ends in .txt, .csv or
+    .tsv and either exists or is a single word.
+
+    ValueError for another str that is the name of a file or that has the form of a path: nobody can tell
+    whether it is meant as a text.
+    """
+    if not isinstance(source, str):
+        return isinstance(source, pathlib.Path)
+    exists = os.path.isfile(source)
+    if _has_suffix(source):
+        if exists or len(source.split()) == 1:
+            return True
+        if "/" not in source:
+            return False
+    elif not exists:
         return False
-    return len(source.split()) == 1 or os.path.exists(source)
+    raise ValueError(
+        f"{where}={source!r} {'is a file' if exists else 'looks like a path, but is no file'}: give "
+        "pathlib.Path(...) to read it; a text of these words needs a space at its end"
+    )
 
 
 def read_texts(sources, argument="texts"):
     """Texts of `sources`: one path, or a list of texts and paths in any mixture.
+
+    A str in the list is a text, but one that ends in .txt, .csv or .tsv, and exists or is a single word, is a
+    path. A str that might be either is refused.
 
     A text file gives one text a line (lines that are empty are left out), so a line that ends a paragraph or
     a sentence is a text of its own, beginning with xxbos; the stream keeps their order. A CSV (or TSV) gives
     one text a row, of its column `text`.
     """
     if is_path(sources):
-        sources = [sources]
-    elif isinstance(sources, str):
-        raise TypeError(
-            f"{argument} must be a list of texts or the path of a .txt or .csv file, got {sources[:60]!r}"
-        )
-    try:
-        sources = list(sources)
-    except TypeError:
-        raise TypeError(
-            f"{argument} must be a list of texts or paths, got {type(sources).__name__}"
-        ) from None
+        sources, found = [sources], [True]
+    else:
+        sources = as_list(sources, argument, "texts or paths, or the path of a file")
+        found = [_listed_path(source, f"{argument}[{i}]") for i, source in enumerate(sources)]
     texts = []
-    for source in sources:
-        if not is_path(source):
+    for source, is_file in zip(sources, found, strict=True):
+        if not is_file:
             texts.append(source)
-        elif str(source).lower().endswith((".csv", ".tsv")):
+        elif str(source).lower().endswith(TABLES):
             texts += [row["text"] for row in _read_csv(source, ["text"])]
         else:
-            texts += [line for line in map(str.strip, _read(source).split("\n")) if line]
+            texts += [line for line in map(str.strip, read_lines(source)) if line]
     if not texts:
-        what = f"{len(sources)} files without a line of text" if sources else "nothing"
-        raise ValueError(f"{argument} is empty: {what} to train on")
+        what = f"{len(sources)} files without a line of text" if sources else "no text"
+        raise ValueError(f"{argument} is empty: {what}")
     return check_texts(texts, argument)
 
 
 def read_labelled(texts, labels=None, argument="texts"):
-    """(texts, labels): two lists, or a CSV with the columns `text` and `label` and no `labels`."""
+    """(texts, labels): two lists, or a CSV with the columns `text` and `label` and no `labels`.
+
+    With `labels` every entry of a list is a text, whatever it looks like.
+    """
     if labels is None:
         if not is_path(texts):
             raise TypeError(
                 f"labels is missing: give one label per text, or let {argument} be the path of a CSV "
                 "with the columns text and label"
             )
-        if not str(texts).lower().endswith((".csv", ".tsv")):
+        if not str(texts).lower().endswith(TABLES):
             raise ValueError(
                 f"{argument}={str(texts)!r} has no labels: give a CSV with the columns text and label"
             )
         rows = _read_csv(texts, ["text", "label"])
         texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
-    else:
+    elif is_path(texts):
         texts = read_texts(texts, argument)
     texts, labels = check_texts(texts, argument), check_labels(labels)
+    check_one_length(texts, labels, argument)
+    return texts, labels
+
+
+def check_one_length(texts, labels, argument="texts"):
     if len(texts) != len(labels):
         raise ValueError(
             f"{argument} and labels must have one length, got {len(texts)} texts and {len(labels)} labels"
         )
-    return texts, labels
 
 
 def check_labels(labels, argument="labels"):
     """Labels as a list of str or of int (numpy scalars and tensors become Python's)."""
-    if isinstance(labels, str):
-        raise TypeError(f"{argument} must be a list with one label per text, got one str: {labels[:40]!r}")
-    try:
-        labels = [x.item() if hasattr(x, "item") else x for x in labels]
-    except TypeError:
-        raise TypeError(
-            f"{argument} must be a list with one label per text, got {type(labels).__name__}"
-        ) from None
+    labels = as_list(labels, argument, "labels, one per text")
+    for i, label in enumerate(labels):
+        shape = tuple(getattr(label, "shape", ()))
+        if math.prod(shape) != 1:
+            raise TypeError(
+                f"{argument}[{i}] must be one label, got an array of shape {shape}; of one-hot rows, "
+                "labels.argmax(1) gives the labels"
+            )
+    labels = [x.item() if hasattr(x, "item") else x for x in labels]
     kinds = {type(x) for x in labels}
     if kinds and (len(kinds) > 1 or not kinds <= {str, int, bool}):
         odd = next(x for x in labels if type(x) is not type(labels[0]) or type(x) not in (str, int, bool))
         raise TypeError(
             f"{argument} must be all str or all int, got {odd!r} ({type(odd).__name__}) among them"
         )
+    blank = next((i for i, x in enumerate(labels) if isinstance(x, str) and not x.strip()), None)
+    if blank is not None:
+        raise ValueError(f"{argument}[{blank}] is blank: {labels[blank]!r}")
     return labels
+
+
+def check_known(labels, classes, argument="labels"):
+    """ValueError for a label that is none of `classes`, the classes of training."""
+    known = set(classes)
+    for label in labels:
+        if label not in known:
+            raise ValueError(f"{argument} has the label {label!r}, which the training labels lack: {classes}")
 
 
 def label_classes(labels):
@@ -112,6 +156,11 @@ def _read(path):
         raise FileNotFoundError(f"no such file: {str(path)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; name the files in it")
+    if path.suffix.lower() in UNREADABLE:
+        raise ValueError(
+            f"{str(path)!r}: a {path.suffix} file is not read; give an unpacked text file (one text a line), "
+            "a CSV with a column text, or a list of texts"
+        )
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -122,30 +171,69 @@ def _read(path):
         ) from None
 
 
+def read_lines(path):
+    """All lines of a text file, the empty ones too."""
+    return split_lines(_read(path))
+
+
+def split_lines(text):
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _read_csv(path, columns):
+    """The rows as dicts; every row has all of `columns`, and a label is never blank."""
     text = _read(path)
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # a document may be longer than the module's 128 KB
     try:
-        reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter="\t" if str(path).lower().endswith(".tsv") else ","
-        )
-        names = reader.fieldnames or []
-        for column in columns:
-            if column not in names:
-                raise ValueError(
-                    f"{str(path)!r} has no column {column!r}; its first line gives the columns {names}"
-                )
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{str(path)!r} is not a readable CSV: {error}") from None
+        records = list(_records(text, path))
     finally:
         csv.field_size_limit(limit)
-    for number, row in enumerate(rows, 2):
-        for column in columns:
-            if row[column] is None:
-                raise ValueError(f"{str(path)!r}, row {number}: the column {column!r} is missing")
-    if not rows:
+    names = records[0][1] if records else []
+    for column in columns:
+        if names.count(column) != 1:
+            raise ValueError(
+                f"{str(path)!r} has {'more than one' if column in names else 'no'} column {column!r}; its "
+                f"first line gives the columns {names}"
+            )
+    if len(records) < 2:
         raise ValueError(f"{str(path)!r} has no rows under its heading")
-    return rows
+    return [_row(where, names, fields, columns) for where, fields in records[1:]]
+
+
+def _records(text, path):
+    """(place, fields) of the heading and of each row. A TSV has no quoting: its quotation marks are text."""
+    tsv = str(path).lower().endswith(".tsv")
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
+    while True:
+        where = f"{str(path)!r}, line {reader.line_num + 1}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{where}: the row that begins here cannot be read: {error}; a text in quotes ends with a "
+                "quotation mark, and one inside it is doubled"
+            ) from None
+        if fields is None:
+            return
+        if fields:
+            yield where, fields
+
+
+def _row(where, names, fields, columns):
+    if len(fields) > len(names):
+        raise ValueError(
+            f"{where}: {len(fields)} fields under {len(names)} columns; in a CSV a text with a comma in it "
+            "stands in quotes"
+        )
+    row = dict(zip(names, fields, strict=False))
+    for column in columns:
+        if column not in row:
+            raise ValueError(f"{where}: the column {column!r} is missing")
+    if "label" in columns:
+        row["label"] = row["label"].strip()
+        if not row["label"]:
+            raise ValueError(f"{where}: the label is blank")
+    return row

@@ -2,14 +2,18 @@
 configuration.
 """
 
+import contextlib
 import math
+import numbers
+import pathlib
 
 import numpy as np
 import torch
 
+from . import ops
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
-from .corpus import check_labels
+from .corpus import check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
@@ -46,7 +50,8 @@ class _Result:
     """
 
     def __init__(self, model, tokenizer, config, path=None, history=()):
-        self.model, self.tokenizer, self.config, self.path = model.eval(), tokenizer, config, path
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.path = None if path is None else pathlib.Path(path).absolute()  # also after os.chdir
         self.history = list(history)
 
     @property
@@ -77,18 +82,16 @@ class TrainedLM(_Result):
     def perplexity(self, texts, batch_size=16):
         """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text.
 
-        No dropout; state is carried from window to window, beginning with zeros; every token but the very
-        first is scored once. The stream is read in `batch_size` columns, each beginning with zero state:
-        batch_size=1 gives the figure of an unbroken reading, more columns nearly the same one sooner. Words
-        outside the vocabulary count as xxunk, so perplexities of models with different vocabularies do not
-        compare.
+        texts: as the `sources` of pretrain_lm, texts or paths. No dropout; state is carried from window to
+        window, beginning with zeros; every token but the very first is scored once. The stream is read in
+        `batch_size` columns, each beginning with zero state: batch_size=1 gives the figure of an unbroken
+        reading, more columns nearly the same one sooner. Words outside the vocabulary count as xxunk, so
+        perplexities of models with different vocabularies do not compare.
         """
-        docs = self.tokenizer.encode(check_texts(texts))
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        batch_size = _count("batch_size", batch_size, 1)
+        docs = self.tokenizer.encode(read_texts(texts))
         return math.exp(stream_loss(self.model, docs, batch_size, self.config.bptt))
 
-    @torch.no_grad()
     def generate(self, prompt="", n=40, temperature=1.0, seed=None):
         """`prompt` continued by `n` tokens, as text.
 
@@ -97,44 +100,66 @@ class TrainedLM(_Result):
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be str, got {type(prompt).__name__}")
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"n must be an integer of at least 0, got {n!r}")
-        if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
+        n = _count("n", n, 0)
+        if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ids = self.tokenizer.encode([prompt])[0].tolist()
-        self.model.reset()
-        feed = ids
-        for _ in range(n):
-            logits = self.model(torch.tensor([feed], device=self.device))[0, -1].double().cpu()
-            logits[[UNK_ID, PAD_ID]] = -math.inf
-            if temperature == 0:
-                choice = int(logits.argmax())
-            else:
-                choice = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
-            ids.append(choice)
-            feed = [choice]
-        self.model.reset()
+        encoder, decoder = self.model
+        feed, hidden = ids, encoder.zero_hidden(1)
+        with _evaluating(self.model):
+            for _ in range(n):
+                outputs, hidden = encoder.run(torch.tensor([feed], device=self.device), hidden)
+                logits = decoder(outputs[-1][:, -1:])[0, 0].double().cpu()
+                logits[[UNK_ID, PAD_ID]] = -math.inf
+                feed = [_draw(logits, float(temperature), generator)]
+                ids += feed
         return self.tokenizer.decode(ids)
 
 
-@torch.no_grad()
+def _draw(logits, temperature, generator):
+    """An index drawn from the softmax of logits / temperature; the likeliest at 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / temperature  # the largest is 0: a tiny temperature overflows to -inf
+    return int(torch.multinomial(scaled.softmax(0), 1, generator=generator))
+
+
 def stream_loss(model, docs, batch_size, bptt):
-    """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves the mode as it
-    was.
+    """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves its mode and its
+    carried state as they were.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    model.reset()
-    total, count = 0.0, 0
-    for ids, targets in evaluation_windows(docs, batch_size, bptt):
-        n = int((targets != IGNORE).sum())
-        if n:
-            total += float(model(ids.to(device), targets.to(device), ignore_index=IGNORE)[1].double()) * n
-            count += n
-    model.reset()
-    model.train(was_training)
+    device, (encoder, decoder) = next(model.parameters()).device, model
+    hidden, total, count = encoder.zero_hidden(0), 0.0, 0
+    weight, bias = decoder.decoder.weight, decoder.decoder.bias
+    with _evaluating(model):
+        for ids, targets in evaluation_windows(docs, batch_size, bptt):
+            outputs, hidden = encoder.run(ids.to(device), hidden)
+            if n := int((targets != IGNORE).sum()):
+                mean = ops.linear_cross_entropy(
+                    outputs[-1], weight, bias, targets.to(device), ignore_index=IGNORE
+                )
+                total, count = total + float(mean.double()) * n, count + n
     return total / count
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    """Evaluation mode without gradients inside, the mode it was in after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _count(name, value, least):
+    """`value` as an int; ValueError unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
 class TrainedClassifier(_Result):
@@ -146,9 +171,8 @@ class TrainedClassifier(_Result):
 
     def predict_proba(self, texts, batch_size=64):
         """float32 (len(texts), len(classes)): probabilities in the order of `texts`."""
+        batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(check_texts(texts, allow_empty=True))
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         return document_logits(self.model, docs, len(self.classes), batch_size).softmax(1).numpy()
 
     def predict(self, texts, batch_size=64):
@@ -156,27 +180,25 @@ class TrainedClassifier(_Result):
         return [self.classes[i] for i in self.predict_proba(texts, batch_size).argmax(1)]
 
     def accuracy(self, texts, labels, batch_size=64):
-        """Share of `texts` whose predicted class is their label."""
+        """Share of `texts` whose predicted class is their label; a label that is no class is an error."""
         texts, labels = check_texts(texts), check_labels(labels)
-        if len(texts) != len(labels):
-            raise ValueError(f"texts and labels must have one length, got {len(texts)} and {len(labels)}")
+        check_one_length(texts, labels)
+        check_known(labels, self.classes)
         return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), labels, strict=True)]))
 
 
-@torch.no_grad()
 def document_logits(model, docs, n_classes, batch_size):
     """float32 (len(docs), n_classes) on the CPU, in the order of `docs`; leaves the model's mode as it
     was.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # like lengths together: little padding
     logits = torch.zeros(len(docs), n_classes)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, lengths = pad_batch([docs[i] for i in chosen])
-        logits[chosen] = model(ids.to(device), lengths.to(device)).float().cpu()
-    model.train(was_training)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, lengths = pad_batch([docs[i] for i in chosen])
+            logits[chosen] = model(ids.to(device), lengths.to(device)).float().cpu()
     return logits
 
 

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -66,16 +67,28 @@ def mark(text):
     return f"{BOS} {_WORD.sub(_mark_case, text).lower()}"
 
 
+def as_list(values, argument, what="texts"):
+    """`values` as a list; TypeError for one str, and for a table, whose entries are its columns' names."""
+    if isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{argument} must be a list of {what}, got one {type(values).__name__}: {values[:40]!r}"
+        )
+    if isinstance(values, Mapping) or hasattr(values, "columns"):
+        raise TypeError(
+            f"{argument} must be a list of {what}, got a {type(values).__name__}: give one column of it, "
+            "for example df['text']"
+        )
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{argument} must be a list of {what}, got {type(values).__name__}") from None
+
+
 def check_texts(texts, argument="texts", allow_empty=False):
     """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
     text.
     """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"{argument} must be a list of texts, got one {type(texts).__name__}: {texts[:40]!r}")
-    try:
-        texts = list(texts)
-    except TypeError:
-        raise TypeError(f"{argument} must be a list of texts, got {type(texts).__name__}") from None
+    texts = as_list(texts, argument)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{argument}[{i}] must be str, got {type(text).__name__}: {text!r:.60}")
@@ -214,7 +227,7 @@ def join_tokens(tokens):
     while queue:
         token = queue.pop()
         if token in (REP, WREP):
-            if len(queue) < 2 or not queue[-1].isdigit():
+            if len(queue) < 2 or not queue[-1].isdecimal():
                 continue
             times, what = min(int(queue.pop()), 100), queue.pop()
             words.append(what * times if token == REP else " ".join([what] * times))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .batches import DocumentBatches, epoch_stream
 from .checkpoints import load_state
 from .config import make_config
-from .corpus import label_classes, read_labelled, read_texts
+from .corpus import check_known, label_classes, read_labelled, read_texts
 from .devices import pick_device, to_device
 from .extras import check_train_extras
 from .initial import start_from_frequencies, starting_point
@@ -305,9 +305,7 @@ def _read_valid(valid, classes):
         texts, labels = read_labelled(*valid, argument="valid")
     else:
         texts, labels = read_labelled(valid, argument="valid")
-    for label in labels:
-        if label not in classes:
-            raise ValueError(f"valid has the label {label!r}, which the training labels lack: {classes}")
+    check_known(labels, classes, "valid")
     return texts, labels
 
 
