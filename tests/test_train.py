@@ -1,6 +1,5 @@
 """The three stages: that they learn, repeat to the bit, go on after an interruption, and lose nothing."""
 
-import concurrent.futures
 import json
 import math
 import os
@@ -16,7 +15,6 @@ from stages import SIZES, TINY, sentences
 import ulmfit_fast as uf
 from ulmfit_fast import batches, pretrained, runs, text, train
 from ulmfit_fast.model import layer_groups
-from ulmfit_fast.results import build_lm, stream_loss
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(_extra)
@@ -92,84 +90,6 @@ def test_pretraining_starts_from_word_frequencies(base, tmp_path):
     assert np.log(out.perplexity(TEXTS)) == pytest.approx(entropy, rel=0.02)
 
 
-def test_perplexity_is_the_exact_token_mean(base):
-    ids = torch.from_numpy(np.concatenate(base.tokenizer.encode(TEXTS[:7]))).long().to(DEVICE)
-    base.model.reset()
-    with torch.no_grad():
-        logits = base.model(ids[None, :-1])[0].double()
-    wanted = math.exp(torch.nn.functional.cross_entropy(logits, ids[1:]))
-    assert base.perplexity(TEXTS[:7], batch_size=1) == pytest.approx(wanted, rel=1e-5)
-    assert base.perplexity(TEXTS[:7], batch_size=1) == base.perplexity(TEXTS[:7], batch_size=1)
-    assert base.perplexity(TEXTS, batch_size=3) == pytest.approx(
-        base.perplexity(TEXTS, batch_size=1), rel=0.2
-    )
-    assert not base.model.training
-
-
-def test_generate(base):
-    said = base.generate("The film", 12, seed=1)
-    assert said == base.generate("The film", 12, seed=1) != base.generate("The film", 12, seed=2)
-    assert said.lower().startswith("the film") and base.generate("The film", 0) == "The film"
-    assert base.generate("The", 5, temperature=0) == base.generate("The", 5, temperature=0, seed=9)
-
-
-def test_numbers_of_numpy_and_tiny_temperatures(base):
-    said = base.generate("The", np.int64(5), temperature=np.float32(1), seed=1)
-    assert said == base.generate("The", 5, temperature=1.0, seed=1)
-    assert base.generate("The", 5, temperature=1e-320) == base.generate("The", 5, temperature=0)
-    assert base.perplexity(TEXTS[:9], np.int64(2)) == base.perplexity(TEXTS[:9], 2)
-
-
-def test_threads_share_a_language_model(base):
-    prompts = ["The film", "The song was", "A", "great"]
-    wanted = [base.generate(prompt, 60, seed=3) for prompt in prompts], base.perplexity(TEXTS)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        said = [pool.submit(base.generate, prompt, 60, seed=3) for prompt in prompts * 4]
-        figures = [pool.submit(base.perplexity, TEXTS) for _ in range(4)]
-        assert [s.result() for s in said] == wanted[0] * 4
-        assert {f.result() for f in figures} == {wanted[1]}
-
-
-def test_validation_leaves_the_state_of_training(base):
-    model = build_lm(base.config.model_config(), len(base.tokenizer), base.config.dropouts()).to(DEVICE)
-    model(torch.zeros(5, 3, dtype=torch.int64, device=DEVICE))
-    before = [tensor.clone() for layer in model[0].hidden for tensor in layer]
-    stream_loss(model, base.tokenizer.encode(TEXTS), 16, 8)
-    after = [tensor for layer in model[0].hidden for tensor in layer]
-    assert model.training and model[0].bs == 5
-    assert all(map(torch.equal, before, after))
-
-
-def test_perplexity_reads_files_as_the_stages_do(base, tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    for sources in (tmp_path / "a.txt", [str(tmp_path / "a.txt")]):
-        assert base.perplexity(sources) == base.perplexity(TEXTS)
-
-
-def test_a_result_outlives_a_change_of_folder(base, tmp_path, monkeypatch):
-    monkeypatch.chdir(base.path.parent)
-    lm = uf.load(base.path.name, DEVICE)
-    monkeypatch.chdir(tmp_path)
-    assert uf.finetune_lm(lm, TEXTS, tmp_path / "x", **TINY | dict(epochs=1)).metrics
-
-
-def test_predictions_do_not_depend_on_order_or_batch(clf):
-    texts = [
-        "The film was superb and fine .",
-        "The song was awful and dull .",
-        "",
-        "dull and poor " * 40,
-        "lovely",
-    ]
-    whole = clf.predict_proba(texts, batch_size=2)
-    assert whole.shape == (5, 2) and whole.dtype == np.float32 and np.allclose(whole.sum(1), 1, atol=1e-6)
-    assert np.allclose(whole, clf.predict_proba(texts[::-1])[::-1], atol=1e-5)
-    assert np.allclose(whole, np.concatenate([clf.predict_proba([t]) for t in texts]), atol=1e-5)
-    assert clf.predict(texts) == [clf.classes[i] for i in whole.argmax(1)]
-    assert clf.predict([]) == [] and clf.predict_proba([]).shape == (0, 2)
-    assert clf.accuracy(texts[:2], ["good", "bad"]) == 1.0
-
-
 def test_same_seed_same_losses_and_the_callers_randomness_is_left_alone(base, tmp_path):
     torch.manual_seed(5)
     before = random_state()
@@ -210,7 +130,8 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(base, tmp_path, stage)
         assert (out / "state.pt").exists()
         resumed = run(out, log_every=2, resume=True)
         assert numbers(out) == numbers(tmp_path / "whole")
-        assert numbers(out, "valid") == numbers(tmp_path / "whole", "valid")
+        for kind in ("valid", "epoch"):
+            assert numbers(out, kind) == numbers(tmp_path / "whole", kind)
         for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)
         assert not (out / "state.pt").exists()
@@ -253,7 +174,7 @@ def test_existing_runs_are_safe(base, tmp_path):
     with pytest.raises(FileExistsError, match="holds a finished pretrain run.*overwrite=True"):
         stages(base)["pretrain"](base.path)
     weights = (base.path / "model.safetensors").read_bytes()
-    again = stages(base)["pretrain"](base.path, resume=True)
+    again = uf.pretrain_lm(TEXTS, base.path, valid=TEXTS[:10], resume=True, **BASE)
     assert again.metrics == base.metrics and (base.path / "model.safetensors").read_bytes() == weights
     with pytest.raises(KeyboardInterrupt):
         stages(base)["pretrain"](tmp_path / "x", callback=interrupt_at(2))
