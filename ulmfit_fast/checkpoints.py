@@ -34,11 +34,19 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            name_file(error, path)
         raise
     _sync_directory(path.parent)
+
+
+def name_file(error: OSError, path: PathLike) -> None:
+    """Give the error the file's name where the system's call had none: to write to a full disk is such."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def atomic_write(path: PathLike, data: str | bytes) -> None:

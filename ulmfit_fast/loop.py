@@ -68,13 +68,14 @@ class Loop:
         self.epochs = sum(phase.epochs for phase in plan)
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
-        self.n_trainable = None
-        self._forget_sums()
+        self.n_trainable, self.rate = None, 0.0
+        self.saved = None  # the step of the state that the directory holds
+        self.since_line, self.in_epoch = _Sums(), _Sums()
 
     def train(self, state=None):
         """Runs to the end from `state` (what `run.begin` gave back) or from the beginning.
 
-        Ctrl-C ends the step under way, saves the state and raises KeyboardInterrupt; so does a
+        Ctrl-C or SIGTERM ends the step under way, saves the state and raises KeyboardInterrupt; so does a
         KeyboardInterrupt raised by `callback(line)`, which is called with a metrics line after each logged
         step.
         """
@@ -82,13 +83,12 @@ class Loop:
         if state is not None:
             self._restore(state)
         elif self.validate_first:
-            self._validate(epoch=0)
+            self._log_valid(0, self.validate())
         with _DelayedInterrupt() as self.interrupt:
             self.bar = None
             try:
                 while self.epoch < self.epochs:
                     self._train_epoch()
-                self.run.plot()
             except KeyboardInterrupt:
                 if not self.between_steps:  # a second Ctrl-C inside a step: its update may be half done
                     raise
@@ -101,7 +101,9 @@ class Loop:
             finally:
                 if self.bar:
                     self.bar.close()
+        self._check_weights()
         self.run.finish(self.model)
+        self.run.plot()
 
     def _train_epoch(self):
         batches = self.batches(self.epoch)
@@ -127,9 +129,14 @@ class Loop:
             if line and self.callback:
                 self.callback(line)
             self.interrupt.check()
-        valid = self._validate(self.epoch + 1)
-        self.bar.epoch(self.epoch + 1, self.epochs, self.last_line, valid)
-        self.epoch, self.batch = self.epoch + 1, 0
+        if self.since_line.steps:  # interrupted after the last step, before its line was written
+            self._log()
+        figures = self.validate() if self.validate else None  # may be interrupted: nothing is logged before
+        line = self._line("epoch", self.in_epoch)
+        self.run.log(line)
+        valid = figures and self._log_valid(self.epoch + 1, figures)
+        self.bar.epoch(self.epoch + 1, self.epochs, line, valid)
+        self.epoch, self.batch, self.in_epoch = self.epoch + 1, 0, _Sums()
         if self.epoch < self.epochs:
             self.save()
             self.run.save_model(self.model)
@@ -188,73 +195,72 @@ class Loop:
     def _account(self, batch):
         start = time.perf_counter()
         figures, tokens = self.take_step(batch)
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
-        self.count += 1
-        self.tokens += tokens
-        self.seconds += time.perf_counter() - start
+        self.since_line.add({name: value.double() for name, value in figures.items()}, 1, tokens)
+        self.since_line.seconds += time.perf_counter() - start
 
     def _log(self):
+        """Logs the means over the steps since the last line; counts them into the epoch's."""
         start = time.perf_counter()
-        means = {name: float(total) / self.count for name, total in self.sums.items()}  # waits for the device
-        self.seconds += time.perf_counter() - start
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss became {means['loss']} before step {self.step} at lr={self.config.lr}; "
-                f"a lower lr or clip helps. {self.run.path} keeps the last saved state"
-            )
+        sums = _Sums(*self.since_line.numbers())  # waits for the device
+        sums.seconds += time.perf_counter() - start
+        loss = sums.totals["loss"] / sums.steps
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} before step {self.step} at {self._advice()}")
+        line = self._line("train", sums)
+        self.run.log(line)
+        self.in_epoch.add(sums.totals, sums.steps, sums.tokens, sums.seconds)
+        self.since_line = _Sums()
+        return line
+
+    def _line(self, kind, sums):
+        """A metrics line: means over the steps that `sums` holds."""
+        means = {name: total / sums.steps for name, total in sums.totals.items()}
         if "accuracy" not in means:
             means["perplexity"] = math.exp(min(means["loss"], 700))
-        speed = self.tokens / max(self.seconds, 1e-9)
-        self.last_line = {
-            "kind": "train",
-            "step": self.step,
-            "epoch": self.epoch + 1,
-            **means,
-            "lr": self.rate,
-            "tokens_per_s": round(speed, 1),
-        }
-        self.run.log(self.last_line)
-        self._forget_sums()
-        return self.last_line
+        place = {"kind": kind, "step": self.step, "epoch": self.epoch + 1}
+        speed = sums.tokens / max(sums.seconds, 1e-9)
+        return {**place, **means, "lr": self.rate, "tokens_per_s": round(speed, 1)}
 
-    def _forget_sums(self):
-        """Sums since the last logged line; a logged figure is the mean over the steps since then."""
-        self.sums, self.count, self.tokens, self.seconds = {}, 0, 0, 0.0
-
-    def _validate(self, epoch):
-        if self.validate is None:
-            return None
-        line = {"kind": "valid", "step": self.step, "epoch": epoch, **self.validate()}
+    def _log_valid(self, epoch, figures):
+        line = {"kind": "valid", "step": self.step, "epoch": epoch, **figures}
         self.run.log(line)
         return line
 
+    def _check_weights(self):
+        """The loss shows what an update has spoilt only at the next step: no such weights are saved."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"the weights ({name}) became infinite or NaN by step {self.step} at {self._advice()}"
+                )
+
+    def _advice(self):
+        kept = "no state yet" if self.saved is None else f"the state saved after step {self.saved}"
+        return f"lr={self.config.lr}; a lower lr or clip helps. {self.run.path} keeps {kept}"
+
     def save(self):
         """All that decides the numbers of later steps."""
+        self._check_weights()
         self.run.save_state(
             {
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "step": self.step,
-                "fingerprint": self.run.fingerprint,
+                "rate": self.rate,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "hidden": [tuple(pair) for pair in self.get_hidden()],
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                "sums": {name: float(total) for name, total in self.sums.items()},
-                "counts": (self.count, self.tokens, self.seconds),
-                "last_line": getattr(self, "last_line", None),
+                "since_line": self.since_line.numbers(),
+                "in_epoch": self.in_epoch.numbers(),
             }
         )
+        self.saved = self.step
 
     def _restore(self, state):
-        if state["fingerprint"] != self.run.fingerprint:
-            raise ValueError(
-                f"resume needs the texts and labels the run in {self.run.path} was started with; "
-                "these are others"
-            )
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.rate, self.saved = state["rate"], self.step
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._place_rates()
@@ -262,30 +268,48 @@ class Loop:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        self.sums = {
-            name: torch.tensor(v, dtype=torch.float64, device=self.device)
-            for name, v in state["sums"].items()
-        }
-        self.count, self.tokens, self.seconds = state["counts"]
-        self.last_line = state["last_line"]
+        self.since_line, self.in_epoch = _Sums(*state["since_line"]), _Sums(*state["in_epoch"])
         self.run.keep_lines(state["metric_lines"])
 
 
-class _DelayedInterrupt(contextlib.AbstractContextManager):
-    """Lets a first Ctrl-C wait for `check`, so that a step is never torn; a second one acts at once.
+class _Sums:
+    """Figures summed over steps, with the steps, the tokens and the seconds that they took."""
 
-    Signals reach the main thread alone: elsewhere this does nothing.
+    def __init__(self, totals=None, steps=0, tokens=0, seconds=0.0):
+        self.totals, self.steps, self.tokens, self.seconds = dict(totals or {}), steps, tokens, seconds
+
+    def add(self, totals, steps, tokens, seconds=0.0):
+        for name, total in totals.items():
+            self.totals[name] = self.totals.get(name, 0) + total
+        self.steps, self.tokens, self.seconds = (
+            self.steps + steps,
+            self.tokens + tokens,
+            self.seconds + seconds,
+        )
+
+    def numbers(self):
+        """What makes an equal one: numbers of the host in place of the device's."""
+        return {name: float(x) for name, x in self.totals.items()}, self.steps, self.tokens, self.seconds
+
+
+class _DelayedInterrupt(contextlib.AbstractContextManager):
+    """Lets a first Ctrl-C or a SIGTERM wait for `check`: a step is never torn. A second Ctrl-C acts at once.
+
+    A signal that the program ignores, or a SIGTERM that it handles, is left to it. Signals reach the main
+    thread alone: elsewhere this does nothing.
     """
 
     def __enter__(self):
-        self.pending = False
-        self.active = threading.current_thread() is threading.main_thread()
-        if self.active:
-            self.before = signal.signal(signal.SIGINT, self._receive)
+        self.pending, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler == signal.SIG_DFL or (number == signal.SIGINT and callable(handler)):
+                    self.before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number, frame):
-        if self.pending:
+        if self.pending and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.pending = True
 
@@ -295,5 +319,5 @@ class _DelayedInterrupt(contextlib.AbstractContextManager):
             raise KeyboardInterrupt
 
     def __exit__(self, *error):
-        if self.active:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

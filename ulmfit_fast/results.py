@@ -60,9 +60,14 @@ class _Result:
 
     @property
     def metrics(self):
-        """The last figures of training, and of validation with "valid_" before their names."""
+        """The figures of the last epoch: of training, means over its steps, under dropout, while the weights
+        changed; of validation, with "valid_" before their names.
+        """
         last = {line["kind"]: line for line in self.history}
-        figures = {k: v for k, v in last.get("train", {}).items() if k != "kind"}
+        trained = last.get(
+            "epoch", last.get("train", {})
+        )  # runs of earlier versions have no line of an epoch
+        figures = {k: v for k, v in trained.items() if k != "kind"}
         figures.update(
             {
                 f"valid_{k}": v

@@ -1,26 +1,33 @@
 """A run directory: what is in it, how it is written so that nothing saved is lost, and how it is opened
 again.
 
-config.json        stage, sizes, hyper-parameters, classes, whether the run has finished
+config.json        stage, sizes, hyper-parameters, classes, a hash of the data, whether the run has finished
 tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
-metrics.jsonl      one line per logged step and per validation
+metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
 curves.png         the same as a picture
 state.pt           while the run is unfinished: all that is needed to go on with the same numbers
+.lock              while a process trains there: its number
 """
 
+import contextlib
 import io
 import json
+import os
 import pathlib
+import warnings
+import zipfile
 
 import torch
 
-from .checkpoints import atomic_write, load_model, save_model
+from .checkpoints import atomic_write, load_model, name_file, save_model
 from .config import STAGES, ModelConfig, unknown_key_message
+from .locks import locked
 
-FORMAT = 1
+FORMAT, STATE_FORMAT = 1, 2
 CONFIG, TOKENIZER, MODEL, METRICS = "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl"
-CURVES, STATE = "curves.png", "state.pt"
+CURVES, STATE, LOCK = "curves.png", "state.pt", ".lock"
+FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)
 
 
 def as_directory(path, argument):
@@ -58,70 +65,112 @@ def read_config(path, argument="run_dir"):
 class RunDirectory:
     """The directory of one training run, for writing.
 
-    A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; a finished run
-    is then left as it is, `finished` says so, and an empty directory starts from the beginning).
+    A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; an empty
+    directory starts from the beginning). One that has files of these names, but is no run's, is refused
+    always.
     """
 
     def __init__(self, path, resume=False, overwrite=False):
-        self.path = as_directory(path, "out")
+        self.path, self.resume, self.overwrite = as_directory(path, "out"), resume, overwrite
         if resume and overwrite:
             raise ValueError("resume=True and overwrite=True contradict each other")
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"out={str(path)!r} is a file; a run needs a directory of its own")
-        self.finished = False
         self._lines = 0
-        if (self.path / CONFIG).exists():
-            record = read_config(self.path, "out")
-            if not (resume or overwrite):
-                state = "a finished" if record["finished"] else "an interrupted"
-                more = "" if record["finished"] else "resume=True goes on with it, "
+        self._existing()
+
+    def _existing(self):
+        """What config.json says of the run that `resume` finds, or None; an error for what must stay."""
+        where = f"out={str(self.path)!r}"
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{where} is a file; a run needs a directory of its own")
+        if not _is_ours(self.path / CONFIG):
+            others = [name for name in FILES if (self.path / name).exists()]
+            if others:
                 raise FileExistsError(
-                    f"out={str(path)!r} holds {state} {record['stage']} run: {more}overwrite=True "
-                    "replaces it, or choose another directory"
+                    f"{where} is no run directory, but has {', '.join(others)}, which a run would replace; "
+                    "choose another directory"
                 )
-            self.finished = resume and record["finished"]
+            return None
+        if self.overwrite:
+            return None
+        record = read_config(self.path, "out")
+        if not self.resume:
+            state = "a finished" if record["finished"] else "an interrupted"
+            more = "" if record["finished"] else "resume=True goes on with it, "
+            raise FileExistsError(
+                f"{where} holds {state} {record['stage']} run: {more}overwrite=True replaces it, or choose "
+                "another directory"
+            )
+        return record
 
-    def begin(self, record, tokenizer, resume):
-        """Writes config.json and tokenizer.json, or with `resume` compares them; returns the state to go on
-        from.
+    def holds_finished(self, record):
+        """Whether `resume` finds the run that `record` describes, and complete; ValueError for another one.
 
-        record: stage, preset, model (ModelConfig), config (the stage's dataclass), classes.
+        record: stage, preset, model (ModelConfig), config (the stage's dataclass), classes, data (a hash).
         """
-        self.record = {"format": FORMAT, **record, "finished": False}
-        if resume and (self.path / STATE).exists():
-            self._compare(read_config(self.path, "out"))
-            return self._read_state()
-        self.path.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, METRICS):
-            (self.path / name).unlink(missing_ok=True)
-        self._write(TOKENIZER, tokenizer.to_json().encode())
-        self._write_config()
-        return None
+        old = self._existing()
+        if old is None:
+            return False
+        self._compare(old, record)
+        return old["finished"]
 
-    def _compare(self, old):
-        if old["stage"] != self.record["stage"]:
+    def _compare(self, old, new):
+        where = f"out={str(self.path)!r}"
+        if old["stage"] != new["stage"]:
             raise ValueError(
-                f"out={str(self.path)!r} holds a run of stage {old['stage']!r}, not "
-                f"{self.record['stage']!r}: it cannot be resumed here"
+                f"{where} holds a run of stage {old['stage']!r}, not {new['stage']!r}: it cannot be resumed "
+                "here"
             )
         for part in ("config", "model"):
-            before, now = old[part].to_dict(), self.record[part].to_dict()
+            before, now = old[part].to_dict(), new[part].to_dict()
             changed = [f"{k}={now[k]!r} (was {before[k]!r})" for k in now if now[k] != before[k]]
             if changed:
                 raise ValueError(
-                    f"resume needs the options the run was started with; changed: {', '.join(changed)}"
+                    f"resume needs the options the run in {where} was started with; changed: "
+                    f"{', '.join(changed)}"
                 )
+        if old.get("data", new["data"]) != new["data"]:  # runs of earlier versions do not say
+            raise ValueError(
+                f"resume needs the texts, labels, validation set and base model the run in {where} was "
+                "started with; these are others"
+            )
+
+    @contextlib.contextmanager
+    def begin(self, record, tokenizer):
+        """Holds the directory and yields the state to go on from, or None where the run begins.
+
+        A new run first takes away what is left of an earlier one: its weights would be loaded under the new
+        options. record: as for `holds_finished`.
+        """
+        self.record = {"format": FORMAT, **record, "finished": False}
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / LOCK, f"out={str(self.path)!r}"):
+            if self.holds_finished(record):
+                raise FileExistsError(f"another process has just finished the run in out={str(self.path)!r}")
+            for name in FILES:  # left by a process that was killed while it wrote
+                for remains in self.path.glob(f".{name}.*.tmp"):
+                    remains.unlink()
+            if self.resume and (self.path / STATE).exists():
+                yield self._read_state()
+                return
+            for name in (MODEL, STATE, METRICS, CURVES):
+                (self.path / name).unlink(missing_ok=True)
+            self._write_config()
+            self._write(TOKENIZER, tokenizer.to_json().encode())
+            yield None
 
     def _read_state(self):
+        file = self.path / STATE
         try:
-            return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch raises RuntimeError, EOFError or UnpicklingError for a damaged file
-            raise ValueError(
-                f"{str(self.path / STATE)!r} cannot be read ({str(error).splitlines()[0]}); "
-                "overwrite=True starts anew"
-            ) from None
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # torch does not look at the checksums
+                    raise ValueError(f"the checksum of {damaged} differs")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if state.get("format") != STATE_FORMAT:
+                raise ValueError("another version of ulmfit_fast saved it")
+        except Exception as error:  # of many types for a damaged file, torch's and zipfile's
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{str(file)!r} cannot be read ({reason}); overwrite=True starts anew") from None
+        return state
 
     def _write(self, name, data):
         atomic_write(self.path / name, data)
@@ -133,7 +182,7 @@ class RunDirectory:
     def save_state(self, state):
         """Replaces state.pt as a whole. state: dicts, lists, numbers and tensors."""
         buffer = io.BytesIO()
-        torch.save({**state, "metric_lines": self._lines}, buffer)
+        torch.save({**state, "format": STATE_FORMAT, "metric_lines": self._lines}, buffer)
         self._write(STATE, buffer.getbuffer())
 
     def save_model(self, model):
@@ -147,34 +196,70 @@ class RunDirectory:
         (self.path / STATE).unlink(missing_ok=True)
 
     def log(self, line):
-        """Appends one metrics line (a dict)."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends one metrics line (a dict), or nothing where the disk is full (OSError)."""
+        file = self.path / METRICS
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with open(file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(file, size)
+            name_file(error, file)
+            raise
         self._lines += 1
 
     def keep_lines(self, n):
         """Drops the metrics lines written after the state that is resumed."""
         file = self.path / METRICS
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:n] if file.exists() else []
-        self._write(METRICS, "".join(lines).encode())
+        lines = file.read_bytes().splitlines(keepends=True)[:n] if file.exists() else []
+        self._write(METRICS, b"".join(lines))
         self._lines = len(lines)
 
     def history(self):
         return read_history(self.path)
 
     def plot(self):
-        """Draws curves.png from metrics.jsonl."""
-        from .plots import curves
+        """Draws curves.png from metrics.jsonl; where that fails, a warning says why."""
+        try:
+            from .plots import curves
 
-        self._write(CURVES, curves(self.history(), self.record["stage"]))
+            self._write(CURVES, curves(self.history(), self.record["stage"]))
+        except Exception as error:  # a picture is no reason to lose a run, whatever matplotlib raises
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{str(self.path / CURVES)!r} could not be drawn: {reason}", stacklevel=2)
+
+
+def _is_ours(config):
+    """Whether a config.json is that of a run. A damaged one is taken for it, another program's is not."""
+    if not config.exists():
+        return False
+    try:
+        content = json.loads(config.read_bytes())
+    except ValueError:
+        return True
+    return isinstance(content, dict) and bool({"format", "stage"} & content.keys())
 
 
 def read_history(path):
-    """All lines of metrics.jsonl as dicts; none when there is no such file."""
+    """All lines of metrics.jsonl as dicts, none when there is no such file.
+
+    A last line that is cut short, by a power cut or a full disk, is left out; ValueError for another one.
+    """
     file = pathlib.Path(path) / METRICS
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    lines, history = file.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["kind"]  # noqa: B018  (what is no metrics line raises here)
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{str(file)!r}, line {number} is no metrics line: {error}") from None
+        else:
+            history.append(entry)
+    return history
 
 
 def load_weights(model, path):

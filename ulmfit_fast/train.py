@@ -2,6 +2,10 @@
 
 import contextlib
 import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -9,13 +13,14 @@ import torch.nn.functional as F
 
 from .batches import DocumentBatches, epoch_stream
 from .checkpoints import load_state
-from .config import make_config
+from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
 from .corpus import check_known, label_classes, read_labelled, read_texts
 from .devices import pick_device, to_device
 from .extras import check_train_extras
 from .initial import start_from_frequencies, starting_point
 from .loop import Loop
 from .model import layer_groups
+from .pretrained import Checkpoint
 from .progress import announce, check_show
 from .results import (
     TrainedClassifier,
@@ -33,74 +38,74 @@ from .text import Tokenizer, own_vocab, target_vocab
 # Fresh weights have nothing to thaw, nor lower layers to spare.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
 
+Sources = str | Path | Iterable[str | Path]
+Labelled = str | Path | tuple[Iterable[str], Iterable[str] | Iterable[int]]
+Show = bool | Literal["lines"] | None
+
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
 
 
 def pretrain_lm(
-    sources,
-    out,
-    preset="ulmfit",
-    config=None,
-    valid=None,
+    sources: Sources,
+    out: str | Path,
+    preset: str = "ulmfit",
+    config: PretrainConfig | dict[str, Any] | None = None,
+    valid: Sources | None = None,
     *,
-    resume=False,
-    overwrite=False,
-    device=None,
-    progress=None,
-    callback=None,
-    **overrides,
-):
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    progress: Show = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    **overrides: Any,
+) -> TrainedLM:
     """Stage 1: trains a language model on general text and returns it as a TrainedLM.
 
     sources: a list of texts, of paths of text files (one text a line) and of CSV files (column `text`), or
-    one path.
+    one path. A str in a list is a path if it ends in .txt, .csv or .tsv; pathlib.Path says it of any other.
     out: the run directory.         preset: "ulmfit", "small" or "tiny".
     config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both.
     valid: sources of a validation set, whose perplexity is measured after each epoch.
     resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it
-    needs the same sources and options. A finished run is returned as it is, an empty directory starts from
-    the beginning.
-    overwrite: start anew although `out` holds a run.
+    needs the same sources and options (ValueError). A finished run of these is returned as it is, an empty
+    directory starts from the beginning.
+    overwrite: start anew although `out` holds a run, which is removed first.
     device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
     callback: called with each metrics line; a KeyboardInterrupt it raises stops the run with its state saved.
 
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
     config = make_config("pretrain", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device, progress, config.cuda_graph)
-    texts = read_texts(sources, "sources")
-    valid_texts = None if valid is None else read_texts(valid, "valid")
-    if run.finished:
-        return load(run.path, device)
+    job = _prepare(config, out, resume, overwrite, device, progress, callback)
+    texts, held_out = _read_unlabelled(sources, "sources", valid)
+    record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
+    record["data"] = _fingerprint(texts, held_out)
+    if job.run.holds_finished(record):
+        return load(job.run.path, job.device)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     docs = tokenizer.encode(texts)
-    with _own_randomness(config.seed, device):
+    with _own_randomness(config.seed, job.device):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
         start_from_frequencies(model, docs)
         plan = [Phase(config.epochs, len(layer_groups(model)))]
-        record = dict(
-            stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None
-        )
-        return _train_lm(
-            model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback
-        )
+        return _train_lm(job, record, model, tokenizer, docs, held_out, plan)
 
 
 def finetune_lm(
-    base_run,
-    texts,
-    out,
-    preset=None,
-    config=None,
-    valid=None,
+    base_run: str | Path | TrainedLM | Checkpoint,
+    texts: Sources,
+    out: str | Path,
+    preset: str | None = None,
+    config: FinetuneConfig | dict[str, Any] | None = None,
+    valid: Sources | None = None,
     *,
-    resume=False,
-    overwrite=False,
-    device=None,
-    progress=None,
-    callback=None,
-    **overrides,
-):
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    progress: Show = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    **overrides: Any,
+) -> TrainedLM:
     """Stage 2: tunes the language model of `base_run` on the target's texts and returns it as a TrainedLM.
 
     base_run: a run directory of stage 1 (or 2), the TrainedLM, or a published language model with its words:
@@ -113,52 +118,50 @@ def finetune_lm(
     base, sizes, base_preset = starting_point(base_run, "base_run")
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
-    run, device = _prepare(out, resume, overwrite, device, progress, config.cuda_graph)
-    texts = read_texts(texts, "texts")
-    valid_texts = None if valid is None else read_texts(valid, "valid")
-    if run.finished:
-        return load(run.path, device)
+    job = _prepare(config, out, resume, overwrite, device, progress, callback)
+    texts, held_out = _read_unlabelled(texts, "texts", valid)
     words = own_vocab(base.tokens)
+    record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
+    record["data"] = _fingerprint(texts, held_out, words)
+    if job.run.holds_finished(record):
+        return load(job.run.path, job.device)
     itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos)
     docs = tokenizer.encode(texts)
-    with _own_randomness(config.seed, device):
+    with _own_randomness(config.seed, job.device):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
         announce(f"{moved.known:,} of {len(itos):,} words are known to {base.source}", progress)
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
-        record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
         record["vocabulary"] = {"words": len(itos), "known": moved.known}
-        return _train_lm(
-            model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback
-        )
+        return _train_lm(job, record, model, tokenizer, docs, held_out, plan)
 
 
 def train_classifier(
-    lm_run,
-    texts,
-    labels=None,
-    out=None,
-    preset=None,
-    config=None,
-    valid=None,
+    lm_run: str | Path | TrainedLM | Checkpoint | None,
+    texts: str | Path | Iterable[str],
+    labels: Iterable[str] | Iterable[int] | None = None,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    config: ClassifierConfig | dict[str, Any] | None = None,
+    valid: Labelled | None = None,
     *,
-    from_scratch=False,
-    resume=False,
-    overwrite=False,
-    device=None,
-    progress=None,
-    callback=None,
-    **overrides,
-):
+    from_scratch: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    progress: Show = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    **overrides: Any,
+) -> TrainedClassifier:
     """Stage 3: trains a classifier on the encoder of `lm_run` and returns it as a TrainedClassifier.
 
     lm_run: as base_run of `finetune_lm`, of stage 2 (or 1); an encoder's checkpoint will do. None trains
     from scratch, with a vocabulary of its own, and so does from_scratch=True with the vocabulary of `lm_run`:
     fresh weights, all layers from the first step at one rate.
-    texts, labels: two lists (labels all str or all int), or the path of a CSV with the columns text and
-    label.
+    texts, labels: two lists (labels all str or all int; every str of texts is a text), or the path of a CSV
+    with the columns text and label.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
     preset: None is that of lm_run, or "ulmfit" without one. The other arguments are those of `pretrain_lm`.
     """
@@ -174,29 +177,38 @@ def train_classifier(
         overrides = SCRATCH | overrides
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
-    run, device = _prepare(out, resume, overwrite, device, progress)
+    job = _prepare(config, out, resume, overwrite, device, progress, callback)
     texts, labels = read_labelled(texts, labels)
     classes = label_classes(labels)
     held_out = _read_valid(valid, classes)
-    if run.finished:
-        return load(run.path, device)
+    words = base and base.tokens
+    record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
+    record["data"] = _fingerprint(texts, labels, held_out, words, scratch)
+    if job.run.holds_finished(record):
+        return load(job.run.path, job.device)
     if base:
-        tokenizer = Tokenizer.from_vocab(base.tokens)
+        tokenizer = Tokenizer.from_vocab(words)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
-    with _own_randomness(config.seed, device):
+    with _own_randomness(config.seed, job.device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
             load_state(model[0].module, base.encoder().state_dict(), base.source)
-        record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
-        data = (texts, labels, held_out)
-        return _train_classifier(model, tokenizer, data, record, run, device, resume, progress, callback)
+        return _train_classifier(job, record, model, tokenizer, texts, labels, held_out)
 
 
-def _train_classifier(model, tokenizer, data, record, run, device, resume, progress, callback):
-    """Stage 3 from the initial model on. data: texts, labels, (texts, labels) held out or None."""
-    texts, labels, held_out = data
-    config, classes = record["config"], record["classes"]
+class _Job(NamedTuple):
+    """Where a stage trains, and whom it tells."""
+
+    run: RunDirectory
+    device: torch.device
+    progress: Show
+    callback: Callable[[dict[str, Any]], object] | None
+
+
+def _train_classifier(job, record, model, tokenizer, texts, labels, held_out):
+    """Stage 3 from the initial model on. held_out: (texts, labels) or None."""
+    config, classes, device = record["config"], record["classes"], job.device
     model.to(device)
     groups, docs = layer_groups(model), tokenizer.encode(texts)
     index = {c: i for i, c in enumerate(classes)}
@@ -224,32 +236,33 @@ def _train_classifier(model, tokenizer, data, record, run, device, resume, progr
             logits = document_logits(model, documents, len(classes), 2 * config.batch_size)
             return {name: float(value) for name, value in measures(logits, answers).items()}
 
-    run.fingerprint = _fingerprint(docs, labels)
-    state = run.begin(record, tokenizer, resume)
-    Loop(
-        model,
-        groups,
-        gradual_unfreezing_plan(config.epochs, len(groups), config.gradual_unfreezing),
-        config,
-        run,
-        batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
-        loss_of=loss_of,
-        validate=validate,
-        title="classifier",
-        progress=progress,
-        callback=callback,
-    ).train(state)
-    return TrainedClassifier(model, tokenizer, config, classes, run.path, run.history())
+    with job.run.begin(record, tokenizer) as state:
+        Loop(
+            model,
+            groups,
+            gradual_unfreezing_plan(config.epochs, len(groups), config.gradual_unfreezing),
+            config,
+            job.run,
+            batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
+            loss_of=loss_of,
+            validate=validate,
+            title="classifier",
+            progress=job.progress,
+            callback=job.callback,
+        ).train(state)
+    return TrainedClassifier(model, tokenizer, config, classes, job.run.path, job.run.history())
 
 
-def _train_lm(model, tokenizer, docs, valid_texts, plan, record, run, device, resume, progress, callback):
-    """Stages 1 and 2 from the initial model on. docs: the training texts as arrays of indices."""
-    config, finetune = record["config"], record["stage"] == "finetune"
+def _train_lm(job, record, model, tokenizer, docs, held_out, plan):
+    """Stages 1 and 2 from the initial model on. docs: arrays of indices; held_out: texts or None."""
+    config, finetune, device = record["config"], record["stage"] == "finetune", job.device
     shuffle = finetune and config.shuffle_texts
     epoch_stream(
         docs, config.batch_size, config.bptt, config.seed, 0, shuffle
     )  # raises here when there is too little
-    valid_docs = valid_texts and tokenizer.encode(valid_texts)
+    valid_docs = held_out and tokenizer.encode(held_out)
+    if valid_docs and sum(map(len, valid_docs)) < 2:
+        raise ValueError("valid is too short: 1 token, a perplexity needs at least 2")
     model.to(device)
 
     def loss_of(batch):
@@ -265,37 +278,44 @@ def _train_lm(model, tokenizer, docs, valid_texts, plan, record, run, device, re
         model[0].hidden = hidden
         model[0].bs = hidden[0][0].shape[1]
 
-    run.fingerprint = _fingerprint(docs, tokenizer.itos)
-    state = run.begin(record, tokenizer, resume)
-    Loop(
-        model,
-        layer_groups(model),
-        plan,
-        config,
-        run,
-        batches=lambda epoch: epoch_stream(docs, config.batch_size, config.bptt, config.seed, epoch, shuffle),
-        loss_of=loss_of,
-        validate=validate if valid_docs else None,
-        validate_first=finetune and bool(valid_docs),
-        before_epoch=model.reset,
-        get_hidden=lambda: model[0].hidden,
-        set_hidden=set_hidden,
-        title="fine-tuning" if finetune else "pre-training",
-        progress=progress,
-        callback=callback,
-    ).train(state)
+    with job.run.begin(record, tokenizer) as state:
+        Loop(
+            model,
+            layer_groups(model),
+            plan,
+            config,
+            job.run,
+            batches=lambda epoch: epoch_stream(
+                docs, config.batch_size, config.bptt, config.seed, epoch, shuffle
+            ),
+            loss_of=loss_of,
+            validate=validate if valid_docs else None,
+            validate_first=finetune and bool(valid_docs),
+            before_epoch=model.reset,
+            get_hidden=lambda: model[0].hidden,
+            set_hidden=set_hidden,
+            title="fine-tuning" if finetune else "pre-training",
+            progress=job.progress,
+            callback=job.callback,
+        ).train(state)
     model.reset()
-    return TrainedLM(model, tokenizer, config, run.path, run.history())
+    return TrainedLM(model, tokenizer, config, job.run.path, job.run.history())
 
 
-def _prepare(out, resume, overwrite, device, progress, cuda_graph=False):
-    """(RunDirectory, torch.device), with all that can be refused before a text is read."""
+def _prepare(config, out, resume, overwrite, device, progress, callback):
+    """The _Job, with all that can be refused before a text is read."""
     check_train_extras()
     check_show(progress)
     device = pick_device(device)
-    if cuda_graph and device.type != "cuda":
+    if getattr(config, "cuda_graph", False) and device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
-    return RunDirectory(out, resume, overwrite), device
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a metrics line, got {callback!r}")
+    return _Job(RunDirectory(out, resume, overwrite), device, progress, callback)
+
+
+def _read_unlabelled(sources, argument, valid):
+    return read_texts(sources, argument), None if valid is None else read_texts(valid, "valid")
 
 
 def _read_valid(valid, classes):
@@ -317,9 +337,11 @@ def _own_randomness(seed, device):
         yield
 
 
-def _fingerprint(docs, words):
-    """A hash of what a run trains on, so that resume notices other texts."""
-    digest = hashlib.sha256(repr(words).encode())
-    for doc in docs:
-        digest.update(len(doc).to_bytes(8, "little") + doc.tobytes())
+def _fingerprint(*data):
+    """A hash of what a run learns from: lists and other values that JSON has."""
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(b"[")
+        for item in part if isinstance(part, list) else [part]:
+            digest.update(json.dumps(item).encode() + b"\n")
     return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""One process at a time in a run directory: a lock that the system releases, however its holder ends."""
+
+import contextlib
+import fcntl
+import os
+import warnings
+
+_held = set()  # open lock files
+
+
+def _close_copies():
+    """A forked child's copies would hold the locks for as long as it lives."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_copies)
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Holds the lock file `path` and removes it in the end.
+
+    BlockingIOError where another process, or another thread of this one, holds it; the message begins with
+    `what` and gives the number of the process. A file system without locks gives a warning.
+    """
+    file = _acquire(path, what)
+    _held.add(file)
+    try:
+        yield
+    finally:
+        if file in _held:  # not in a child that was forked inside
+            path.unlink(missing_ok=True)
+            _held.discard(file)
+            file.close()
+
+
+def _acquire(path, what):
+    while True:
+        file = open(path, "a+", encoding="ascii")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                number = file.read().strip()
+            holder = f"process {number}" if number else "another process"
+            raise BlockingIOError(f"{what} is in use: {holder} is training there") from None
+        except OSError as error:
+            warnings.warn(
+                f"{what} cannot be locked ({error.strerror}): see to it that no other process trains there",
+                stacklevel=2,
+            )
+            return file
+        if _is_at(file, path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            return file
+        file.close()  # the holder before has just removed it
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
