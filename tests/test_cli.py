@@ -53,9 +53,33 @@ def test_predict(runs, capsys, monkeypatch):
     assert cli.main(["predict", str(runs / "clf"), "--file", str(runs / "train.csv"), "--proba", *ON]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 30 and all(abs(sum(row.values()) - 1) < 1e-4 for row in rows)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-    assert cli.main(["predict", str(runs / "clf"), *ON]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    (runs / "lines.txt").write_bytes("\ufeffone\n\ntwo \n".encode())
+    for source in (["--file", str(runs / "lines.txt")], []):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\n\ntwo\n"))
+        assert cli.main(["predict", str(runs / "clf"), *source, *ON]) == 0
+        assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["one", "", "two"]
+
+
+def test_options_stand_anywhere(runs, capsys, tmp_path):
+    assert cli.main(["predict", str(runs / "clf"), "--proba", "What a film!", *ON, "dull", "--", "-x"]) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 3
+    assert cli.main(["predict", *ON, str(runs / "target"), "--tokens", "0", "The film"]) == 0
+    assert capsys.readouterr().out == "The film\n"
+    files = str(runs / "train.csv"), str(runs / "general.txt")
+    assert (
+        cli.main(["finetune", str(runs / "general"), *TINY, files[0], "--out", str(tmp_path / "x"), files[1]])
+        == 0
+    )
+
+
+def test_a_warning_and_no_path_where_there_are_no_curves(runs, capsys, tmp_path, monkeypatch):
+    from ulmfit_fast import plots
+
+    monkeypatch.setattr(plots, "curves", lambda history, stage: 1 / 0)
+    line = ["pretrain", str(runs / "general.txt"), "--out", str(tmp_path / "x"), *TINY, *SMALL]
+    with pytest.warns(UserWarning, match="curves.png' could not be drawn: ZeroDivisionError"):
+        assert cli.main([option for option in line if option != "--quiet"]) == 0
+    assert "curves.png" not in capsys.readouterr().out
 
 
 def test_predict_with_a_language_model_continues(runs, capsys):
@@ -68,7 +92,7 @@ def test_training_says_where_the_run_is(runs, capsys, tmp_path):
     assert cli.main([option for option in line if option != "--quiet"]) == 0
     said = capsys.readouterr()
     assert "epoch 1/1: loss" in said.err and "tokens/s" in said.err
-    assert str(tmp_path / "x") in said.out and "accuracy" in said.out and "curves.png" in said.out
+    assert f"{tmp_path / 'x'}: training accuracy 0." in said.out and "curves.png" in said.out
 
 
 def test_resume_after_ctrl_c(runs, capsys, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Runs a command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         code = arguments.run(arguments) or 0
         sys.stdout.flush()  # here, where a reader that has gone (`| head`) can be met
@@ -65,7 +65,16 @@ def main(argv=None):
         return 2
 
 
-def _parser():
+def _parse(argv):
+    """Options may stand before, between and behind a command's texts and files."""
+    parser, commands = _parsers()
+    if argv and argv[0] in commands:
+        return commands[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+    return parser.parse_args(argv)
+
+
+def _parsers():
+    """The parser of all commands, and {name: parser} of each."""
     parser = _Parser(
         prog="ulmfit-fast",
         description="ULMFiT's three stages on fused kernels.",
@@ -91,7 +100,7 @@ def _parser():
         )
         build(sub)
         sub.add_argument("--traceback", action="store_true", help="show where an error arose")
-    return parser
+    return parser, commands.choices
 
 
 def _pretrain(sub):
@@ -204,9 +213,11 @@ def _train(a, stage):
     )
     if not a.quiet:
         figures = result.metrics
-        names = [k for k in ("perplexity", "accuracy", "valid_perplexity", "valid_accuracy") if k in figures]
-        said = ", ".join(f"{k.replace('_', 'ation ')} {figures[k]:.4g}" for k in names)
-        print(f"{result.path}: {said}. Curves: {result.path / 'curves.png'}")
+        names = ("perplexity", "accuracy")
+        said = [f"training {name} {figures[name]:.4g}" for name in names if name in figures]
+        said += [f"validation {k} {figures[f'valid_{k}']:.4g}" for k in names if f"valid_{k}" in figures]
+        curves = pathlib.Path(a.out) / "curves.png"
+        print(f"{a.out}: {', '.join(said)}." + (f" Curves: {curves}" if curves.exists() else ""))
 
 
 def _progress(a):
@@ -217,7 +228,11 @@ def _progress(a):
 def _predict(sub):
     sub.add_argument("run_dir", metavar="RUN", help="run directory of a classifier, or of a language model")
     sub.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="texts (default: the lines of --file, or of standard input)"
+        "texts",
+        nargs="*",
+        default=[],
+        metavar="TEXT",
+        help="texts (default: the lines of --file, or of standard input)",
     )
     sub.add_argument("--file", help="a text file, one text a line, or a CSV with a column text")
     sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
@@ -231,13 +246,15 @@ def _predict(sub):
 
 
 def _run_predict(a):
-    from .corpus import read_texts
+    from .corpus import TABLES, read_lines, read_texts, split_lines
     from .results import TrainedLM, load
 
-    if a.file:
-        texts = a.texts + read_texts([pathlib.Path(a.file)], "--file")
-    else:
-        texts = a.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = a.texts
+    if a.file:  # the empty lines too: line N of the output is that of line N
+        path = pathlib.Path(a.file)
+        texts = texts + (read_texts(path, "--file") if path.suffix.lower() in TABLES else read_lines(path))
+    elif not texts:
+        texts = split_lines(sys.stdin.read().removeprefix("\ufeff"))
     if not texts:
         raise ValueError("no text to predict: give one as an argument, in --file or on standard input")
     result = load(a.run_dir, a.device)
