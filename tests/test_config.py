@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from ulmfit_fast.config import (
@@ -54,6 +55,14 @@ def test_an_integer_is_a_float_but_not_the_other_way():
     assert type(PretrainConfig(lr=1).lr) is float
     with pytest.raises(TypeError, match=r"PretrainConfig.epochs must be int, got 1.5"):
         PretrainConfig(epochs=1.5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = PretrainConfig(lr=np.float32(0.5), weight_decay=np.float64(0.25), epochs=np.int64(2))
+    assert (config.lr, config.weight_decay, config.epochs) == (0.5, 0.25, 2)
+    assert PretrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(TypeError, match="epochs must be int"):
+        PretrainConfig(epochs=np.bool_(True))
 
 
 def test_unknown_key_names_the_nearest():

@@ -1,13 +1,23 @@
 """Every hyper-parameter of the three stages: one frozen dataclass per stage, JSON in and out, typos refused.
 
-Defaults are the recipe of Howard and Ruder 2018 (arXiv 1801.06146) with its sizes, 400 / 1152 / 3; `preset`
-gives the smaller ones. Nothing here imports torch.
+Where the values of the dataclasses and of the preset "ulmfit" are from:
+
+- Howard and Ruder 2018 (arXiv 1801.06146): batch_size, lr, stlr with cut_frac and ratio, beta2, the beta1 of
+  0.7 and the dropouts of stages 2 and 3, bptt of the language model, discriminative, gradual_unfreezing,
+  head_hidden.
+- Their scripts: the beta1 of 0.8 of stage 1; alpha and beta, which are also salesforce/awd-lstm-lm's.
+- fastai 2: emb_sz, n_hid, n_layers, eps, weight_decay, the dropouts of stage 1 and its 12 epochs,
+  head_epochs, max_vocab, the min_freq of 3; of the classifier bptt, max_len and head_p.
+- This library: clip, the other epochs, the classifier's min_freq, all else, and the presets "small" and "tiny".
+
+Nothing here imports torch.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
 
 
@@ -29,8 +39,9 @@ def unknown_key_message(kind, key, valid):
 def _check_field(owner, f):
     value, meta = getattr(owner, f.name), f.metadata
     where = f"{type(owner).__name__}.{f.name}"
-    if f.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(f.type, f.type)
+    if isinstance(value, kind) and not isinstance(value, bool):  # numpy's numbers too
+        value = f.type(value)
         object.__setattr__(owner, f.name, value)
     if type(value) is not f.type:
         raise TypeError(f"{where} must be {f.type.__name__}, got {value!r} ({type(value).__name__})")
@@ -128,37 +139,39 @@ class _Stage(_Checked):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(_Stage):
+class _LanguageModelStage(_Stage):
+    """What the stages of the language model share."""
+
+    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
+    alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
+    beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
+    cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(_LanguageModelStage):
     """Stage 1: language model on general text."""
 
     emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
     n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
     n_layers: int = _f(3, "LSTM layers", low=1)
-    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
-    alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
-    beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
-    cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
 
     def model_config(self):
         return ModelConfig(self.emb_sz, self.n_hid, self.n_layers)
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(_Stage):
+class FinetuneConfig(_LanguageModelStage):
     """Stage 2: the language model on the target's text. `epochs` counts those after the head's own."""
 
     head_epochs: int = _f(1, "epochs of embedding and decoder alone before all layers train", low=0)
     discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
-    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
-    alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
-    beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
     max_vocab: int = _f(60000, "most words taken from the target's text, markers included", low=10)
     min_freq: int = _f(3, "a word new to the base model and seen less often becomes xxunk", low=1)
     keep_base_vocab: bool = _f(True, "keep words of the base model that the target's text lacks")
     shuffle_texts: bool = _f(True, "a new order of the texts in each epoch")
-    cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
 
 
 @dataclass(frozen=True)
