@@ -1,7 +1,9 @@
 """What a run gives back: perplexity, generated text, predictions."""
 
 import concurrent.futures
+import inspect
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -108,3 +110,14 @@ def test_predictions_do_not_depend_on_order_or_batch(clf):
     assert clf.predict(texts) == [clf.classes[i] for i in whole.argmax(1)]
     assert clf.predict([]) == [] and clf.predict_proba([]).shape == (0, 2)
     assert clf.accuracy(texts[:2], ["good", "bad"]) == 1.0
+
+
+def test_public_functions_say_their_types():
+    functions = [uf.pretrain_lm, uf.finetune_lm, uf.train_classifier, uf.load]
+    functions += [uf.results.TrainedLM.perplexity, uf.results.TrainedLM.generate]
+    functions += [
+        getattr(uf.results.TrainedClassifier, name) for name in ("predict", "predict_proba", "accuracy")
+    ]
+    for function in functions:
+        hints = typing.get_type_hints(function)
+        assert {*inspect.signature(function).parameters} - {"self"} <= hints.keys() and "return" in hints

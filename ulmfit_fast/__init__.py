@@ -9,12 +9,17 @@ runs with.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ._info import __version__, info
 from ._workspace import release_workspace
 from .model import AWDLSTM, LanguageModel, TextClassifier
 from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
 from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from .pretrained import load_checkpoint, save_checkpoint
+    from .train import finetune_lm, load, pretrain_lm, train_classifier
 
 _LATER = {  # imported on first use
     **dict.fromkeys(("pretrain_lm", "finetune_lm", "train_classifier", "load"), ".train"),

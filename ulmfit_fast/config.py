@@ -8,7 +8,7 @@ Where the values of the dataclasses and of the preset "ulmfit" are from:
 - Their scripts: the beta1 of 0.8 of stage 1; alpha and beta, which are also salesforce/awd-lstm-lm's.
 - fastai 2: emb_sz, n_hid, n_layers, eps, weight_decay, the dropouts of stage 1 and its 12 epochs,
   head_epochs, max_vocab, the min_freq of 3; of the classifier bptt, max_len and head_p.
-- This library: clip, the other epochs, the classifier's min_freq, all else, and the presets "small" and "tiny".
+- This library: clip, the other epochs, the classifier's min_freq, all else; the presets "small" and "tiny".
 
 Nothing here imports torch.
 """

@@ -6,8 +6,12 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Iterable
 
 from .text import as_list, check_texts
+
+Sources = str | pathlib.Path | Iterable[str | pathlib.Path]
+Labels = Iterable[str] | Iterable[int]
 
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".txt", *TABLES)

@@ -6,6 +6,8 @@ import contextlib
 import math
 import numbers
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ import torch
 from . import ops
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
-from .corpus import check_known, check_labels, check_one_length, read_texts
+from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
@@ -55,11 +57,11 @@ class _Result:
         self.history = list(history)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
-    def metrics(self):
+    def metrics(self) -> dict[str, Any]:
         """The figures of the last epoch: of training, means over its steps, under dropout, while the weights
         changed; of validation, with "valid_" before their names.
         """
@@ -77,14 +79,14 @@ class _Result:
         )
         return figures
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self.tokenizer)} words, on {self.device})"
 
 
 class TrainedLM(_Result):
     """A language model of stage 1 or 2."""
 
-    def perplexity(self, texts, batch_size=16):
+    def perplexity(self, texts: Sources, batch_size: int = 16) -> float:
         """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text.
 
         texts: as the `sources` of pretrain_lm, texts or paths. No dropout; state is carried from window to
@@ -97,7 +99,9 @@ class TrainedLM(_Result):
         docs = self.tokenizer.encode(read_texts(texts))
         return math.exp(stream_loss(self.model, docs, batch_size, self.config.bptt))
 
-    def generate(self, prompt="", n=40, temperature=1.0, seed=None):
+    def generate(
+        self, prompt: str = "", n: int = 40, temperature: float = 1.0, seed: int | None = None
+    ) -> str:
         """`prompt` continued by `n` tokens, as text.
 
         temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
@@ -174,17 +178,17 @@ class TrainedClassifier(_Result):
         super().__init__(model, tokenizer, config, path, history)
         self.classes = list(classes)
 
-    def predict_proba(self, texts, batch_size=64):
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
         """float32 (len(texts), len(classes)): probabilities in the order of `texts`."""
         batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(check_texts(texts, allow_empty=True))
         return document_logits(self.model, docs, len(self.classes), batch_size).softmax(1).numpy()
 
-    def predict(self, texts, batch_size=64):
+    def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
         """The likeliest class of each text."""
         return [self.classes[i] for i in self.predict_proba(texts, batch_size).argmax(1)]
 
-    def accuracy(self, texts, labels, batch_size=64):
+    def accuracy(self, texts: Iterable[str], labels: Labels, batch_size: int = 64) -> float:
         """Share of `texts` whose predicted class is their label; a label that is no class is an error."""
         texts, labels = check_texts(texts), check_labels(labels)
         check_one_length(texts, labels)
@@ -207,7 +211,9 @@ def document_logits(model, docs, n_classes, batch_size):
     return logits
 
 
-def load(run_dir, device=None):
+def load(
+    run_dir: str | pathlib.Path, device: str | torch.device | None = None
+) -> TrainedLM | TrainedClassifier:
     """Opens a run directory: TrainedLM for stages 1 and 2, TrainedClassifier for stage 3."""
     path = as_directory(run_dir, "run_dir")
     record = read_config(path)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .batches import DocumentBatches, epoch_stream
 from .checkpoints import load_state
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
-from .corpus import check_known, label_classes, read_labelled, read_texts
+from .corpus import Labels, Sources, check_known, label_classes, read_labelled, read_texts
 from .devices import pick_device, to_device
 from .extras import check_train_extras
 from .initial import start_from_frequencies, starting_point
@@ -38,9 +38,8 @@ from .text import Tokenizer, own_vocab, target_vocab
 # Fresh weights have nothing to thaw, nor lower layers to spare.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
 
-Sources = str | Path | Iterable[str | Path]
-Labelled = str | Path | tuple[Iterable[str], Iterable[str] | Iterable[int]]
 Show = bool | Literal["lines"] | None
+Callback = Callable[[dict[str, Any]], object] | None
 
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
 
@@ -56,7 +55,7 @@ def pretrain_lm(
     overwrite: bool = False,
     device: str | torch.device | None = None,
     progress: Show = None,
-    callback: Callable[[dict[str, Any]], object] | None = None,
+    callback: Callback = None,
     **overrides: Any,
 ) -> TrainedLM:
     """Stage 1: trains a language model on general text and returns it as a TrainedLM.
@@ -103,7 +102,7 @@ def finetune_lm(
     overwrite: bool = False,
     device: str | torch.device | None = None,
     progress: Show = None,
-    callback: Callable[[dict[str, Any]], object] | None = None,
+    callback: Callback = None,
     **overrides: Any,
 ) -> TrainedLM:
     """Stage 2: tunes the language model of `base_run` on the target's texts and returns it as a TrainedLM.
@@ -141,18 +140,18 @@ def finetune_lm(
 def train_classifier(
     lm_run: str | Path | TrainedLM | Checkpoint | None,
     texts: str | Path | Iterable[str],
-    labels: Iterable[str] | Iterable[int] | None = None,
+    labels: Labels | None = None,
     out: str | Path | None = None,
     preset: str | None = None,
     config: ClassifierConfig | dict[str, Any] | None = None,
-    valid: Labelled | None = None,
+    valid: str | Path | tuple[Iterable[str], Labels] | None = None,
     *,
     from_scratch: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     device: str | torch.device | None = None,
     progress: Show = None,
-    callback: Callable[[dict[str, Any]], object] | None = None,
+    callback: Callback = None,
     **overrides: Any,
 ) -> TrainedClassifier:
     """Stage 3: trains a classifier on the encoder of `lm_run` and returns it as a TrainedClassifier.
@@ -203,7 +202,7 @@ class _Job(NamedTuple):
     run: RunDirectory
     device: torch.device
     progress: Show
-    callback: Callable[[dict[str, Any]], object] | None
+    callback: Callback
 
 
 def _train_classifier(job, record, model, tokenizer, texts, labels, held_out):
