@@ -245,7 +245,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         uf.pretrain_lm(TEXTS, tmp_path / "x", **ONE)
 
 
-def test_the_figures_of_an_epoch_are_of_all_its_steps(tmp_path):
+def test_the_figures_of_an_epoch_are_of_all_its_texts(tmp_path):
     clf = uf.train_classifier(None, TEXTS, LABELS, tmp_path / "x", **TINY | dict(log_every=4))
     every = uf.train_classifier(None, TEXTS, LABELS, tmp_path / "y", **TINY)
     last = [line for line in every.history if line["kind"] == "train" and line["epoch"] == 2]
@@ -254,6 +254,9 @@ def test_the_figures_of_an_epoch_are_of_all_its_steps(tmp_path):
         mean = sum(line[name] for line in last) / len(last)
         assert clf.metrics[name] == pytest.approx(mean) and every.metrics[name] == pytest.approx(mean)
     assert clf.metrics["epoch"] == 2 and uf.load(clf.path).metrics == clf.metrics
+    # a last batch of two texts among those of four
+    few = uf.train_classifier(None, TEXTS[:22], LABELS[:22], tmp_path / "z", **TINY).metrics["accuracy"] * 22
+    assert few == pytest.approx(round(few), abs=1e-9)
 
 
 def test_an_update_that_spoils_the_weights_is_noticed_before_they_are_saved(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ class Loop:
     """Trains `model` and leaves everything in a run directory.
 
     groups: lists of parameters, first layer group to last.      plan: list of schedules.Phase.
-    batches(epoch): a sequence of the epoch's batches, a function of the epoch alone.
+    batches(epoch): a sequence of the epoch's batches, tuples of tensors, the last of which holds the targets;
+    a function of the epoch alone.
     loss_of(batch): (loss to minimise, {name: detached mean over the batch}, tokens in the batch).
     validate(): figures of the validation set; validate_first measures them before the first step too.
     before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
@@ -129,7 +130,7 @@ class Loop:
             if line and self.callback:
                 self.callback(line)
             self.interrupt.check()
-        if self.since_line.steps:  # interrupted after the last step, before its line was written
+        if self.since_line.targets:  # interrupted after the last step, before its line was written
             self._log()
         figures = self.validate() if self.validate else None  # may be interrupted: nothing is logged before
         line = self._line("epoch", self.in_epoch)
@@ -195,26 +196,27 @@ class Loop:
     def _account(self, batch):
         start = time.perf_counter()
         figures, tokens = self.take_step(batch)
-        self.since_line.add({name: value.double() for name, value in figures.items()}, 1, tokens)
+        targets = batch[-1].numel()
+        self.since_line.add({name: x.double() * targets for name, x in figures.items()}, targets, tokens)
         self.since_line.seconds += time.perf_counter() - start
 
     def _log(self):
-        """Logs the means over the steps since the last line; counts them into the epoch's."""
+        """Logs the means since the last line; counts them into the epoch's."""
         start = time.perf_counter()
         sums = _Sums(*self.since_line.numbers())  # waits for the device
         sums.seconds += time.perf_counter() - start
-        loss = sums.totals["loss"] / sums.steps
+        loss = sums.totals["loss"] / sums.targets
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} before step {self.step} at {self._advice()}")
         line = self._line("train", sums)
         self.run.log(line)
-        self.in_epoch.add(sums.totals, sums.steps, sums.tokens, sums.seconds)
+        self.in_epoch.add(*sums.numbers())
         self.since_line = _Sums()
         return line
 
     def _line(self, kind, sums):
-        """A metrics line: means over the steps that `sums` holds."""
-        means = {name: total / sums.steps for name, total in sums.totals.items()}
+        """A metrics line: means over the targets that `sums` holds, tokens or documents."""
+        means = {name: total / sums.targets for name, total in sums.totals.items()}
         if "accuracy" not in means:
             means["perplexity"] = math.exp(min(means["loss"], 700))
         place = {"kind": kind, "step": self.step, "epoch": self.epoch + 1}
@@ -273,23 +275,20 @@ class Loop:
 
 
 class _Sums:
-    """Figures summed over steps, with the steps, the tokens and the seconds that they took."""
+    """Figures summed over targets, with their number, and the tokens and seconds of their steps."""
 
-    def __init__(self, totals=None, steps=0, tokens=0, seconds=0.0):
-        self.totals, self.steps, self.tokens, self.seconds = dict(totals or {}), steps, tokens, seconds
+    def __init__(self, totals=None, targets=0, tokens=0, seconds=0.0):
+        self.totals, self.targets, self.tokens, self.seconds = dict(totals or {}), targets, tokens, seconds
 
-    def add(self, totals, steps, tokens, seconds=0.0):
+    def add(self, totals, targets, tokens, seconds=0.0):
         for name, total in totals.items():
             self.totals[name] = self.totals.get(name, 0) + total
-        self.steps, self.tokens, self.seconds = (
-            self.steps + steps,
-            self.tokens + tokens,
-            self.seconds + seconds,
-        )
+        self.targets, self.tokens = self.targets + targets, self.tokens + tokens
+        self.seconds += seconds
 
     def numbers(self):
         """What makes an equal one: numbers of the host in place of the device's."""
-        return {name: float(x) for name, x in self.totals.items()}, self.steps, self.tokens, self.seconds
+        return {name: float(x) for name, x in self.totals.items()}, self.targets, self.tokens, self.seconds
 
 
 class _DelayedInterrupt(contextlib.AbstractContextManager):

@@ -62,7 +62,7 @@ class _Result:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The figures of the last epoch: of training, means over its steps, under dropout, while the weights
+        """The figures of the last epoch: of training, means over all of it, under dropout, while the weights
         changed; of validation, with "valid_" before their names.
         """
         last = {line["kind"]: line for line in self.history}
