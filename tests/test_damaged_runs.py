@@ -1,4 +1,4 @@
-"""Damaged files of a run, and disks that are full: an exception that names the file, and nothing saved is lost."""
+"""Damaged files of a run, and full disks: an exception that names the file, and nothing saved is lost."""
 
 import errno
 import os
