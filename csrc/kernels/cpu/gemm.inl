@@ -30,7 +30,7 @@ inline int64_t panel_elements(int64_t K) {
 
 // n elements of storage from `at` on, as what the tile packs.
 template <class Tile>
-inline void load_elements(DType dtype, const void* p, int64_t at, int64_t n, typename Tile::Element* out) {
+ULMFIT_HD void load_elements(DType dtype, const void* p, int64_t at, int64_t n, typename Tile::Element* out) {
   if constexpr (Tile::kElement == DType::bf16) {
     if (dtype == DType::bf16) return copy_piece(static_cast<const uint16_t*>(p) + at, n, out);
     for (int64_t j = 0; j < n; j += kLanes) {

@@ -43,9 +43,11 @@ inline void unpacked_dots(int64_t K, const typename Tile::Packed* a, int64_t lda
 
 // The product with one panel, c[rows][kCols], without a packed panel: columns v * L ... are the weight's rows
 // from first_row(v) on, `there(v)` of which exist.
+// Not inlined: the loops that call it have a product of their own, which is the one that must be fast there.
 template <class Tile, class FirstRow, class There, class T = typename Tile::Compute>
-inline void unpacked_product(int64_t K, const typename Tile::Packed* a, int64_t lda, int64_t a_row, int rows,
-                             const Matrix& w, FirstRow&& first_row, There&& there, T* c, bool accumulate) {
+__attribute__((noinline)) void unpacked_product(int64_t K, const typename Tile::Packed* a, int64_t lda,
+                                                int64_t a_row, int rows, const Matrix& w,
+                                                FirstRow&& first_row, There&& there, T* c, bool accumulate) {
   constexpr int L = lanes_of<T>, kMost = L < 4 ? L : 4;
   for (int v = 0; v < Tile::kVecs; ++v, c += L) {
     const int n = there(v);

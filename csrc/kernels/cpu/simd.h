@@ -156,9 +156,13 @@ ULMFIT_HD VF exp_(VF x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.0f);
+#if ULMFIT_LANES == 16
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // bits of magic removed, n moved into the exponent field; a NaN's bits would move there too
   const VI exponent = ((VI)shifted - 0x4B400000) << 23;
   return x == x ? (VF)((VI)p + exponent) : x;
+#endif
 }
 ULMFIT_HD VF sigmoid_(VF x) { return 1.0f / (1.0f + exp_(-x)); }
 // tanh: a polynomial near zero, where 1 - 2/(e^2x + 1) would cancel (Cephes tanhf), the formula elsewhere.
