@@ -212,6 +212,8 @@ def test_says_why_it_cannot(monkeypatch):
     if on_cpu():
         monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "2,99")
         refused(torch.bfloat16, 300, "H = 300 and batch 1 fits 2 multiprocessors with 99 KB")
+        monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "132,227,0,75")
+        refused(torch.bfloat16, 20, "compiled for compute capability 7.5: .* TORCH_CUDA_ARCH_LIST")
     else:
         refused(torch.bfloat16, 4096, "H = 4096 and batch 1 fits")
 

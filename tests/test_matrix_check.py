@@ -51,5 +51,7 @@ def test_what_is_wrong_with_a_cluster():
     assert "1 of LD.E.64" in complaints("6__half", good[:-1], CLUSTER)
     assert "1 of LD.E.128: an address" in complaints("6__half", [*good, "LD.E.128 R4, [R8]"], CLUSTER)
     assert "2 of LD.E.64: an address" in complaints("6__half", good)
-    assert not matrix_check.kernels(dump("6__half", ["EXIT"], CLUSTER, "sm_80"))
+    assert not matrix_check.kernels(dump("6__half", ["BPT.TRAP"], CLUSTER, "sm_80"))
+    assert not matrix_check.kernels(dump("6__half", ["BPT.TRAP"], NAME, "sm_75"))
+    assert matrix_check.kernels(dump("6__half", ["EXIT"], NAME, "sm_80"))
     assert matrix_check.kernels(dump("6__half", ["EXIT"], CLUSTER, "sm_120"))

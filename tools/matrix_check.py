@@ -39,8 +39,8 @@ def kernels(lines):
         elif match := re.match(r"\s*Function : (\w+)", line):
             counts = None
             kernel = KERNEL.search(match[1])
-            # without clusters in the hardware such a kernel is empty, and never launched
-            if kernel and not (kernel[4] and int(re.search(r"\d+", architecture)[0]) < 90):
+            # where the hardware lacks what it needs, a kernel is a trap, and never launched
+            if kernel and int(re.search(r"\d+", architecture)[0]) >= (90 if kernel[4] else 80):
                 counts = found[architecture, match[1]] = collections.Counter()
         elif counts is not None and (match := INSTRUCTION.match(line)):
             counts[match[1]] += 1

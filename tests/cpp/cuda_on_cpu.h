@@ -295,21 +295,23 @@ inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& threa
   for (unsigned b = 0; b < blocks; b += together) runner.run(b, thread);
 }
 
-// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory,clusters at once", without the
-// last one that has no clusters; default an H200's.
+// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory,clusters at once,10 * capability
+// that the kernels were compiled for", the last 2 or 1 left out: no clusters, 9.0; default an H200's.
 template <class Limits>
 Limits limits_on_cpu() {
-  int multiprocessors = 132, kilobytes = 227, clusters = 32;
+  int multiprocessors = 132, kilobytes = 227, clusters = 32, compiled = 90;
   if (const char* card = std::getenv("ULMFIT_ON_CPU_CARD")) {
     clusters = 0;
-    if (std::sscanf(card, "%d,%d,%d", &multiprocessors, &kilobytes, &clusters) < 2)
-      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two numbers or three, like 132,227,32");
+    if (std::sscanf(card, "%d,%d,%d,%d", &multiprocessors, &kilobytes, &clusters, &compiled) < 2)
+      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to four numbers, like 132,227,32,90");
   }
-  return {multiprocessors, kilobytes * 1024, 90, true, [clusters](const auto&) { return clusters; }};
+  return {multiprocessors, kilobytes * 1024, 90, true, [clusters](const auto&) { return clusters; },
+          compiled};
 }
 
 }  // namespace ulmfit_fast::cuda
 
+inline void __trap() { throw std::logic_error("a kernel runs where it was not compiled for"); }
 inline void __syncthreads() { ulmfit_fast::cuda::BlocksOnCpu::current()->wait(true); }
 inline void __syncwarp() { ulmfit_fast::cuda::BlocksOnCpu::current()->wait(false); }
 template <class V>

@@ -69,6 +69,9 @@ void check_refusals() {
   CHECK(why(64, 1152, DType::f64, h200).find("bfloat16") != std::string::npos, "dtype");
   CHECK(why(64, 1152, DType::f32, h200).find("float32 needs TF32") != std::string::npos, "TF32");
   CHECK(why(64, 1152, DType::bf16, {132, 232448, 75, true}).find("8.0") != std::string::npos, "capability");
+  const DeviceLimits older{132, 232448, 90, true, {}, 75};
+  CHECK(why(64, 1152, DType::bf16, older).find("compiled for compute capability 7.5") != std::string::npos,
+        "PTX of an older card");
   CHECK(why(64, 1152, DType::bf16, {132, 232448, 90, false}).find("cooperatively") != std::string::npos,
         "launch");
   CHECK(why(64, 2048, DType::bf16, h200).find("132 multiprocessors with 227 KB") != std::string::npos,
@@ -103,14 +106,17 @@ int check_plans(const DeviceLimits& card, DType dtype, Direction direction) {
 
 // Clusters are taken where they fit: enough of them at once, and the sums beside the rest in shared memory.
 void check_clusters() {
-  const auto clusters = [](int64_t shared_memory, int at_once, int64_t B = 64, int capability = 90) {
-    const DeviceLimits card{132, shared_memory, capability, true, [=](const LstmSplit&) { return at_once; }};
+  const auto clusters = [](int64_t shared_memory, int at_once, int64_t B = 64, int capability = 90,
+                           int compiled = 90) {
+    const auto count = [=](const LstmSplit&) { return at_once; };
+    const DeviceLimits card{132, shared_memory, capability, true, count, compiled};
     const LstmPlan plan = plan_lstm(B, 1152, DType::bf16, false, Direction::backward, card);
     CHECK(plan.fits(), "%s", plan.why_not.c_str());
     return plan.split.clusters;
   };
   CHECK(clusters(232448, 32) && !clusters(232448, 31) && !clusters(232448, 0), "H = 1152 is 32 clusters");
   CHECK(!clusters(232448, 33, 64, 80), "clusters on an A100");
+  CHECK(!clusters(232448, 33, 64, 90, 80), "clusters of kernels made from an A100's PTX");
   CHECK(!clusters(232448, 32, 256), "the sums of 4 row blocks are too large for shared memory");
 }
 

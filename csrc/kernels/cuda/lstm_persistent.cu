@@ -28,6 +28,7 @@ template <class S, int MT, int NT>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     lstm_persistent_kernel(LstmPersistentForward a, DeviceMask dropout) {
   using B = Block<S, MT, NT>;
+  if (!kMatrixUnitsCompiled) return __trap();
   const B block(a.steps);
   const LstmSplit& split = block.split;
   const int64_t H = split.H, T = a.steps.T, units = a.steps.units;
@@ -184,6 +185,9 @@ DeviceLimits device_limits() {
   limits.shared_memory = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   limits.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
+  cudaFuncAttributes kernel;  // any: all are compiled for the same architectures
+  check("lstm", cudaFuncGetAttributes(&kernel, lstm_persistent_kernel<bf16, 1, 2>));
+  limits.compiled = kernel.ptxVersion;
   if (kClusters && limits.capability >= 90) limits.clusters = lstm_backward_clusters;
 #else
   limits = limits_on_cpu<DeviceLimits>();

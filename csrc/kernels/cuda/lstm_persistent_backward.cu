@@ -22,7 +22,7 @@ template <class S, int MT, int NT, template <class> class Sums>  // SumsInL2 or 
 __global__ void __launch_bounds__(kSplitThreads, 1)
     lstm_persistent_backward_kernel(LstmPersistentBackward a, DeviceMask dropout) {
   using B = Block<S, MT, NT>;
-  if (!Sums<B>::kCompiled) return;  // for an architecture where nobody launches it
+  if (!kMatrixUnitsCompiled || !Sums<B>::kCompiled) return __trap();
   const B block(a.steps);
   const Sums<B> group_sums(a, block);
   const LstmSplit& split = block.split;

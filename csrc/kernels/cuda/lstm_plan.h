@@ -14,6 +14,7 @@
 // code. Within a CTA each of 4 warps takes a quarter of K: every weight leaves shared memory, and every h
 // leaves L2, once for a row block.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -125,6 +126,9 @@ struct DeviceLimits {
   // How many clusters of kGroup CTAs of this split run at once: often fewer than multiprocessors / kGroup, as
   // a cluster does not cross the borders of the card's processing clusters. None: no clusters here.
   std::function<int(const LstmSplit&)> clusters;
+  // For what the kernels were compiled, as capability is written: where the driver had to make them for this
+  // device from PTX of an older one, what needs the newer device is not in them.
+  int compiled = 1 << 30;
 };
 
 struct LstmPlan {
@@ -158,6 +162,10 @@ inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, bool tf32, Directio
         "float32 needs TF32, which torch does not allow now: torch.set_float32_matmul_precision('high')";
   } else if (device.capability < 80) {
     best.why_not = "its kernels need compute capability 8.0 or newer";
+  } else if (device.compiled < 80) {
+    best.why_not = "its kernels were compiled for compute capability " +
+                   std::to_string(device.compiled / 10) + "." + std::to_string(device.compiled % 10) +
+                   ": name 8.0 or newer in TORCH_CUDA_ARCH_LIST and build again";
   } else if (!device.cooperative) {
     best.why_not = "the device cannot launch cooperatively";
   } else if (H > 1 << 15) {
@@ -182,7 +190,8 @@ inline LstmPlan plan_lstm(int64_t B, int64_t H, DType dtype, bool tf32, Directio
     if (clusters && s.parts * s.groups() > device.clusters(s)) return;
     best = plan;
   };
-  const bool may_cluster = direction == Direction::backward && device.capability >= 90 && device.clusters;
+  const bool may_cluster = direction == Direction::backward &&
+                           std::min(device.capability, device.compiled) >= 90 && device.clusters;
   for (const int columns : column_tiles_of(static_cast<int>(size_of(dtype)))) {
     for (const int rows : kRowTiles) {
       consider(columns, rows, false);

@@ -21,6 +21,19 @@ constexpr bool kClusters = ULMFIT_PERSISTENT_PARTS & 8;  // where the device has
 
 using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits or 4 of 32
 
+// What an architecture lacks is not compiled for it. A kernel that needs it stops its launch: the plan asks
+// for none there, and results that nobody wrote must not pass for results.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kMatrixUnitsCompiled = false;
+#else
+constexpr bool kMatrixUnitsCompiled = true;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClustersCompiled = false;
+#else
+constexpr bool kClustersCompiled = true;
+#endif
+
 // What the matrix units take for value: float32 as TF32, which keeps 10 bits of the fraction; to nearest.
 inline __device__ bf16 as_operand(bf16 value) { return value; }
 inline __device__ f16 as_operand(f16 value) { return value; }
@@ -42,7 +55,7 @@ template <class S>
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifndef __CUDACC__
   mma_on_cpu<S>(c, a, b, [](S value) { return widen(value); });
-#elif __CUDA_ARCH__ >= 800  // the plan asks no older card
+#elif __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<S, bf16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
@@ -122,12 +135,6 @@ inline __device__ void publish(unsigned* flag, unsigned value) {
 
 // A cluster: neighbouring blocks that run side by side and reach each other's shared memory. Its barrier has
 // two halves: what a block's threads wrote before they arrived is seen by those that have waited.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kClustersCompiled = false;
-#else
-constexpr bool kClustersCompiled = true;
-#endif
-
 inline __device__ void arrive_at_cluster() {
 #ifndef __CUDACC__
   BlocksOnCpu::current()->arrive_at_cluster();
