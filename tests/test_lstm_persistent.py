@@ -4,6 +4,7 @@ Where there is a GPU these tests run on it; in the build of `make cuda-on-cpu` t
 CPU, their thread blocks in turn, on a card that ULMFIT_ON_CPU_CARD makes up.  Elsewhere they are skipped.
 """
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -306,6 +307,21 @@ def test_two_streams_do_not_wait_for_each_other(cuda):
     torch.cuda.synchronize()
     for result in results:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_two_threads_with_kernels_of_different_sizes(cuda):
+    """What a kernel may take of the shared memory is one setting for all threads."""
+    cases = [lstm_case(torch.bfloat16, 2, 64, 16, hidden) for hidden in (1152, 1024)]
+    expected = [with_gradients(op, inputs) for inputs, op, _ in cases]
+
+    def run(case):
+        inputs, op, _ = case
+        return [with_gradients(op, inputs) for _ in range(50)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for results, first in zip(pool.map(run, cases), expected, strict=True):
+            for result in results:
+                assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
 
 
 def test_graphs_capture_it(cuda):

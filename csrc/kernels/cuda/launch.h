@@ -64,13 +64,24 @@ struct CooperativeConfig {
   CooperativeConfig(const CooperativeConfig&) = delete;  // config points into it
 };
 
+// Lets a kernel have as much dynamic shared memory as a block of this device may. Never less: the limit is
+// the kernel's, and between one thread's setting and its launch another may launch the same kernel.
+template <class... P>
+cudaError_t allow_shared_memory(void (*kernel)(P...)) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 // How many clusters of a kernel run at once; 0 where they cannot be launched.
 template <class... P>
 int active_clusters(void (*kernel)(P...), unsigned threads, int64_t shared_bytes, unsigned cluster) {
   const CooperativeConfig launch(cluster, threads, shared_bytes, cluster);
-  const int bytes = static_cast<int>(shared_bytes);
   int count = 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+  if (allow_shared_memory(kernel) == cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) == cudaSuccess) {
     return count;
   }
@@ -85,8 +96,7 @@ template <class... P>
 void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads,
                         int64_t shared_bytes, unsigned cluster, void* stream, const P&... arguments) {
 #ifdef __CUDACC__
-  const int bytes = static_cast<int>(shared_bytes);
-  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  check(name, allow_shared_memory(kernel));
   CooperativeConfig launch(blocks, threads, shared_bytes, cluster);
   launch.config.stream = static_cast<cudaStream_t>(stream);
   check(name, cudaLaunchKernelEx(&launch.config, kernel, arguments...));
