@@ -219,6 +219,20 @@ def test_says_why_it_cannot(monkeypatch):
         refused(torch.bfloat16, 4096, "H = 4096 and batch 1 fits")
 
 
+def test_a_context_with_fewer_multiprocessors_than_its_device(monkeypatch):
+    """A launch that is found too large: another recurrence, or an error where this one had to be."""
+    if not on_cpu():
+        pytest.skip("a made-up card is the CPU's")
+    inputs, op, _ = lstm_case(torch.bfloat16, 3, 4, 5, 20)
+    expected = general(inputs, op)
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "132,227,32,90,1")
+    with pytest.raises(RuntimeError, match="fewer multiprocessors than the device says"):
+        op(*inputs)
+    monkeypatch.setenv(VARIABLE, "auto")
+    results = with_gradients(op, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 def test_the_default_is_the_general_path(monkeypatch):
     """For which any dtype will do; and another word is refused."""
     inputs, op, _ = lstm_case(torch.float32)

@@ -37,10 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
              rows);
   }
   const LstmPlan plan = plan_recurrence(layer, high, Direction::forward);
-  if (plan.fits()) {
-    persistent_forward(layer, plan, projected, bias, first_cell, save, out);
+  if (plan.fits() && persistent_forward(layer, plan, projected, bias, first_cell, save, out))
     return out.all();
-  }
   const Tensor w = transposed(layer.dropped_w_hh());
   const int64_t units = padded_units(in.H), cell_size = in.B * units;
   const Tensor rolling = save ? Tensor() : empty_like(in.x, {in.B, units}, layer.sums);
@@ -90,8 +88,9 @@ class Backward {
     if (plan.fits()) {
       const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence(),
                      through = ddropped.has_value() ? in.sequence("ddropped", *ddropped) : Sequence();
-      return persistent_backward(layer, plan, upstream, through, dh, dc, first_cell, w, gates, cells, dgates,
-                                 out);
+      if (persistent_backward(layer, plan, upstream, through, dh, dc, first_cell, w, gates, cells, dgates,
+                              out))
+        return;
     }
     if (ddropped.has_value()) dy = with_dropped(dy, *ddropped);
     const Tensor dgates_step = empty_like(in.x, {in.B, 4 * in.H});

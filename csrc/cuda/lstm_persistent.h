@@ -12,13 +12,31 @@
 
 namespace ulmfit_fast::cuda {
 
-// tf32: whether torch allows it for float32 products.
-inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction direction) {
-  LstmPlan none;
+inline std::string wanted_recurrence(const Layer& layer) {
   const char* wish = std::getenv("ULMFIT_FAST_RECURRENCE");
   const std::string wanted = wish == nullptr || *wish == '\0' ? "general" : wish;
   ULMFIT_CHECK(wanted == "general" || wanted == "auto" || wanted == "persistent", layer.in.op,
                "ULMFIT_FAST_RECURRENCE must be general, auto or persistent, got ", wanted);
+  return wanted;
+}
+
+// Whether f() has launched. The device's numbers may promise too much: of its multiprocessors a green context
+// has a share, and only the launch finds out.
+template <class F>
+bool launched(const Layer& layer, F&& f) {
+  try {
+    f();
+    return true;
+  } catch (const LaunchTooLarge&) {
+    if (wanted_recurrence(layer) != "auto") throw;
+    return false;
+  }
+}
+
+// tf32: whether torch allows it for float32 products.
+inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction direction) {
+  LstmPlan none;
+  const std::string wanted = wanted_recurrence(layer);
   if (wanted == "general" || layer.in.T == 0) return none;
   const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, device_limits());
   ULMFIT_CHECK(plan.fits() || wanted == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
@@ -47,7 +65,8 @@ struct PersistentBuffers {
   }
 };
 
-inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const Tensor& projected,
+// These two say whether they have launched; where not, the general recurrence is due.
+inline bool persistent_forward(const Layer& layer, const LstmPlan& plan, const Tensor& projected,
                                const Tensor& bias, const Tensor& first_cell, bool save,
                                const LstmOutputs& out) {
   const PersistentBuffers buffers(layer, plan.split, layer.dropped_w_hh());
@@ -64,10 +83,10 @@ inline void persistent_forward(const Layer& layer, const LstmPlan& plan, const T
   a.h_n = data_of(out.h_n);
   a.c_n = data_of(out.c_n);
   a.exchange = data_of(buffers.exchange);
-  lstm_persistent(a, layer.device.stream);
+  return launched(layer, [&] { lstm_persistent(a, layer.device.stream); });
 }
 
-inline void persistent_backward(const Layer& layer, const LstmPlan& plan, const Sequence& dy,
+inline bool persistent_backward(const Layer& layer, const LstmPlan& plan, const Sequence& dy,
                                 const Sequence& ddropped, const Tensor& dh_n, const Tensor& dc_n,
                                 const Tensor& first_cell, const Tensor& w, const Tensor& gates,
                                 const Tensor& cells, const Tensor& dgates, const LstmGradients& out) {
@@ -87,7 +106,7 @@ inline void persistent_backward(const Layer& layer, const LstmPlan& plan, const 
   a.dc0 = data_of(out.dc0);
   a.exchange = data_of(buffers.exchange);
   a.sums = static_cast<float*>(data_of(sums));
-  lstm_persistent_backward(a, layer.device.stream);
+  return launched(layer, [&] { lstm_persistent_backward(a, layer.device.stream); });
 }
 
 }  // namespace ulmfit_fast::cuda

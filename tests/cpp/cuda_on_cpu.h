@@ -295,18 +295,23 @@ inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& threa
   for (unsigned b = 0; b < blocks; b += together) runner.run(b, thread);
 }
 
-// A pretended card: ULMFIT_ON_CPU_CARD="multiprocessors,KB of shared memory,clusters at once,10 * capability
-// that the kernels were compiled for", the last 2 or 1 left out: no clusters, 9.0; default an H200's.
-template <class Limits>
-Limits limits_on_cpu() {
-  int multiprocessors = 132, kilobytes = 227, clusters = 32, compiled = 90;
-  if (const char* card = std::getenv("ULMFIT_ON_CPU_CARD")) {
-    clusters = 0;
-    if (std::sscanf(card, "%d,%d,%d,%d", &multiprocessors, &kilobytes, &clusters, &compiled) < 2)
-      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to four numbers, like 132,227,32,90");
+// A pretended card, default an H200. ULMFIT_ON_CPU_CARD has these numbers in this order, at least two;
+// without a third there are no clusters.
+struct CardOnCpu {
+  int multiprocessors = 132, kilobytes = 227;  // of shared memory that a block may have
+  int clusters = 32;                           // at once
+  int compiled = 90;                           // 10 * the capability that the kernels were compiled for
+  unsigned granted = 1 << 30;                  // blocks of a cooperative launch
+};
+inline CardOnCpu card_on_cpu() {
+  CardOnCpu card;
+  if (const char* words = std::getenv("ULMFIT_ON_CPU_CARD")) {
+    card.clusters = 0;
+    if (std::sscanf(words, "%d,%d,%d,%d,%u", &card.multiprocessors, &card.kilobytes, &card.clusters,
+                    &card.compiled, &card.granted) < 2)
+      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to five numbers, like 132,227,32,90,132");
   }
-  return {multiprocessors, kilobytes * 1024, 90, true, [clusters](const auto&) { return clusters; },
-          compiled};
+  return card;
 }
 
 }  // namespace ulmfit_fast::cuda

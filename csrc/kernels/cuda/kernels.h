@@ -5,6 +5,9 @@
 // shapes stand beside each pointer, rows are contiguous unless a stride is given. T = time steps, B = batch,
 // I = inputs, H = hidden units, V = vocabulary. Products are the caller's: they go through torch's library.
 #pragma once
+#include <stdexcept>
+#include <string>
+
 #include "../views.h"
 #include "lstm_plan.h"
 
@@ -116,6 +119,11 @@ struct LstmSteps {
   Mask dropout;            // of y: one element per (b, unit), index b * H + unit, for all T
   unsigned* flags;         // split.flags(), zeros on entry
 };
+struct LaunchTooLarge : std::runtime_error {
+  explicit LaunchTooLarge(const std::string& name)
+      : std::runtime_error("ulmfit_fast." + name +
+                           ": this context may use fewer multiprocessors than the device says it has") {}
+};
 struct LstmPersistentForward {
   LstmSteps steps;
   Sequence projected;  // (T, B, 4H) fp32: x @ W_ih^T, gates i, f, g, o
@@ -129,6 +137,7 @@ struct LstmPersistentForward {
   void *h_n, *c_n;     // (B, H) dtype
   void* exchange;      // split.exchange_elements() dtype, zeros on entry: h by padded rows and units
 };
+// Both directions throw LaunchTooLarge, with nothing launched, where its CTAs cannot all run at once.
 void lstm_persistent(const LstmPersistentForward&, void* stream);
 
 struct LstmPersistentBackward {

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -90,8 +92,8 @@ int active_clusters(void (*kernel)(P...), unsigned threads, int64_t shared_bytes
 }
 #endif
 
-// All blocks run at once, each with `shared_bytes` of dynamic shared memory: they may wait for one another.
-// cluster: how many neighbouring blocks reach each other's shared memory.
+// All blocks run at once, each with `shared_bytes` of dynamic shared memory: they may wait for one another;
+// or it throws LaunchTooLarge. cluster: how many neighbouring blocks reach each other's shared memory.
 template <class... P>
 void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads,
                         int64_t shared_bytes, unsigned cluster, void* stream, const P&... arguments) {
@@ -99,8 +101,14 @@ void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks,
   check(name, allow_shared_memory(kernel));
   CooperativeConfig launch(blocks, threads, shared_bytes, cluster);
   launch.config.stream = static_cast<cudaStream_t>(stream);
-  check(name, cudaLaunchKernelEx(&launch.config, kernel, arguments...));
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, arguments...);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // whoever launches something else instead is not to find the error
+    throw LaunchTooLarge(name);
+  }
+  check(name, error);
 #else
+  if (blocks > card_on_cpu().granted) throw LaunchTooLarge(name);
   run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments...); }, shared_bytes, cluster);
 #endif
 }

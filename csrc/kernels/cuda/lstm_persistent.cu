@@ -190,7 +190,13 @@ DeviceLimits device_limits() {
   limits.compiled = kernel.ptxVersion;
   if (kClusters && limits.capability >= 90) limits.clusters = lstm_backward_clusters;
 #else
-  limits = limits_on_cpu<DeviceLimits>();
+  const CardOnCpu card = card_on_cpu();
+  limits = {card.multiprocessors,
+            card.kilobytes * 1024,
+            90,
+            true,
+            [card](const LstmSplit&) { return card.clusters; },
+            card.compiled};
 #endif
   return limits;
 }
