@@ -11,7 +11,14 @@
 namespace ulmfit_fast::cuda {
 
 // What is left out or misplaced, to see that the model notices.
-enum class Mistake { none, sums_unawaited, sums_awaited_early, arrival_too_early, no_last_barrier };
+enum class Mistake {
+  none,
+  products_unordered,
+  sums_unawaited,
+  sums_awaited_early,
+  arrival_too_early,
+  no_last_barrier
+};
 
 // Waits for flags, and the barriers of clusters, are all that orders two blocks. The order that follows holds
 // in every run, so one run decides about all.
@@ -42,7 +49,7 @@ class LstmModel {
   enum Kind { wait, sync, read, write, publish, arrive, await };
   struct Step {
     Kind kind;
-    int warp;  // that waits or reads; writes and flags come after a barrier: warp 0 stands for the block
+    int warp;          // warp 0 stands for the block in what all do between two barriers of the block
     std::string what;  // a flag or a piece of a buffer, without its owner
     int first, end;    // blocks whose piece or flag it is
     int value;         // of the flag, which version of the piece, or which barrier of the cluster
@@ -70,12 +77,20 @@ class LstmModel {
   std::string buffer(const char* name, int number, int pass) const {
     return name + std::to_string(number) + "/" + std::to_string(pass);
   }
+  // Block::multiply, and that its sums are read; `count` numbers these too.
   void read_sources(int cta, const char* flags, const std::string& what, int count, int version) {
+    const auto product = [&](Kind kind, int warp, int of_warp, int done) {
+      add(cta, {kind, warp, "product" + std::to_string(of_warp % kSumWarps), cta, cta + 1, 2 * count + done});
+    };
     for (int w = 0; w < kSplitWarps; ++w) {
       add(cta, {wait, w, flags, s.first_source(w), s.end_source(w), count});
       add(cta, {read, w, what, s.first_source(w), s.end_source(w), version});
     }
+    for (int w = kSumWarps; w < kSplitWarps; ++w) product(write, w, w, 0);
+    if (mistake != Mistake::products_unordered) add_sync(cta);
+    for (int w = 0; w < kSumWarps; ++w) product(read, w, w, 0), product(write, w, w, 1);
     add_sync(cta);
+    for (int w = 0; w < kSumWarps; ++w) product(read, 0, w, 1);
   }
   void write_and_publish(int cta, const std::string& what, int version, const char* flags, int count) {
     add(cta, {write, 0, what, cta, cta + 1, version});

@@ -56,7 +56,11 @@ void check_weights(const LstmSplit& s) {
       if (unit < s.H) ++times[forward ? s.weight_row(cta, n) : cta % kGroup * s.H + unit];
     }
   for (const int n : times) CHECK(n == 1, "H %ld: a row of weights is held %d times", (long)s.H, n);
-  CHECK(s.first_chunk(0) == 0 && s.first_chunk(kSplitWarps) * s.chunk() >= s.H, "K is not covered");
+  CHECK(s.first_chunk(0) == 0 && s.first_chunk(kSplitWarps) == s.chunks(), "K is not covered");
+  int chunks[4] = {};  // of each scheduler of a multiprocessor
+  for (int w = 0; w < kSplitWarps; ++w) chunks[w % 4] += s.first_chunk(w + 1) - s.first_chunk(w);
+  const auto [least, most] = std::minmax_element(chunks, chunks + 4);
+  CHECK(*most - *least <= 1, "%d chunks for one scheduler, %d for another", *most, *least);
 }
 
 void check_refusals() {
@@ -93,7 +97,7 @@ int check_plans(const DeviceLimits& card, DType dtype, Direction direction) {
       if (B < 33 || B == 256) check_weights(s);
       if (H < 140 || (H % 48 == 0 && B % 64 < 2)) check_items(s);
       // the model knows nothing of H and B but these
-      const bool small = s.ctas <= 20 || seen.size() % 64 == 0;  // the large ones take their time
+      const bool small = s.ctas <= 20 || seen.size() % 128 == 0;  // the large ones take their time
       const bool fresh = seen.insert({s.clusters, s.ctas, s.column_tiles, s.chunks(), s.chunk(), s.passes,
                                       static_cast<int>(direction)})
                              .second;
@@ -135,6 +139,7 @@ void check_mistakes() {
     for (const LstmSplit& s : {in_l2, in_cluster}) {
       CHECK(LstmModel(s, 4).run().empty(), "%s", LstmModel(s, 4).run().c_str());
       finds(s, Mistake::sums_unawaited, "sums0");
+      finds(s, Mistake::products_unordered, "reads before it is surely written product");
     }
     if (in_l2.passes > 1) finds(in_l2, Mistake::sums_awaited_early, "reads");
     finds(in_cluster, Mistake::arrival_too_early, "reads before it is surely written sums0");

@@ -92,13 +92,13 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
       Leavings<S> left[B::kItems];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
-        State<S>& state = state_of(pass, p);
+        State<S> state =
+            state_of(pass, p);  // a copy: stores between the units' loads would keep these in order
         const int column = 4 * split.item_unit(p.item);
         float gates[2][4] = {}, y[2] = {};
         if (a.steps.lengths == nullptr || t < a.steps.lengths[p.b]) {
           ULMFIT_UNROLL_ALL
           for (int u = 0; u < 2; ++u) {
-            if (p.unit + u >= H) continue;
             const auto input = [&](int g) { return block.template input<float>(p, 4 * u + g); };
             float pre[4];
             ULMFIT_UNROLL_ALL
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
                         pair = 2 * block.sum_pair(p.row);
               float recurrent[2] = {};
               ULMFIT_UNROLL_ALL
-              for (int w = 0; w < kSplitWarps; ++w) {
+              for (int w = 0; w < kSumWarps; ++w) {
                 recurrent[0] += block.sums[w * B::kSums + f].v[pair];
                 recurrent[1] += block.sums[w * B::kSums + f].v[pair + 1];
               }
@@ -115,13 +115,18 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
               pre[g + 1] = input(g + 1) + recurrent[1] + block.bias[n + 1];
             }
             const LstmCell<float> cell = lstm_cell_forward(pre[0], pre[1], pre[2], pre[3], state.c[u]);
-            state.c[u] = cell.c;
-            state.h.v[u] = narrow<S>(cell.h);
-            y[u] = cell.h;
-            gates[u][0] = cell.i, gates[u][1] = cell.f, gates[u][2] = cell.g, gates[u][3] = cell.o;
+            // A unit past H is computed from whatever is there and dropped: a branch would keep the two units
+            // from being computed side by side.
+            const auto inside = [&](float value) { return p.unit + u < H ? value : 0.0f; };
+            state.c[u] = inside(cell.c);
+            y[u] = inside(cell.h);
+            state.h.v[u] = narrow<S>(y[u]);
+            gates[u][0] = inside(cell.i), gates[u][1] = inside(cell.f);
+            gates[u][2] = inside(cell.g), gates[u][3] = inside(cell.o);
           }
         }
         B::send(exchange + block.exchanged((i + 1) % 2, 1, 0, p.b, p.unit), state.h);
+        state_of(pass, p) = state;
         left[item].y = narrow_pair<S>(y[0], y[1]);
         ULMFIT_UNROLL_ALL
         for (int g = 0; g < 4; ++g) left[item].gates[g] = narrow_pair<S>(gates[0][g], gates[1][g]);
@@ -143,8 +148,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         if (a.gates == nullptr) return;
         const int64_t row = t * split.B + p.b;
         S* gates = static_cast<S*>(a.gates) + row * 4 * units + p.unit;
-        for (int g = 0; g < 4; ++g) pack_at<S, 2>(gates + g * units) = l.gates[g];
-        pack_at<float, 2>(a.cells + row * units + p.unit) = l.c;
+        for (int g = 0; g < 4; ++g) store_whole(gates + g * units, l.gates[g]);
+        store_whole(a.cells + row * units + p.unit, l.c);
       });
     }
   }

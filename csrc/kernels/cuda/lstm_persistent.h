@@ -25,6 +25,17 @@ __device__ T* recomputed(T* value) {
   return value;
 }
 
+// Stores a pack in one instruction; its 16-bit members would be stored one by one.
+template <class S, int N>
+__device__ void store_whole(S* to, const Pack<S, N>& pack) {
+#ifdef __CUDACC__
+  using Word = std::conditional_t<sizeof pack == 4, uint32_t, uint2>;
+  static_assert(sizeof(Word) == sizeof pack);
+  *reinterpret_cast<Word*>(to) = reinterpret_cast<const Word&>(pack);
+#else
+  pack_at<S, N>(to) = pack;
+#endif
+}
 template <class S>
 __device__ Pair<S> narrow_pair(float a, float b) {
   return {{narrow<S>(a), narrow<S>(b)}};
@@ -44,7 +55,7 @@ struct Block {
   LstmSplit split;
   int part, cta;
   Fragment* weights;       // (chunks, NT, 32 lanes)
-  Pack<float, 4>* sums;    // (warps, MT, NT, 32 lanes)
+  Pack<float, 4>* sums;    // (kSumWarps, MT, NT, 32 lanes)
   Pack<float, 4>* states;  // (passes, items)
   uint32_t* inputs;        // (words, items): what a row block's cells take, on its way while the block waits
   float* bias;             // (8 * NT), by column
@@ -91,7 +102,10 @@ struct Block {
   // Of the pair'th Pair<S> among them, unit u.
   __device__ float input_of_pair(const Place& p, int pair, int u) const {
     if constexpr (kPairWords == 1) {
-      return widen(input<Pair<S>>(p, pair).v[u]);
+      const uint32_t word = inputs[pair * split.items() + p.item];  // both at once
+      Pair<S> both;
+      std::memcpy(&both, &word, sizeof both);
+      return widen(both.v[u]);
     } else {
       return input<S>(p, kPairWords * pair + u);
     }
@@ -113,7 +127,7 @@ struct Block {
   // Writes a pair of units there.
   __device__ static void send(S* to, Pair<S> values) {
     if constexpr (kOfWord == 2) {
-      pack_at<S, 2>(to) = values;
+      store_whole(to, values);
     } else {
       to[0] = as_operand(values.v[0]), to[2] = as_operand(values.v[1]);
     }
@@ -135,9 +149,13 @@ struct Block {
     return kept >> (2 * i + u) & 1 ? static_cast<float>(drop.scale) : 0.0f;
   }
 
-  // The four-float fragment position of (row, column): which fragment, and which of its two pairs.
+  // The four-float fragment position of (row, column): which fragment, and which of its two pairs. Lanes
+  // stand in an order that differs from tile to tile: the cells of neighbouring threads are of neighbouring
+  // tiles, and the same lane's fragments, 512 bytes apart, would share their banks.
+  __device__ static int sum_lane(int lane, int column_tile) { return lane ^ column_tile % 8; }
   __device__ int sum_fragment(int row, int column) const {
-    return (row / kTileRows * NT + column / kTileColumns) * 32 + row % 8 * 4 + column % kTileColumns / 2;
+    const int tile = column / kTileColumns, lane = row % 8 * 4 + column % kTileColumns / 2;
+    return (row / kTileRows * NT + tile) * 32 + sum_lane(lane, tile);
   }
   __device__ int sum_pair(int row) const { return row % kTileRows / 8; }
 
@@ -147,9 +165,10 @@ struct Block {
     wait_for_flags(flags, split.first_source(warp), split.end_source(warp), value);
   }
 
-  // rows: a row block of an exchange buffer; this warp's quarter of K, times the weights -> this warp's sums.
+  // rows: a row block of an exchange buffer; this warp's part of K, times the weights -> sums, of two warps
+  // each. They are complete after the next __syncthreads().
   __device__ void multiply(const S* rows) const {
-    constexpr int kDepth = MT == 1 ? 8 : 4;  // chunks on their way from L2: 32 KB for each multiprocessor
+    constexpr int kDepth = MT == 1 ? 8 : 4;  // chunks on their way from L2: 64 KB for each multiprocessor
     constexpr int kOfChunk = 2 * 32;         // fragments from chunk to chunk
     const int thread = recomputed(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int first = split.first_chunk(warp), count = split.first_chunk(warp + 1) - first;
@@ -181,12 +200,19 @@ struct Block {
       }
       w += kDepth * NT * 32;
     }
-    ULMFIT_UNROLL_ALL
-    for (int m = 0; m < MT; ++m) ULMFIT_UNROLL_ALL
-    for (int n = 0; n < NT; ++n) {
-      Pack<float, 4>& to = sums[warp * kSums + (m * NT + n) * 32 + lane];
-      to = {{sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]}};
-    }
+    const auto leave = [&](bool add) {
+      ULMFIT_UNROLL_ALL
+      for (int m = 0; m < MT; ++m) ULMFIT_UNROLL_ALL
+      for (int n = 0; n < NT; ++n) {
+        Pack<float, 4>& to = sums[warp % kSumWarps * kSums + (m * NT + n) * 32 + sum_lane(lane, n)];
+        Pack<float, 4> value = {{sum[m][n][0], sum[m][n][1], sum[m][n][2], sum[m][n][3]}};
+        for (int j = 0; add && j < 4; ++j) value.v[j] += to.v[j];
+        to = value;
+      }
+    };
+    if (warp >= kSumWarps) leave(/*add=*/false);
+    __syncthreads();
+    if (warp < kSumWarps) leave(/*add=*/true);
   }
 
   // The weights of this block: neighbours(column, k) are kNeighbours of them from k on, 0 where there is

@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
       Pair<S> left[B::kItems][4];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
-        Gradients& state = state_of(pass, p);
+        Gradients state = state_of(pass, p);  // a copy, as on the way forward
         const bool active = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
         const Pack<float, 2> product = i < T - 1 ? recurrent(pass, p) : Pack<float, 2>{};
         LstmCellGrad<float> d[2] = {};
         ULMFIT_UNROLL_ALL
-        for (int u = 0; u < 2; ++u) {
-          state.dh[u] += product.v[u];
-          if (!active) continue;
+        for (int u = 0; u < 2; ++u) state.dh[u] += product.v[u];
+        ULMFIT_UNROLL_ALL
+        for (int u = 0; active && u < 2; ++u) {
           const auto gate_of = [&](int g) { return block.input_of_pair(p, g, u); };
           const float c = block.template input<float>(p, kCells + u),
                       c_before = block.template input<float>(p, kCells + 2 + u);
@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           state.dc[u] = d[u].c_prev;
           state.dh[u] = 0;
         }
+        state_of(pass, p) = state;
         left[item][0] = narrow_pair<S>(d[0].a_i, d[1].a_i);
         left[item][1] = narrow_pair<S>(d[0].a_f, d[1].a_f);
         left[item][2] = narrow_pair<S>(d[0].a_g, d[1].a_g);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       for (int f = threadIdx.x; f < B::kSums; f += kSplitThreads) {
         Pack<float, 4> sum = block.sums[f];
         ULMFIT_UNROLL_ALL
-        for (int w = 1; w < kSplitWarps; ++w)
+        for (int w = 1; w < kSumWarps; ++w)
           for (int j = 0; j < 4; ++j) sum.v[j] += block.sums[w * B::kSums + f].v[j];
         group_sums.own(pass)[f] = sum;
       }

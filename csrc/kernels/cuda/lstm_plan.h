@@ -11,8 +11,10 @@
 //             where the four can be a cluster, in their shared memory.
 //
 // So both directions multiply tiles of one shape, (16 * row_tiles, H) x (H, 8 * column_tiles), by the same
-// code. Within a CTA each of 4 warps takes a quarter of K: every weight leaves shared memory, and every h
-// leaves L2, once for a row block.
+// code. Within a CTA each of 8 warps takes an eighth of K: every weight leaves shared memory, and every h
+// leaves L2, once for a row block. Two warps for each of a multiprocessor's four schedulers, so that one
+// computes while the other waits for memory; their sums meet pair by pair in shared memory, which has room
+// for four.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -29,8 +31,9 @@ constexpr int kTileChoices = 5;
 constexpr int kColumnTiles[2][kTileChoices] = {{2, 4, 6, 8, 9}, {2, 4, 5, 6, 8}};
 constexpr auto& column_tiles_of(int element) { return kColumnTiles[element / 4]; }
 constexpr int kRowTiles[] = {1, 2};
-constexpr int kSplitWarps = 4, kSplitThreads = 32 * kSplitWarps;
-constexpr int kGroup = 4;  // CTAs that share columns on the way back: one for each gate
+constexpr int kSplitWarps = 8, kSplitThreads = 32 * kSplitWarps;
+constexpr int kSumWarps = kSplitWarps / 2;  // whose sums are kept; the others' are added to them
+constexpr int kGroup = 4;                   // CTAs that share columns on the way back: one for each gate
 constexpr int kTileRows = 16, kTileColumns = 8;
 constexpr int64_t kFragment = 16;  // bytes that a lane loads at once
 // K of mma.sync: m16n8k16 for elements of 2 bytes, m16n8k8 for 4 (TF32). A chunk is two: 16 bytes of weights
@@ -61,8 +64,13 @@ struct LstmSplit {
   ULMFIT_HD int64_t padded_h() const { return static_cast<int64_t>(chunks()) * chunk(); }
   ULMFIT_HD int groups() const { return ctas / kGroup; }
 
-  // The chunks of K that a warp multiplies, and the CTAs that own their units.
-  ULMFIT_HD int first_chunk(int warp) const { return chunks() * warp / kSplitWarps; }
+  // The chunks of K that a warp multiplies, and the CTAs that own their units. The first warps take one more
+  // where they do not divide evenly: warp w runs on scheduler w % 4, so no scheduler has two more than
+  // another.
+  ULMFIT_HD int first_chunk(int warp) const {
+    const int more = chunks() % kSplitWarps;
+    return chunks() / kSplitWarps * warp + (warp < more ? warp : more);
+  }
   ULMFIT_HD int first_source(int warp) const { return chunk() * first_chunk(warp) / cta_units(); }
   ULMFIT_HD int end_source(int warp) const {
     const int first = first_chunk(warp), end = first_chunk(warp + 1);
@@ -95,12 +103,12 @@ struct LstmSplit {
     return static_cast<int64_t>(chunks()) * column_tiles * 32 * kFragment;
   }
   ULMFIT_HD int64_t sum_bytes() const {
-    return static_cast<int64_t>(kSplitWarps) * row_tiles * column_tiles * 32 * kFragment;
+    return static_cast<int64_t>(kSumWarps) * row_tiles * column_tiles * 32 * kFragment;
   }
   ULMFIT_HD int64_t state_bytes() const { return static_cast<int64_t>(passes) * items() * 16; }
   ULMFIT_HD int64_t input_bytes() const { return static_cast<int64_t>(items()) * input_words() * 4; }
   ULMFIT_HD int64_t bias_bytes() const { return 4 * columns(); }
-  ULMFIT_HD int64_t group_sum_bytes() const { return clusters ? passes * sum_bytes() / kSplitWarps : 0; }
+  ULMFIT_HD int64_t group_sum_bytes() const { return clusters ? passes * sum_bytes() / kSumWarps : 0; }
   ULMFIT_HD int64_t shared_memory() const {
     return weight_bytes() + sum_bytes() + state_bytes() + input_bytes() + bias_bytes() + group_sum_bytes();
   }
