@@ -95,12 +95,12 @@ class LstmModel {
   void write_and_publish(int cta, const std::string& what, int version, const char* flags, int count) {
     add(cta, {write, 0, what, cta, cta + 1, version});
     add_sync(cta);
-    add(cta, {publish, 0, flags, cta, cta + 1, count});
+    add(cta, {publish, kPublisher / 32, flags, cta, cta + 1, count});
   }
   void forward(int cta) {
     for (int pass = 0; pass < s.passes; ++pass) add(cta, {write, 0, buffer("h", 0, pass), cta, cta + 1, 0});
     add_sync(cta);
-    add(cta, {publish, 0, "h", cta, cta + 1, s.passes});
+    add(cta, {publish, kPublisher / 32, "h", cta, cta + 1, s.passes});
     for (int i = 0; i < T; ++i)
       for (int pass = 0; pass < s.passes; ++pass) {
         const int published = i * s.passes + pass + 1;

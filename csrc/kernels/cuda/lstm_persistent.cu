@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     });
   }
   __syncthreads();
-  if (threadIdx.x == 0) publish(flags + block.cta, split.passes);
+  if (threadIdx.x == kPublisher) publish(flags + block.cta, split.passes);
 
   for (int64_t i = 0; i < T; ++i) {
     const int64_t t = a.steps.reverse ? T - 1 - i : i;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         left[item].c = {{state.c[0], state.c[1]}};
       });
       __syncthreads();
-      if (threadIdx.x == 0) publish(flags + block.cta, published + split.passes);
+      if (threadIdx.x == kPublisher) publish(flags + block.cta, published + split.passes);
 
       if (dropping && split.passes > 1) kept = block.kept_items(a.steps, drop, pass);
       block.for_items(a.steps, pass, [&](int item, const auto& p) {

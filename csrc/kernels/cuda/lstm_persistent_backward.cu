@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           B::send(exchange + block.exchanged(i % 2, 4, g, p.b, p.unit), left[item][g]);
       });
       __syncthreads();
-      if (threadIdx.x == 0) publish(dgates_flags + block.cta, done + pass + 1);
+      if (threadIdx.x == kPublisher) publish(dgates_flags + block.cta, done + pass + 1);
 
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         S* to = at<S>(a.dgates, t, p.b) + p.unit;

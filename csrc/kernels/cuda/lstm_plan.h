@@ -33,7 +33,10 @@ constexpr auto& column_tiles_of(int element) { return kColumnTiles[element / 4];
 constexpr int kRowTiles[] = {1, 2};
 constexpr int kSplitWarps = 8, kSplitThreads = 32 * kSplitWarps;
 constexpr int kSumWarps = kSplitWarps / 2;  // whose sums are kept; the others' are added to them
-constexpr int kGroup = 4;                   // CTAs that share columns on the way back: one for each gate
+// The thread that publishes for its CTA. Of the last warp, which has the fewest items: the fence that comes
+// with a flag holds its warp up.
+constexpr int kPublisher = kSplitThreads - 32;
+constexpr int kGroup = 4;  // CTAs that share columns on the way back: one for each gate
 constexpr int kTileRows = 16, kTileColumns = 8;
 constexpr int64_t kFragment = 16;  // bytes that a lane loads at once
 // K of mma.sync: m16n8k16 for elements of 2 bytes, m16n8k8 for 4 (TF32). A chunk is two: 16 bytes of weights

@@ -38,7 +38,7 @@ struct SumsInL2 {
   }
   // After the block's threads have written own(pass), and met at a barrier of the block.
   __device__ void publish_own(int, unsigned count) const {
-    if (threadIdx.x == 0) publish(flags + block.cta, count);
+    if (threadIdx.x == kPublisher) publish(flags + block.cta, count);
   }
   __device__ void wait(int, unsigned count) const { wait_for_flags(flags, group, group + kGroup, count); }
   __device__ void leave() const {}
