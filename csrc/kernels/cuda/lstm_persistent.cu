@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const Dropout drop = dropout.key();
   const bool dropping = a.dropped.data != nullptr;
   unsigned kept = dropping ? block.kept_items(a.steps, drop, 0) : 0;
+  int lengths[B::kItems];
+  block.load_lengths(a.steps, 0, lengths);
   const auto state_of = [&](int pass, const auto& p) -> State<S>& {
     return reinterpret_cast<State<S>&>(block.state(pass, p));
   };
@@ -84,6 +86,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         for (int g = 0; g < 4; ++g)
           if (p.unit + u < H) start_copy(&block.template input<uint32_t>(p, 4 * u + g), from + g * H + u);
       });
+      if (split.passes > 1) block.load_lengths(a.steps, pass, lengths);
       const unsigned published = static_cast<unsigned>(i) * split.passes + pass + 1;
       block.wait_for_sources(flags, published);
       block.multiply(exchange + block.exchanged(i % 2, 1, 0, block.first_row(pass), 0));
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
             state_of(pass, p);  // a copy: stores between the units' loads would keep these in order
         const int column = 4 * split.item_unit(p.item);
         float gates[2][4] = {}, y[2] = {};
-        if (a.steps.lengths == nullptr || t < a.steps.lengths[p.b]) {
+        if (t < lengths[item]) {
           ULMFIT_UNROLL_ALL
           for (int u = 0; u < 2; ++u) {
             const auto input = [&](int g) { return block.template input<float>(p, 4 * u + g); };

@@ -133,6 +133,14 @@ struct Block {
     }
   }
 
+  // The lengths of this thread's items of a row block, T where there are none: fetched before the block
+  // waits, once where there is one row block.
+  __device__ void load_lengths(const LstmSteps& a, int pass, int (&lengths)[kItems]) const {
+    for_items(a, pass, [&](int i, const Place& p) {
+      lengths[i] = static_cast<int>(a.lengths == nullptr ? a.T : a.lengths[p.b]);
+    });
+  }
+
   // Which of this thread's items of a row block y's dropout keeps: bit 2 * i + u is unit u of item i. Made
   // once where there is one row block; ten rounds of Philox for every step would be felt.
   __device__ unsigned kept_items(const LstmSteps& a, const Dropout& drop, int pass) const {

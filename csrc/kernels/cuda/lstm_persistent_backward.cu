@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const Dropout drop = dropout.key();
   const bool dropped = a.ddropped.data != nullptr;
   unsigned kept = dropped ? block.kept_items(a.steps, drop, 0) : 0;
+  int lengths[B::kItems];
+  block.load_lengths(a.steps, 0, lengths);
   constexpr int kCells = 4 * B::kPairWords;  // the input words after the gates
   const auto state_of = [&](int pass, const auto& p) -> Gradients& {
     return reinterpret_cast<Gradients&>(block.state(pass, p));
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     const unsigned done = static_cast<unsigned>(T - 1 - i) * split.passes;  // row blocks of the steps before
     for (int pass = 0; pass < split.passes; ++pass) {
       if (dropped && split.passes > 1) kept = block.kept_items(a.steps, drop, pass);
+      if (split.passes > 1) block.load_lengths(a.steps, pass, lengths);
       Pair<S> dy[B::kItems], ddropped[B::kItems];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         const auto copy = [&](int word, const void* from) {
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       Pair<S> left[B::kItems][4];
       block.for_items(a.steps, pass, [&](int item, const auto& p) {
         Gradients state = state_of(pass, p);  // a copy, as on the way forward
-        const bool active = a.steps.lengths == nullptr || t < a.steps.lengths[p.b];
+        const bool active = t < lengths[item];
         const Pack<float, 2> product = i < T - 1 ? recurrent(pass, p) : Pack<float, 2>{};
         LstmCellGrad<float> d[2] = {};
         ULMFIT_UNROLL_ALL
