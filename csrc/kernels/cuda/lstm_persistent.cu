@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const Dropout drop = dropout.key();
   const bool dropping = a.dropped.data != nullptr;
   unsigned kept = dropping ? block.kept_items(a.steps, drop, 0) : 0;
-  int lengths[B::kItems];
+  int lengths[B::kItems] = {};
   block.load_lengths(a.steps, 0, lengths);
   const auto state_of = [&](int pass, const auto& p) -> State<S>& {
     return reinterpret_cast<State<S>&>(block.state(pass, p));

@@ -2,9 +2,10 @@
 // dc0.
 //
 // A step of a block: wait for what the four blocks of its group made of the step before; the cell backward
-// for its own units; store their dgates where all blocks read them, publish; then wait for one gate's plane
-// of everybody's dgates, multiply it by that gate's weights for the group's units, store the sum for the
-// group, publish. dgates lie in two buffers in turn, as h does on the way forward.
+// for its own units; store their dgates where all blocks read them, publish; with one row block, start to
+// fetch what the next step's cells take, so that it comes while the block waits; then wait for one gate's
+// plane of everybody's dgates, multiply it by that gate's weights for the group's units, store the sum for
+// the group, publish. dgates lie in two buffers in turn, as h does on the way forward.
 #include <array>
 #include <map>
 
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const Dropout drop = dropout.key();
   const bool dropped = a.ddropped.data != nullptr;
   unsigned kept = dropped ? block.kept_items(a.steps, drop, 0) : 0;
-  int lengths[B::kItems];
+  int lengths[B::kItems] = {};
   block.load_lengths(a.steps, 0, lengths);
   constexpr int kCells = 4 * B::kPairWords;  // the input words after the gates
   const auto state_of = [&](int pass, const auto& p) -> Gradients& {
@@ -51,6 +52,40 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       sum.v[0] += part.v[0], sum.v[1] += part.v[1];
     }
     return sum;
+  };
+
+  // Starts to fetch what the cells of step i and a row block take; they find it after finish_copies().
+  Pair<S> dy[B::kItems], ddropped[B::kItems];
+  const auto fetch = [&](int i, int pass) {
+    const int t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
+    block.for_items(a.steps, pass, [&](int item, const auto& p) {
+      const auto copy = [&](int word, const void* from) {
+        start_copy(&block.template input<uint32_t>(p, word), from);
+      };
+      const int64_t row = t * split.B + p.b, row_before = t_before * split.B + p.b;
+      const S* gates = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
+      ULMFIT_UNROLL_ALL
+      for (int word = 0; word < kCells; ++word)
+        copy(word, gates + word / B::kPairWords * units + word % B::kPairWords);
+      ULMFIT_UNROLL_ALL
+      for (int u = 0; u < 2; ++u) {
+        const bool inside = p.unit + u < H;
+        copy(kCells + u, a.cells + row * units + p.unit + u);
+        if (i > 0) {
+          copy(kCells + 2 + u, a.cells + row_before * units + p.unit + u);
+        } else if (inside) {
+          copy(kCells + 2 + u, a.c0 + p.b * H + p.unit + u);
+        } else {
+          block.template input<float>(p, kCells + 2 + u) = 0;
+        }
+        // Where there is none, anything: to put a zero there instead would be to wait for the load.
+        const auto upstream = [&](const Sequence& d) {
+          return inside && d.data != nullptr ? at<const S>(d, t, p.b) + p.unit + u : gates;
+        };
+        dy[item].v[u] = *upstream(a.dy);
+        ddropped[item].v[u] = *upstream(a.ddropped);
+      }
+    });
   };
 
   block.load_weights([&](int column, int k) {
@@ -76,39 +111,12 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   __syncthreads();
 
   for (int i = T - 1; i >= 0; --i) {
-    const int t = a.steps.reverse ? T - 1 - i : i, t_before = a.steps.reverse ? t + 1 : t - 1;
+    const int t = a.steps.reverse ? T - 1 - i : i;
     const unsigned done = static_cast<unsigned>(T - 1 - i) * split.passes;  // row blocks of the steps before
     for (int pass = 0; pass < split.passes; ++pass) {
       if (dropped && split.passes > 1) kept = block.kept_items(a.steps, drop, pass);
       if (split.passes > 1) block.load_lengths(a.steps, pass, lengths);
-      Pair<S> dy[B::kItems], ddropped[B::kItems];
-      block.for_items(a.steps, pass, [&](int item, const auto& p) {
-        const auto copy = [&](int word, const void* from) {
-          start_copy(&block.template input<uint32_t>(p, word), from);
-        };
-        const int64_t row = t * split.B + p.b, row_before = t_before * split.B + p.b;
-        const S* gates = static_cast<const S*>(a.gates) + row * 4 * units + p.unit;
-        ULMFIT_UNROLL_ALL
-        for (int word = 0; word < kCells; ++word)
-          copy(word, gates + word / B::kPairWords * units + word % B::kPairWords);
-        ULMFIT_UNROLL_ALL
-        for (int u = 0; u < 2; ++u) {
-          const bool inside = p.unit + u < H;
-          copy(kCells + u, a.cells + row * units + p.unit + u);
-          if (i > 0) {
-            copy(kCells + 2 + u, a.cells + row_before * units + p.unit + u);
-          } else if (inside) {
-            copy(kCells + 2 + u, a.c0 + p.b * H + p.unit + u);
-          } else {
-            block.template input<float>(p, kCells + 2 + u) = 0;
-          }
-          const auto upstream = [&](const Sequence& d) {
-            return inside && d.data != nullptr ? at<const S>(d, t, p.b)[p.unit + u] : narrow<S>(0);
-          };
-          dy[item].v[u] = upstream(a.dy);
-          ddropped[item].v[u] = upstream(a.ddropped);
-        }
-      });
+      if (i == T - 1 || split.passes > 1) fetch(i, pass);
       if (i < T - 1) group_sums.wait(pass, done - split.passes + pass + 1);
       finish_copies();
 
@@ -125,8 +133,11 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           const auto gate_of = [&](int g) { return block.input_of_pair(p, g, u); };
           const float c = block.template input<float>(p, kCells + u),
                       c_before = block.template input<float>(p, kCells + 2 + u);
-          const float dh = state.dh[u] + widen(dy[item].v[u]) +
-                           widen(ddropped[item].v[u]) * B::factor(kept, drop, item, u);
+          const auto upstream = [&](const Sequence& d, S value) {
+            return p.unit + u < H && d.data != nullptr ? widen(value) : 0.0f;
+          };
+          const float dh = state.dh[u] + upstream(a.dy, dy[item].v[u]) +
+                           upstream(a.ddropped, ddropped[item].v[u]) * B::factor(kept, drop, item, u);
           d[u] = lstm_cell_backward(gate_of(0), gate_of(1), gate_of(2), gate_of(3), c_before, c, dh,
                                     state.dc[u]);
           state.dc[u] = d[u].c_prev;
@@ -150,6 +161,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
           for (int u = 0; u < 2; ++u)
             if (p.unit + u < H) to[g * H + u] = left[item][g].v[u];
       });
+      // A thread's inputs are its own, and it has used them; those of other row blocks would lie where they
+      // do.
+      if (i > 0 && split.passes == 1) fetch(i - 1, 0);
     }
     for (int pass = 0; pass < split.passes; ++pass) {
       block.wait_for_sources(dgates_flags, done + pass + 1);
