@@ -166,5 +166,7 @@ int main() {
   for (const auto& [H, B] : {std::pair<int, int>{400, 64}, {1152, 64}, {1150, 70}, {1152, 256}, {768, 16}})
     for (const DType dtype : {DType::bf16, DType::f32}) check_fits(H, B, dtype, kCards[0]);
   check_fits(1152, 64, DType::f16, kCards[2]);  // an A100 holds it too
+  const LstmSplit even = plan_lstm(64, 1024, DType::bf16, false, Direction::forward, kCards[0]).split;
+  CHECK(even.items() == kSplitThreads, "%d items, where one for each thread is as good", even.items());
   std::printf("%d plans\n", fitting);
 }

@@ -151,14 +151,16 @@ struct LstmPlan {
 
 // What a step is thought to take: the L2 traffic of the exchange (about 3000 bytes a cycle for the whole
 // card; sums are written and read there once), the products (1024 multiply-adds a cycle and multiprocessor,
-// half as many in TF32, and as long to read the weights from shared memory for 16 rows), and what a row block
-// costs besides.
+// half as many in TF32, and as long to read the weights from shared memory for 16 rows), the cells (1000
+// cycles for each item of the busiest thread: a number from a model of the compiled code's latencies, not a
+// measured one), and what a row block costs besides.
 inline double estimated_cycles(const LstmSplit& s) {
   const double read = 1.0 * s.element() * s.part_rows() * s.padded_h() * s.ctas * s.parts;
   const double products =
       static_cast<double>(s.part_rows()) * s.columns() * s.padded_h() * s.element() / 2048;
   const double sums = 8.0 * s.sums_elements();
-  return (read + sums) / 3000 + products + 600.0 * s.passes;
+  const int rounds = (s.items() + kSplitThreads - 1) / kSplitThreads;
+  return (read + sums) / 3000 + products + (1000.0 * rounds + 600) * s.passes;
 }
 
 // Among the splits that are compiled and fit, the one with the fewest estimated cycles. tf32: whether float32
