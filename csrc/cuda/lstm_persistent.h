@@ -27,8 +27,9 @@ bool launched(const Layer& layer, F&& f) {
   try {
     f();
     return true;
-  } catch (const LaunchTooLarge&) {
-    if (wanted_recurrence(layer) != "auto") throw;
+  } catch (const LaunchTooLarge& error) {
+    ULMFIT_CHECK(wanted_recurrence(layer) == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
+                 error.what());
     return false;
   }
 }

@@ -194,4 +194,6 @@ int main() {
         check_problem<bf16>(card, T, B, H, reverse);
         check_problem<float>(card, T, B, H, reverse);
       }
+  const DeviceLimits wide{20, 232448, 90, true};  // H so large that all warps have chunks of K
+  check_problem<bf16>(wide, 2, 17, 260, false), check_problem<float>(wide, 2, 17, 260, false);
 }

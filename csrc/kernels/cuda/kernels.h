@@ -6,7 +6,6 @@
 // I = inputs, H = hidden units, V = vocabulary. Products are the caller's: they go through torch's library.
 #pragma once
 #include <stdexcept>
-#include <string>
 
 #include "../views.h"
 #include "lstm_plan.h"
@@ -120,9 +119,7 @@ struct LstmSteps {
   unsigned* flags;         // split.flags(), zeros on entry
 };
 struct LaunchTooLarge : std::runtime_error {
-  explicit LaunchTooLarge(const std::string& name)
-      : std::runtime_error("ulmfit_fast." + name +
-                           ": this context may use fewer multiprocessors than the device says it has") {}
+  LaunchTooLarge() : std::runtime_error("this context may use fewer multiprocessors than the device says") {}
 };
 struct LstmPersistentForward {
   LstmSteps steps;

@@ -104,11 +104,11 @@ void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks,
   const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, arguments...);
   if (error == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();  // whoever launches something else instead is not to find the error
-    throw LaunchTooLarge(name);
+    throw LaunchTooLarge();
   }
   check(name, error);
 #else
-  if (blocks > card_on_cpu().granted) throw LaunchTooLarge(name);
+  if (blocks > card_on_cpu().granted) throw LaunchTooLarge();
   run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments...); }, shared_bytes, cluster);
 #endif
 }
