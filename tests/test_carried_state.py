@@ -41,6 +41,22 @@ def test_to_empty_keeps_the_state():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_function_may_begin_with_a_reset(reentrant):
+    lm = language_model().to(DEVICE).eval()
+
+    def read(embedded):
+        lm.reset()
+        return lm[0](embedded, from_embeds=True)
+
+    gradients = []
+    for call in (read, lambda x: checkpoint(read, x, use_reentrant=reentrant)):
+        embedded = lm[0].encoder(tokens()).detach().requires_grad_()
+        call(embedded).square().sum().backward()
+        gradients.append(embedded.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpointed_forward_is_refused_and_run_is_not(reentrant):
     lm = language_model().to(DEVICE)
     loss = checkpoint(lambda x: lm(x.long()).square().sum(), tokens().float().requires_grad_(),

@@ -1,5 +1,6 @@
 """The decoder and the loss of an accelerated learner as one op: its numbers, and when logits are made."""
 
+import copy
 import re
 
 import pytest
@@ -124,6 +125,27 @@ def test_metrics_of_training_are_those_before_the_step(lm_dls):
     plain, fused = (torch.tensor(learn.recorder.values) for learn in learners)
     assert plain.shape == (2, 4)  # losses and accuracies of training and of validation
     close(fused, plain)
+
+
+def test_a_copy_of_the_loss_goes_without_the_learner(lm_dls):
+    learn = uf.accelerate(lm_learner(lm_dls))
+    copied = copy.deepcopy(learn.loss_func)
+    assert copied.learn is None
+    (x, y), model = lm_dls.one_batch(), learn.model.eval()
+    model.reset()
+    expected = learn.loss_func(model(x)[0], y)
+    model.reset()
+    assert torch.equal(copied(model(x)[0], y), expected)
+
+
+def test_nan_weights_are_no_changed_ones(lm_dls):
+    """So that fastai's own TerminateOnNaNCallback sees the loss."""
+    learn = lm_learner(lm_dls)
+    uf.accelerate(learn)
+    with torch.no_grad():
+        learn.model[1].decoder.bias[3] = torch.nan
+    x, y = lm_dls.one_batch()
+    assert learn.loss_func(learn.model(x)[0], y).isnan()
 
 
 def stepped(learn):

@@ -90,6 +90,9 @@ def test_left_to_torch_where_something_else_is_wanted(decoder, calls):
         hooked = copy.deepcopy(decoder)
         hooked.register_forward_hook(lambda *_: seen.append(1))
         assert torch.equal(logits(hooked, h), decoder(h)) and seen
+        patched = copy.deepcopy(decoder)
+        patched.forward = lambda x: seen.append(2) or decoder(x)
+        assert torch.equal(logits(patched, h), decoder(h)) and seen[-1] == 2
         with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
             logits(decoder, torch.randn(3, 21))
         with pytest.raises(RuntimeError, match="dtype"):
@@ -99,6 +102,20 @@ def test_left_to_torch_where_something_else_is_wanted(decoder, calls):
     logits(decoder, h).sum().backward()
     assert decoder.weight.grad is not None
     assert not calls
+
+
+@torch.no_grad()
+def test_traced_by_fx(decoder, calls):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, h):
+            return logits(self.decoder, h)
+
+    h = torch.randn(3, 20)
+    assert torch.equal(torch.fx.symbolic_trace(Head())(h), decoder(h)) and not calls
 
 
 @torch.no_grad()

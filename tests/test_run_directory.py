@@ -77,6 +77,9 @@ def test_a_finished_run_is_resumed_with_its_own_data_and_options_alone(lm, tmp_p
     uf.train_classifier(lm, TEXTS, LABELS, tmp_path / "clf", **TINY)
     again = uf.train_classifier(lm, TEXTS, LABELS, tmp_path / "clf", resume=True, **TINY)
     assert again.classes == ["bad", "good"]
+    other = uf.pretrain_lm(TEXTS, tmp_path / "other", **TINY | SIZES | dict(seed=5))  # the same words
+    with pytest.raises(ValueError, match="base model the run in out=.* was started with"):
+        uf.train_classifier(other, TEXTS, LABELS, tmp_path / "clf", resume=True, **TINY)
     for options in (dict(from_scratch=True), dict(valid=(TEXTS[:3], LABELS[:3]))):
         with pytest.raises(ValueError, match="base model the run in out=.* was started with"):
             uf.train_classifier(lm, TEXTS, LABELS, tmp_path / "clf", resume=True, **TINY | options)

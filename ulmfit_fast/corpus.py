@@ -235,7 +235,9 @@ def _row(where, names, fields, columns):
     row = dict(zip(names, fields, strict=False))
     for column in columns:
         if column not in row:
-            raise ValueError(f"{where}: the column {column!r} is missing")
+            raise ValueError(
+                f"{where}: the column {column!r} is missing; in a TSV, which has no quoting, a text is a line"
+            )
     if "label" in columns:
         row["label"] = row["label"].strip()
         if not row["label"]:

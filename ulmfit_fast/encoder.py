@@ -114,6 +114,7 @@ class AWDLSTM(nn.Module):
         self.input_dp = VariationalDropout(input_p)
         self.hidden_dps = nn.ModuleList(VariationalDropout(hidden_p) for _ in range(n_layers))
         self.hidden: Hidden = []
+        self._carries = False  # whether `hidden` is what a call left
         self.reset()
 
     def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropLayer:
@@ -144,7 +145,7 @@ class AWDLSTM(nn.Module):
 
     def reset(self) -> None:
         """Forget the state: the next call starts from zeros."""
-        self.hidden = self.zero_hidden(self.bs)
+        self.hidden, self._carries = self.zero_hidden(self.bs), False
 
     def zero_hidden(self, batch: int) -> Hidden:
         # not the weight's new_zeros: FSDP's weights are DTensors between forwards, and states must not be
@@ -168,13 +169,25 @@ class AWDLSTM(nn.Module):
         """
         exporting = is_exporting() or torch.jit.is_tracing()
         if not exporting:
-            _refuse_recomputation()
+            self._refuse_recomputation()
         hidden = self.zero_hidden(inp.size(0)) if exporting else self.hidden
         raw_outputs, hidden = self.run(inp, hidden, from_embeds=from_embeds, lengths=lengths, seed=seed)
         if not exporting:
             self.bs = inp.size(0)
-            self.hidden = [(h.detach(), c.detach()) for h, c in hidden]
+            self.hidden, self._carries = [(h.detach(), c.detach()) for h, c in hidden], True
         return (raw_outputs[-1], raw_outputs) if return_raw else raw_outputs[-1]
+
+    def _refuse_recomputation(self) -> None:
+        """RuntimeError for a forward that begins with a carried state, with gradients, inside a backward."""
+        if torch.compiler.is_compiling() or not (self._carries and torch.is_grad_enabled()):
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "AWDLSTM.forward was called inside a backward pass, as torch.utils.checkpoint does to repeat "
+                "it: it would start from the state that the first call left, and its gradients would be "
+                "wrong. Checkpoint AWDLSTM.run instead, which takes the state and returns it, or a function "
+                "that calls reset() first"
+            )
 
     def run(
         self,
@@ -257,18 +270,6 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
         return torch.cat([h, h.new_zeros(h.size(0), missing, h.size(2))], 1)
 
     return [(resize(h), resize(c)) for h, c in hidden]
-
-
-def _refuse_recomputation() -> None:
-    """RuntimeError for a forward that carries the state, with gradients, inside a backward pass."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "AWDLSTM.forward was called inside a backward pass, as torch.utils.checkpoint does to repeat it: "
-            "it would start from the state that the first call left, and its gradients would be wrong. "
-            "Checkpoint AWDLSTM.run instead, which takes the state and returns it"
-        )
 
 
 def _like(h: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from fastai.metrics import LossMetric, Perplexity
 from fastai.text.models import core
 from fastai.torch_core import TensorBase
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_map_only
@@ -105,7 +106,8 @@ class Logits(Tensor):
         """
         for tensor, seen in zip((self.weight, self.bias), self._seen, strict=True):
             now = _looks(tensor)
-            if now[0] != seen[0] or (elements and not torch.equal(now[1], seen[1])):
+            same = now[0] == seen[0]
+            if not same or (elements and not torch.allclose(now[1], seen[1], 0, 0, equal_nan=True)):
                 raise RuntimeError(
                     "these logits are computed when they are first read, and the decoder's weights have been "
                     "changed before that: read them before the optimizer's step (in after_pred or "
@@ -148,7 +150,11 @@ class FusedDecoder(core.LinearDecoder):
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dropped = self.output_dp(input)
-        return Logits(self.decoder, dropped) if self._may_wait() else self.decoder(dropped), input, dropped
+        return self._logits(dropped), input, dropped
+
+    @_disable_dynamo  # one break of a compiled model's graph, not one for each question below
+    def _logits(self, dropped: Tensor) -> Tensor:
+        return Logits(self.decoder, dropped) if self._may_wait() else self.decoder(dropped)
 
     def _may_wait(self) -> bool:
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -178,8 +184,11 @@ class FusedLoss(CrossEntropyLossFlat):
         )
         return loss.flatten() if loss.dim() else loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without the learner, whose data would come along."""
+        return vars(self) | {"learn": None}
+
     def _read_after_the_step(self) -> bool:
         """Whether a metric will want the logits of this training batch, when the weights are others."""
-        return (
-            getattr(self.learn, "training", False) and _in_training(self.learn) and bool(_readers(self.learn))
-        )
+        learn = self.learn
+        return getattr(learn, "training", False) and _in_training(learn) and bool(_readers(learn))

@@ -11,6 +11,7 @@ state.pt           while the run is unfinished: all that is needed to go on with
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -38,6 +39,21 @@ def as_directory(path, argument):
         raise TypeError(
             f"{argument} must be the path of a run directory, got {type(path).__name__}"
         ) from None
+
+
+def fingerprint(*data):
+    """A hash of what a run learns from: dicts of tensors, lists and other values that JSON has."""
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(b"[")
+        if isinstance(part, dict):
+            for name, tensor in part.items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            continue
+        for item in part if isinstance(part, list) else [part]:
+            digest.update(json.dumps(item).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_config(path, argument="run_dir"):
@@ -167,6 +183,8 @@ class RunDirectory:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if state.get("format") != STATE_FORMAT:
                 raise ValueError("another version of ulmfit_fast saved it")
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # of many types for a damaged file, torch's and zipfile's
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{str(file)!r} cannot be read ({reason}); overwrite=True starts anew") from None

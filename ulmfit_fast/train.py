@@ -1,8 +1,6 @@
 """ULMFiT's three stages: pretrain_lm, finetune_lm, train_classifier; each leaves a run directory behind."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,7 +29,7 @@ from .results import (
     load,
     stream_loss,
 )
-from .runs import RunDirectory
+from .runs import RunDirectory, fingerprint
 from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
 from .text import Tokenizer, own_vocab, target_vocab
 
@@ -70,7 +68,8 @@ def pretrain_lm(
     directory starts from the beginning.
     overwrite: start anew although `out` holds a run, which is removed first.
     device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
-    callback: called with each metrics line; a KeyboardInterrupt it raises stops the run with its state saved.
+    callback: called with each line of training's metrics; a KeyboardInterrupt that it raises stops the run
+    with its state saved.
 
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
@@ -78,7 +77,7 @@ def pretrain_lm(
     job = _prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
-    record["data"] = _fingerprint(texts, held_out)
+    record["data"] = fingerprint(texts, held_out)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
@@ -121,7 +120,7 @@ def finetune_lm(
     texts, held_out = _read_unlabelled(texts, "texts", valid)
     words = own_vocab(base.tokens)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
-    record["data"] = _fingerprint(texts, held_out, words)
+    record["data"] = fingerprint(texts, held_out, words, base.state)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
@@ -166,9 +165,10 @@ def train_classifier(
     """
     if out is None:
         raise TypeError("out is missing: name the run directory")
-    base, sizes, base_preset = None, None, "ulmfit"
+    base, sizes, base_preset, weights = None, None, "ulmfit", {}
     if lm_run is not None:
         base, sizes, base_preset = starting_point(lm_run, "lm_run", decoder=False)
+        weights = {} if from_scratch else base.state
         base = base.with_tokens(own_vocab(base.tokens))
     preset = preset or base_preset
     scratch = from_scratch or base is None
@@ -182,7 +182,7 @@ def train_classifier(
     held_out = _read_valid(valid, classes)
     words = base and base.tokens
     record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
-    record["data"] = _fingerprint(texts, labels, held_out, words, scratch)
+    record["data"] = fingerprint(texts, labels, held_out, words, scratch, weights)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     if base:
@@ -334,13 +334,3 @@ def _own_randomness(seed, device):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _fingerprint(*data):
-    """A hash of what a run learns from: lists and other values that JSON has."""
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(b"[")
-        for item in part if isinstance(part, list) else [part]:
-            digest.update(json.dumps(item).encode() + b"\n")
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from ulmfit_fast.ops._common import FLOATS, allows_high, autocast_dtype, needs_grad, readable
 
@@ -23,7 +24,7 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(h, weight, bias)
     x = h.to(autocast_dtype(h))
     master = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32 and x.dtype.itemsize == 2
-    if weight.dtype != x.dtype and not master:
+    if (weight.dtype != x.dtype and not master) or (bias is not None and bias.dtype != weight.dtype):
         return F.linear(h, weight, bias)
     high = allows_high("logits", None, x)
     out = torch.ops.ulmfit_fast.logits(x.reshape(-1, x.shape[-1]), weight, bias, high)
@@ -31,10 +32,10 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def logits(decoder: nn.Module, h: Tensor) -> Tensor:
-    """decoder(h), by `linear` where the decoder is a plain nn.Linear without hooks."""
-    if type(decoder) is not nn.Linear or any(getattr(decoder, hooks) for hooks in _HOOKS):
-        return decoder(h)
-    return linear(h, decoder.weight, decoder.bias)
+    """decoder(h), by `linear` where the decoder is a plain nn.Linear that nobody watches."""
+    plain = type(decoder) is nn.Linear and "forward" not in vars(decoder) and isinstance(h, Tensor)
+    watched = any(getattr(decoder, hooks) for hooks in _HOOKS) or _has_any_global_hook()
+    return linear(h, decoder.weight, decoder.bias) if plain and not watched else decoder(h)
 
 
 @torch.library.register_fake("ulmfit_fast::logits")
