@@ -34,7 +34,9 @@ class Pass {
         width(in.bias.has_value() ? padded(in.E + 1) : in.E) {
     ULMFIT_CHECK(chunk_rows >= 0, in.op, "chunk_rows must be at least 1, or 0 (chosen here), got ",
                  chunk_rows);
-    if (chunk_rows == 0) chunk_rows = even_chunk(kLogitsBytes / (padded(in.V) * size_of(dtype)));
+    // A row's logits, or what is larger for a small vocabulary: its 16-bit dh before it is rounded.
+    const int64_t row_bytes = std::max(padded(in.V) * size_of(dtype), size_of(dtype) == 2 ? 4 * in.E : 0);
+    if (chunk_rows == 0) chunk_rows = even_chunk(kLogitsBytes / row_bytes);
     chunk = std::max<int64_t>(1, std::min(chunk_rows, in.N));
   }
 

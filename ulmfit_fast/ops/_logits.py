@@ -20,11 +20,13 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     eager = all(readable(t) for t in (h, weight, bias) if t is not None) and not torch.jit.is_tracing()
     derived = needs_grad(h, weight, bias) or forward_ad._current_level >= 0
-    if not eager or derived or h.dtype not in FLOATS or h.shape[-1:] != weight.shape[1:]:
+    if not eager or derived or h.dtype not in FLOATS or h.shape[-1:] != weight.shape[1:] or h.shape[-1] == 0:
         return F.linear(h, weight, bias)
     x = h.to(autocast_dtype(h))
     master = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32 and x.dtype.itemsize == 2
-    if (weight.dtype != x.dtype and not master) or (bias is not None and bias.dtype != weight.dtype):
+    if (weight.dtype != x.dtype and not master) or (
+        bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1])
+    ):
         return F.linear(h, weight, bias)
     high = allows_high("logits", None, x)
     out = torch.ops.ulmfit_fast.logits(x.reshape(-1, x.shape[-1]), weight, bias, high)

@@ -159,6 +159,7 @@ struct PackedRows {
 template <class Tile, class T = typename Tile::Compute>
 inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
                           int64_t panels, const typename Tile::Packed* next, T* c, bool accumulate) {
+  if (K == 0 && !accumulate) std::memset(c, 0, panels * rows * Tile::kCols * sizeof(T));
   const int64_t depth = block_depth<Tile>(K);
   const auto block_b = [&](int64_t p, int64_t k) { return b + Tile::b_elements(p * K + k); };
   for (int64_t k = 0; k < K; k += depth)

@@ -39,7 +39,7 @@ inline void with_tile(DType dtype, bool high, Kernel&& kernel) {
 }
 
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
-  const bool few = args.shape.T * args.shape.B <= FmaTile<float>::kUnpackedRows;
+  const bool few = args.shape.T * args.shape.B <= FmaTile<float>::kUnpackedRows && args.shape.weight_p == 0;
   with_tile(args.x.dtype, args.shape.high && !few,
             [&](auto tile) { lstm_forward<decltype(tile)>(args, parallel); });
 }

@@ -75,7 +75,7 @@ struct LinearCrossEntropy {
   int64_t ignore_index;
   double label_smoothing;
   bool high = false;         // as LstmShape's
-  bool gradient;             // wanted: an empty batch has one too, zeros
+  bool gradient = false;     // wanted: an empty batch has one too, zeros
   const void* row_gradient;  // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64)
   void* loss;                // (N) fp32 (fp64): each row's loss, 0 where ignored
   void *dh, *dbias;          // (N, E) in h's dtype, (V) in weight's or nullptr
@@ -87,12 +87,12 @@ struct LinearCrossEntropy {
 
 struct Logits {
   int64_t N, E, V;
-  Matrix h;          // (N, E)
-  Matrix weight;     // (V, E)
-  const void* bias;  // (V) in weight's dtype, or nullptr
-  bool high;         // as LstmShape's
-  DType out_type;    // h's, or what its products are summed in
-  void* out;         // (N, V)
+  Matrix h;           // (N, E)
+  Matrix weight;      // (V, E)
+  const void* bias;   // (V) in weight's dtype, or nullptr
+  bool high = false;  // as LstmShape's
+  DType out_type;     // h's, or what its products are summed in
+  void* out;          // (N, V)
 };
 
 struct EmbeddingDropout {
