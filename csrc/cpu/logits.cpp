@@ -7,6 +7,7 @@ Tensor logits(const Tensor& h_in, const Tensor& weight_in, const OptionalTensor&
   constexpr const char* op = "logits";
   check_dim(op, "h", h_in, 2);
   check_dim(op, "weight", weight_in, 2);
+  check_device(op, "weight", weight_in, h_in);
   const Tensor h = with_contiguous_rows(h_in), weight = with_contiguous_rows(weight_in);
   Logits a;
   a.N = h.size(0), a.E = h.size(1), a.V = weight.size(0);
@@ -18,6 +19,7 @@ Tensor logits(const Tensor& h_in, const Tensor& weight_in, const OptionalTensor&
                name_of(weight.scalar_type()));
   Tensor bias;
   if (bias_in.has_value()) {
+    check_device(op, "bias", *bias_in, h_in);
     check_dtype(op, "bias", *bias_in, weight.scalar_type());
     check_shape(op, "bias", *bias_in, {a.V});
     bias = torch::stable::contiguous(*bias_in);

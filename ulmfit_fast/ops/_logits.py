@@ -16,7 +16,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, h (..., E) -> (..., V); on a CPU, in eager mode and without derivatives by this library.
 
-    torch's own product is slow there on machines without AMX, and for few rows in 16 bits everywhere.
+    torch's own float32 product is slow on some CPUs; `python -m benchmarks.way_back` measures both.
     """
     eager = all(readable(t) for t in (h, weight, bias) if t is not None) and not torch.jit.is_tracing()
     derived = needs_grad(h, weight, bias) or forward_ad._current_level >= 0

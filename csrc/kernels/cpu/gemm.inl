@@ -116,6 +116,23 @@ inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_
       }
   }
 }
+// Rows of a matrix as a block of A, and rows of a weight as the columns of one B panel; `columns` it has.
+template <class Tile>
+inline void pack_a_matrix(const Matrix& m, typename Tile::Packed* a, int64_t row0, int rows, int64_t k0,
+                          int64_t kc) {
+  pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, typename Tile::Element* out) {
+    load_elements<Tile>(m.dtype, m.row(r), k, n, out);
+  });
+}
+template <class Tile>
+inline void pack_b_matrix(const Matrix& weight, typename Tile::Packed* panel, int64_t K, int64_t row0,
+                          int64_t columns) {
+  pack_b_columns<Tile>(panel, K, [&](int c, int64_t k0, int n, typename Tile::Element* out) {
+    if (c >= columns) return no_elements<Tile>(n, out);
+    load_elements<Tile>(weight.dtype, weight.row(row0 + c), k0, n, out);
+  });
+}
+
 // Packs a block of A whose column is a run of memory: load(k, row0, rows, out).
 template <class Tile, class Load>
 inline void pack_a_columns(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,

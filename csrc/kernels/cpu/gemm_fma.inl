@@ -52,8 +52,8 @@ struct FmaTile {
   static void store_a_columns(T* a, int64_t K, int rows, int64_t k, int n, const T* tmp, int64_t ld) {
     transpose(tmp, ld, n, rows, a + k, K);
   }
-  // For products with a weight that is not packed: up to how many rows they are the faster ones (measured:
-  // 1.1 to 3 times at up to 64, 0.8 at 256), and runs along the depth.
+  // For products with a weight that is not packed: up to about how many rows packing it would not pay, and
+  // runs along the depth.
   static constexpr int64_t kUnpackedRows = 64;
   static constexpr int kRun = L;
   static Vec<T> load_run(DType dtype, const void* row, int64_t k, int n) {

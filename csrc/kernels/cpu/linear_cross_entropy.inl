@@ -99,12 +99,8 @@ class LinearCrossEntropyPass {
   void pack_weights() {
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        pack_b_columns<Tile>(w_forward + panel * panel_elements<Tile>(p.E), p.E,
-                             [&](int c, int64_t k0, int n, Element* out) {
-                               if (c >= width(panel)) return no_elements<Tile>(n, out);
-                               const void* row = p.weight.row(panel * kCols + c);
-                               load_elements<Tile>(p.weight.dtype, row, k0, n, out);
-                             });
+        pack_b_matrix<Tile>(p.weight, w_forward + panel * panel_elements<Tile>(p.E), p.E, panel * kCols,
+                            width(panel));
         T* b = bias + panel * kCols;
         std::memset(b, 0, kCols * sizeof(T));
         if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, width(panel), b);
@@ -130,9 +126,7 @@ class LinearCrossEntropyPass {
   static int there(int64_t n) { return static_cast<int>(n < L ? n : L); }
 
   void pack_h(Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) const {
-    pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-      load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
-    });
+    pack_a_matrix<Tile>(p.h, a, row0, rows, k0, kc);
   }
 
   // reference[row] = the largest logit of the first n panels, infinite or not. A logit equal to an infinite

@@ -8,14 +8,11 @@ template <class Tile>
 void logits(const Logits& p, const Parallel& parallel) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
-  using Element = typename Tile::Element;
   constexpr int L = lanes_of<T>, kCols = Tile::kCols;
   const int64_t panels = ceil_div(p.V, kCols), depth = padded_depth<Tile>(p.E);
   const auto width = [&](int64_t panel) { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; };
   const auto pack_h = [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-    pack_a_rows<Tile>(a, row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
-      load_elements<Tile>(p.h.dtype, p.h.row(r), k, n, out);
-    });
+    pack_a_matrix<Tile>(p.h, a, row0, rows, k0, kc);
   };
   const auto store_tile = [&](int64_t row0, int rows, int64_t panel, const T* tile) {
     const int words = static_cast<int>(width(panel));
@@ -44,12 +41,8 @@ void logits(const Logits& p, const Parallel& parallel) {
   Scratch<Packed> weight(panels * panel_elements<Tile>(p.E));
   parallel(panels, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      pack_b_columns<Tile>(weight + panel * panel_elements<Tile>(p.E), p.E,
-                           [&](int c, int64_t k0, int n, Element* out) {
-                             if (c >= width(panel)) return no_elements<Tile>(n, out);
-                             const void* row = p.weight.row(panel * kCols + c);
-                             load_elements<Tile>(p.weight.dtype, row, k0, n, out);
-                           });
+      pack_b_matrix<Tile>(p.weight, weight + panel * panel_elements<Tile>(p.E), p.E, panel * kCols,
+                          width(panel));
   });
   gemm<Tile>(p.N, p.E, panels, weight.get(), parallel, pack_h, store_tile);
 }
