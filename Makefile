@@ -21,7 +21,7 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test bench lint cpp-test asan cuda-on-cpu cuda-check readme wheel clean
+.PHONY: demo test bench lint cpp-test asan cuda-on-cpu ptx-on-cpu cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
@@ -58,18 +58,35 @@ asan: build/cmake-tool
 # the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
 # the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
 # positions in a message is the CPU's
-ON_CPU := build/cuda_on_cpu
 FULL_PY = $(shell $(PY) -c "import sys; print(sys.executable)")
+OP_TESTS := $(foreach op,$(notdir $(wildcard ulmfit_fast/ops/[a-z]*.py)),tests/test_$(op)) tests/test_lstm_persistent.py
+define build_on_cpu  # into the directory $(1), with the options $(2) of cmake
+	$(CMAKE_BIN)/cmake -S . -B $(1) -DULMFIT_FAST_CUDA_ON_CPU=ON -DPython_EXECUTABLE="$(FULL_PY)" \
+	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')" $(2)
+	$(CMAKE_BIN)/cmake --build $(1) -j "$$(nproc)"
+	rm -rf $(1)/site && mkdir $(1)/site && cp -r ulmfit_fast tests pyproject.toml $(1)/site
+	rm -f $(1)/site/ulmfit_fast/*.so && cp $(1)/_C.abi3.so $(1)/site/ulmfit_fast
+endef
+TEST_ON_CPU = PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider --cuda-on-cpu
 cuda-on-cpu: $(STAMPS)/built build/cmake-tool
-	$(CMAKE_BIN)/cmake -S . -B $(ON_CPU) -DULMFIT_FAST_CUDA_ON_CPU=ON -DPython_EXECUTABLE="$(FULL_PY)" \
-	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
-	$(CMAKE_BIN)/cmake --build $(ON_CPU) -j "$$(nproc)"
-	rm -rf $(ON_CPU)/site && mkdir $(ON_CPU)/site && cp -r ulmfit_fast tests pyproject.toml $(ON_CPU)/site
-	rm -f $(ON_CPU)/site/ulmfit_fast/*.so && cp $(ON_CPU)/_C.abi3.so $(ON_CPU)/site/ulmfit_fast
-	cd $(ON_CPU)/site && PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider --cuda-on-cpu \
-	  $(foreach op,$(notdir $(wildcard ulmfit_fast/ops/[a-z]*.py)),tests/test_$(op)) tests/test_lstm_persistent.py
-	cd $(ON_CPU)/site && ULMFIT_FAST_RECURRENCE=auto PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider \
-	  --cuda-on-cpu tests/test_lstm.py
+	$(call build_on_cpu,build/$@)
+	cd build/$@/site && $(TEST_ON_CPU) $(OP_TESTS)
+	cd build/$@/site && ULMFIT_FAST_RECURRENCE=auto $(TEST_ON_CPU) tests/test_lstm.py
+
+# the same by the PTX that nvcc makes of the kernels, for PTX=80 or 90; of the persistent ones those of bfloat16,
+# as they take long to compile, or with FULL=1 all
+PTX := 90
+NVCC := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+ifeq ($(NVCC),)
+ptx-on-cpu:
+	@echo "SKIP ptx-on-cpu: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda, so there is no PTX"
+else
+ptx-on-cpu: $(STAMPS)/built build/cmake-tool
+	$(call build_on_cpu,build/$@-$(PTX),-DULMFIT_FAST_PTX_ON_CPU=$(PTX) -DNVCC=$(NVCC) \
+	  -DULMFIT_FAST_PTX_PERSISTENT=$(if $(FULL),,nv_bfloat16))
+	cd build/$@-$(PTX)/site && $(TEST_ON_CPU) $(OP_TESTS) \
+	  $(if $(FULL),,-k 'not persistent or bfloat16')
+endif
 
 # builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
 cuda-check: $(STAMPS)/built

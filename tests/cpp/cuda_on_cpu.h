@@ -1,15 +1,15 @@
 // Runs CUDA kernels on the CPU: what of CUDA's language csrc/kernels/cuda uses, for a compiler that has none.
 //
-// The threads of a block are fibers that take turns: each runs until it ends, meets a barrier or waits for
-// another block's flag; a barrier opens when all threads that have not ended stand at it. A block whose
-// threads stand at different barriers, which hangs a GPU, throws. Memory accesses are the kernels' own, so
-// the address sanitizer sees them. The blocks of a plain launch run one after the other; those of a
-// cooperative one take turns, in an order that is drawn anew each time; each goes on to its next barrier, or,
-// which is drawn as well, until it must wait. Where all wait, it throws. So it does where a block reaches for
-// the shared memory of one of its cluster that has not started or has ended, or its threads do not arrive and
-// wait in turn at the cluster's barrier. Shared memory holds NaNs until it is written, and again when its
-// block has ended. No two blocks run at once and memory is never late: what a GPU's memory model allows
-// beyond that stays unseen.
+// The threads of a block are fibers that take turns, forwards or backwards from one that is drawn anew: each
+// runs until it ends, meets a barrier or waits for another block's flag; a barrier opens when all threads
+// that have not ended stand at it. A block whose threads stand at different barriers, which hangs a GPU,
+// throws. Memory accesses are the kernels' own, so the address sanitizer sees them. The blocks of a plain
+// launch run one after the other; those of a cooperative one take turns, in an order that is drawn anew each
+// time; each goes on to its next barrier, or, which is drawn as well, until it must wait. Where all wait, it
+// throws. So it does where a block reaches for the shared memory of one of its cluster that has not started
+// or has ended, or its threads do not arrive and wait in turn at the cluster's barrier. Shared memory holds
+// NaNs until it is written, and again when its block has ended. No two blocks run at once and memory is never
+// late: what a GPU's memory model allows beyond that stays unseen.
 #pragma once
 #include <ucontext.h>
 
@@ -28,6 +28,11 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
+
+#include "card_on_cpu.h"
+#ifdef ULMFIT_PTX_ON_CPU
+#include "ptx_kernels.h"
+#endif
 
 #define __global__
 #define __device__
@@ -129,6 +134,8 @@ class BlocksOnCpu {
     stop(kAtFlag);
   }
 
+  void yield() { stop(kReady); }
+
   // The two halves of the cluster's barrier. All have arrived for the n'th time when the arrivals are n times
   // its threads: nobody arrives again before.
   void arrive_at_cluster() {
@@ -171,10 +178,12 @@ class BlocksOnCpu {
     return value;
   }
   unsigned lane() const { return running % 32; }
+  unsigned fiber() const { return running; }
   char* shared_memory() { return blocks[running / threads].memory(); }
+  size_t shared_bytes() { return 16 * blocks[running / threads].shared.size(); }
 
  private:
-  static constexpr size_t kStack = 1 << 16;
+  static constexpr size_t kStack = 1 << 17;  // translated kernels keep thousands of registers there
   enum State { kReady, kAtWarp, kAtBlock, kAtFlag, kAtCluster, kDone };
   struct Fiber {
     ucontext_t context;
@@ -231,7 +240,9 @@ class BlocksOnCpu {
     const unsigned first = block * threads, index = first_block + block;
     bool moved = false;
     blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
-    for (unsigned i = 0; i < threads; ++i) {
+    const unsigned begin = random() % threads, step = random() % 2 == 0 ? 1 : threads - 1;
+    for (unsigned n = 0; n < threads; ++n) {
+      const unsigned i = (begin + uint64_t{n} * step) % threads;
       Fiber& fiber = fibers[first + i];
       if (fiber.state == kAtFlag && *fiber.flag >= fiber.value) fiber.state = kReady;
       if (fiber.state == kAtCluster && arrivals[block / cluster] >= fiber.waited * cluster * threads)
@@ -295,23 +306,18 @@ inline void run_on_cpu(dim3 grid, dim3 block, const std::function<void()>& threa
   for (unsigned b = 0; b < blocks; b += together) runner.run(b, thread);
 }
 
-// A pretended card, default an H200. ULMFIT_ON_CPU_CARD has these numbers in this order, at least two;
-// without a third there are no clusters.
-struct CardOnCpu {
-  int multiprocessors = 132, kilobytes = 227;  // of shared memory that a block may have
-  int clusters = 32;                           // at once
-  int compiled = 90;                           // 10 * the capability that the kernels were compiled for
-  unsigned granted = 1 << 30;                  // blocks of a cooperative launch
-};
-inline CardOnCpu card_on_cpu() {
-  CardOnCpu card;
-  if (const char* words = std::getenv("ULMFIT_ON_CPU_CARD")) {
-    card.clusters = 0;
-    if (std::sscanf(words, "%d,%d,%d,%d,%u", &card.multiprocessors, &card.kilobytes, &card.clusters,
-                    &card.compiled, &card.granted) < 2)
-      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to five numbers, like 132,227,32,90,132");
-  }
-  return card;
+// A kernel: itself, or the translation of its PTX.
+template <class... P>
+void run_kernel_on_cpu(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
+                       P... arguments) {
+#ifdef ULMFIT_PTX_ON_CPU
+  const ptx::Kernel& translation = ptx::translation_of(reinterpret_cast<const void*>(kernel));
+  void* parameters[] = {&arguments...};
+  run_on_cpu(
+      grid, block, [&] { translation.run(parameters); }, shared_bytes + translation.shared_bytes, cluster);
+#else
+  run_on_cpu(grid, block, [&] { kernel(arguments...); }, shared_bytes, cluster);
+#endif
 }
 
 }  // namespace ulmfit_fast::cuda

@@ -42,7 +42,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void*
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   check(name, cudaGetLastError());
 #else
-  run_on_cpu(grid, block, [&] { kernel(static_cast<P>(arguments)...); });
+  run_kernel_on_cpu(kernel, grid, block, 0, 0, static_cast<P>(arguments)...);
 #endif
 }
 
@@ -109,7 +109,7 @@ void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks,
   check(name, error);
 #else
   if (blocks > card_on_cpu().granted) throw LaunchTooLarge();
-  run_on_cpu(dim3(blocks), dim3(threads), [&] { kernel(arguments...); }, shared_bytes, cluster);
+  run_kernel_on_cpu(kernel, dim3(blocks), dim3(threads), shared_bytes, cluster, arguments...);
 #endif
 }
 inline __device__ char* dynamic_shared_memory() {
