@@ -138,6 +138,25 @@ def test_quotation_marks_and_labels_of_tables(tmp_path):
     assert corpus.read_labelled(tmp_path / "a.csv") == (['a "so" b', '"c", d'], ["pos", "neg"])
 
 
+def test_a_file_with_a_wrong_byte_far_inside(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + 5000 * "\u00e9t\u00e9 1\n".encode() + b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"a\.csv' is not UTF-8: byte 0xe9 at offset 40008; "):
+        corpus.read_texts(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\rtwo\r\n\r\nthree \xc3")
+    with pytest.raises(ValueError, match=r"a\.txt' is not UTF-8: byte 0xc3 at offset 20; "):
+        corpus.read_texts(tmp_path / "a.txt")
+
+
+def test_many_texts_are_encoded_in_parts(tokenizer, monkeypatch):
+    texts = [TEXTS[i % 3] * (i % 4) for i in range(50)] + ["", "the " * 40]
+    whole = tokenizer.encode(texts)
+    assert len(whole) == len(texts)
+    monkeypatch.setattr("ulmfit_fast.text._AT_ONCE", 100)
+    parts = tokenizer.encode(texts)
+    assert all(a.dtype == np.int32 and a.tolist() == b.tolist() for a, b in zip(whole, parts, strict=True))
+    assert tokenizer.encode([]) == []
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 9))
 @settings(deadline=None)
 def test_stream_is_contiguous(lengths, batch_size, bptt):

@@ -29,8 +29,8 @@ class TokenStream:
         length = (
             len(stream) - 1
         ) // columns  # targets a column; the few tokens behind the last column are left out
-        self.ids = torch.from_numpy(stream[: columns * length].reshape(columns, length).copy())
-        self.targets = torch.from_numpy(stream[1 : columns * length + 1].reshape(columns, length).copy())
+        self.ids = torch.from_numpy(stream[: columns * length].reshape(columns, length))
+        self.targets = torch.from_numpy(stream[1 : columns * length + 1].reshape(columns, length))
         self.bptt, self.length = bptt, length
 
     def __len__(self):

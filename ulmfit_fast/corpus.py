@@ -1,7 +1,7 @@
 """Reading text: lists, text files and CSV, with errors that name the file and the place."""
 
+import contextlib
 import csv
-import io
 import math
 import os
 import pathlib
@@ -154,7 +154,9 @@ def label_classes(labels):
     return classes
 
 
-def _read(path):
+@contextlib.contextmanager
+def _opened(path):
+    """A text file to iterate over, line ends as \\n, without a byte order mark."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {str(path)!r}")
@@ -165,19 +167,29 @@ def _read(path):
             f"{str(path)!r}: a {path.suffix} file is not read; give an unpacked text file (one text a line), "
             "a CSV with a column text, or a list of texts"
         )
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{str(path)!r} is not UTF-8{_first_wrong_byte(path)}; convert it first, for example with "
+                "iconv -t UTF-8"
+            ) from None
+
+
+def _first_wrong_byte(path):
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from None
+        return f": byte 0x{data[error.start]:02x} at offset {error.start}"
+    return ""  # what was read cannot be read again
 
 
 def read_lines(path):
     """All lines of a text file, the empty ones too."""
-    return split_lines(_read(path))
+    with _opened(path) as file:
+        return [line.removesuffix("\n") for line in file]
 
 
 def split_lines(text):
@@ -186,12 +198,12 @@ def split_lines(text):
 
 def _read_csv(path, columns):
     """The rows as dicts; every row has all of `columns`, and a label is never blank."""
-    text = _read(path)
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # a document may be longer than the module's 128 KB
     try:
-        records = list(_records(text, path))
+        with _opened(path) as file:
+            records = list(_records(file, path))
     finally:
         csv.field_size_limit(limit)
     names = records[0][1] if records else []
@@ -206,11 +218,11 @@ def _read_csv(path, columns):
     return [_row(where, names, fields, columns) for where, fields in records[1:]]
 
 
-def _records(text, path):
+def _records(file, path):
     """(place, fields) of the heading and of each row. A TSV has no quoting: its quotation marks are text."""
     tsv = str(path).lower().endswith(".tsv")
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
+    reader = csv.reader(file, strict=True, **form)
     while True:
         where = f"{str(path)!r}, line {reader.line_num + 1}"
         try:

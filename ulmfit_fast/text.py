@@ -40,6 +40,8 @@ _FILLER = "xxfake"  # fastai 2 lengthens a vocabulary to a multiple of 8 with it
 # English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
 _TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
 
+_AT_ONCE = 2**22  # characters that are encoded at once: until it is read, an encoding has 100 bytes a token
+
 _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiText's and Brown's escapes
     (re.compile(r"<br\s*/?>"), " "),
     (re.compile(r" @([-.,])@ "), r"\1"),
@@ -154,9 +156,15 @@ class Tokenizer:
     def encode(self, texts, argument="texts"):
         """One int32 array of indices per text, each beginning with xxbos."""
         texts = check_texts(texts, argument, allow_empty=True)
-        marked = [mark(text) for text in texts]
-        encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encodings]
+        ids, marked, characters = [], [], 0
+        for i, text in enumerate(texts):
+            marked.append(mark(text))
+            characters += len(text)
+            if characters >= _AT_ONCE or i == len(texts) - 1:
+                encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
+                ids += [np.array(e.ids, dtype=np.int32) for e in encodings]
+                marked, characters = [], 0
+        return ids
 
     def tokens(self, text):
         """The words of one text after all rules, unknown ones as they are."""

@@ -80,8 +80,10 @@ def pretrain_lm(
     record["data"] = fingerprint(texts, held_out)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
+    announce(f"counting and encoding the words of {len(texts):,} texts", progress)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     docs = tokenizer.encode(texts)
+    del texts  # training needs its indices alone, and a corpus is large
     with _own_randomness(config.seed, job.device):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
         start_from_frequencies(model, docs)
@@ -123,9 +125,11 @@ def finetune_lm(
     record["data"] = fingerprint(texts, held_out, words, base.state)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
+    announce(f"counting and encoding the words of {len(texts):,} texts", progress)
     itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos)
     docs = tokenizer.encode(texts)
+    del texts
     with _own_randomness(config.seed, job.device):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
@@ -188,7 +192,8 @@ def train_classifier(
     if base:
         tokenizer = Tokenizer.from_vocab(words)
     else:
-        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
+        announce(f"counting and encoding the words of {len(texts):,} texts", progress)
+    tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     with _own_randomness(config.seed, job.device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
