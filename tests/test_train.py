@@ -13,7 +13,7 @@ from checks import DEVICE, random_state
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
-from ulmfit_fast import batches, pretrained, runs, text, train
+from ulmfit_fast import batches, pretrained, results, runs, text, train
 from ulmfit_fast.model import layer_groups
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
@@ -110,8 +110,8 @@ def interrupt_at(step):
 
 def stages(base):
     return {
-        "pretrain": lambda out, **o: uf.pretrain_lm(TEXTS, out, valid=TEXTS[:10], **TINY | SIZES | o),
-        "finetune": lambda out, **o: uf.finetune_lm(base, TEXTS, out, valid=TEXTS[:10], **TINY | o),
+        "pretrain": lambda out, **o: uf.pretrain_lm(TEXTS, out, **TINY | SIZES | {"valid": TEXTS[:10]} | o),
+        "finetune": lambda out, **o: uf.finetune_lm(base, TEXTS, out, **TINY | {"valid": TEXTS[:10]} | o),
         "classify": lambda out, **o: uf.train_classifier(
             base, TEXTS, LABELS, out, **TINY | dict(gradual_unfreezing=True, discriminative=2.6) | o
         ),
@@ -135,6 +135,38 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(base, tmp_path, stage)
         for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)
         assert not (out / "state.pt").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "classify"])
+def test_a_signal_ends_a_validation_after_the_batch_under_way(base, tmp_path, monkeypatch, stage):
+    options = {"valid": (TEXTS[:40], LABELS[:40]) if stage == "classify" else TEXTS[:40], "batch_size": 4}
+    run = stages(base)[stage]
+    run(tmp_path / "whole", **options)
+    seen, windows, pad = [], results.evaluation_windows, results.pad_batch
+
+    def signal_in_the_second():
+        seen.append(len(seen))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluation_windows(*arguments):
+        for window in windows(*arguments):
+            signal_in_the_second()
+            yield window
+
+    def pad_batch(docs):
+        signal_in_the_second()
+        return pad(docs)
+
+    monkeypatch.setattr(results, "evaluation_windows", evaluation_windows)
+    monkeypatch.setattr(results, "pad_batch", pad_batch)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step .*resume"):
+        run(tmp_path / "x", **options)
+    assert len(seen) == 2
+    monkeypatch.undo()
+    run(tmp_path / "x", resume=True, **options)
+    for kind in ("train", "valid", "epoch"):
+        assert numbers(tmp_path / "x", kind) == numbers(tmp_path / "whole", kind)
 
 
 def test_a_crash_goes_on_from_the_last_periodic_save(base, tmp_path):

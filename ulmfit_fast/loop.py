@@ -20,7 +20,8 @@ class Loop:
     batches(epoch): a sequence of the epoch's batches, tuples of tensors, the last of which holds the targets;
     a function of the epoch alone.
     loss_of(batch): (loss to minimise, {name: detached mean over the batch}, tokens in the batch).
-    validate(): figures of the validation set; validate_first measures them before the first step too.
+    validate(between): figures of the validation set; it calls between(), if not None, after each batch.
+    validate_first: it is also measured before the first step.
     before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
     steps.
     """
@@ -84,7 +85,7 @@ class Loop:
         if state is not None:
             self._restore(state)
         elif self.validate_first:
-            self._log_valid(0, self.validate())
+            self._log_valid(0, self.validate(None))
         with _DelayedInterrupt() as self.interrupt:
             self.bar = None
             try:
@@ -132,7 +133,8 @@ class Loop:
             self.interrupt.check()
         if self.since_line.targets:  # interrupted after the last step, before its line was written
             self._log()
-        figures = self.validate() if self.validate else None  # may be interrupted: nothing is logged before
+        # may be interrupted: nothing is logged before
+        figures = self.validate(self.interrupt.check) if self.validate else None
         line = self._line("epoch", self.in_epoch)
         self.run.log(line)
         valid = figures and self._log_valid(self.epoch + 1, figures)

@@ -134,9 +134,9 @@ def _draw(logits, temperature, generator):
     return int(torch.multinomial(scaled.softmax(0), 1, generator=generator))
 
 
-def stream_loss(model, docs, batch_size, bptt):
+def stream_loss(model, docs, batch_size, bptt, between=None):
     """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves its mode and its
-    carried state as they were.
+    carried state as they were. between: called after each batch; what it raises ends the measurement.
     """
     device, (encoder, decoder) = next(model.parameters()).device, model
     hidden, total, count = encoder.zero_hidden(0), 0.0, 0
@@ -149,6 +149,8 @@ def stream_loss(model, docs, batch_size, bptt):
                     outputs[-1], weight, bias, targets.to(device), ignore_index=IGNORE
                 )
                 total, count = total + float(mean.double()) * n, count + n
+            if between:
+                between()
     return total / count
 
 
@@ -196,9 +198,9 @@ class TrainedClassifier(_Result):
         return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), labels, strict=True)]))
 
 
-def document_logits(model, docs, n_classes, batch_size):
+def document_logits(model, docs, n_classes, batch_size, between=None):
     """float32 (len(docs), n_classes) on the CPU, in the order of `docs`; leaves the model's mode as it
-    was.
+    was. between: as in stream_loss.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # like lengths together: little padding
@@ -208,6 +210,8 @@ def document_logits(model, docs, n_classes, batch_size):
             chosen = order[start : start + batch_size]
             ids, lengths = pad_batch([docs[i] for i in chosen])
             logits[chosen] = model(ids.to(device), lengths.to(device)).float().cpu()
+            if between:
+                between()
     return logits
 
 

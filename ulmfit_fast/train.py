@@ -192,8 +192,7 @@ def train_classifier(
     if base:
         tokenizer = Tokenizer.from_vocab(words)
     else:
-        announce(f"counting and encoding the words of {len(texts):,} texts", progress)
-    tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
+        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     with _own_randomness(config.seed, job.device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
@@ -236,8 +235,8 @@ def _train_classifier(job, record, model, tokenizer, texts, labels, held_out):
         documents = tokenizer.encode(held_out[0])
         answers = torch.tensor([index[label] for label in held_out[1]])
 
-        def validate():
-            logits = document_logits(model, documents, len(classes), 2 * config.batch_size)
+        def validate(between):
+            logits = document_logits(model, documents, len(classes), 2 * config.batch_size, between)
             return {name: float(value) for name, value in measures(logits, answers).items()}
 
     with job.run.begin(record, tokenizer) as state:
@@ -274,8 +273,8 @@ def _train_lm(job, record, model, tokenizer, docs, held_out, plan):
         loss, entropy = model(ids, targets, alpha=config.alpha, beta=config.beta)
         return loss, {"loss": entropy}, ids.numel()
 
-    def validate():
-        loss = stream_loss(model, valid_docs, config.batch_size, config.bptt)
+    def validate(between):
+        loss = stream_loss(model, valid_docs, config.batch_size, config.bptt, between)
         return {"loss": loss, "perplexity": float(np.exp(loss))}
 
     def set_hidden(hidden):
