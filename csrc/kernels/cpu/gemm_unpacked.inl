@@ -10,7 +10,7 @@ ULMFIT_BEGIN
 
 // c[m][i] (+)= row m of A (M of them, packed) * row i of the weight, for L rows of the weight. Rows of the
 // weight from `there` on do not exist; their results are 0.
-template <class Tile, int M, class T = typename Tile::Compute>
+template <class Tile, int M, DType kStored, class T = typename Tile::Compute>
 inline void unpacked_dots(int64_t K, const typename Tile::Packed* a, int64_t lda, int64_t a_row,
                           const Matrix& w, int64_t w_row, int there, T* c, bool accumulate) {
   // L sums at a time, of M rows by W: half of AVX-512's registers, or of AVX2's.
@@ -24,7 +24,7 @@ inline void unpacked_dots(int64_t K, const typename Tile::Packed* a, int64_t lda
       decltype(Tile::load_packed_run(a, lda, a_row, k, n)) x[M];
       for (int m = 0; m < M; ++m) x[m] = Tile::load_packed_run(a, lda, a_row + m, k, n);
       for (int i = 0; i < W; ++i) {
-        const auto run = Tile::load_run(w.dtype, rows[i], k, n);
+        const auto run = Tile::load_run(kStored, rows[i], k, n);
         for (int m = 0; m < M; ++m) acc[m * W + i] = Tile::multiply_run(x[m], run, acc[m * W + i]);
       }
     };
@@ -41,6 +41,19 @@ inline void unpacked_dots(int64_t K, const typename Tile::Packed* a, int64_t lda
   }
 }
 
+// f(std::integral_constant<DType, dtype>()), of the types that are computed in T. With the weight's type
+// known an inner loop stays so small that GCC keeps all of its sums in registers.
+template <class T, class F>
+inline void with_storage(DType dtype, F&& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f(std::integral_constant<DType, DType::f64>());
+  } else {
+    if (dtype == DType::f32) return f(std::integral_constant<DType, DType::f32>());
+    if (dtype == DType::bf16) return f(std::integral_constant<DType, DType::bf16>());
+    f(std::integral_constant<DType, DType::f16>());
+  }
+}
+
 // The product with one panel, c[rows][kCols], without a packed panel: columns v * L ... are the weight's rows
 // from first_row(v) on, `there(v)` of which exist.
 // Not inlined: the loops that call it have a product of their own, which is the one that must be fast there.
@@ -49,21 +62,24 @@ __attribute__((noinline)) void unpacked_product(int64_t K, const typename Tile::
                                                 int64_t a_row, int rows, const Matrix& w,
                                                 FirstRow&& first_row, There&& there, T* c, bool accumulate) {
   constexpr int L = lanes_of<T>, kMost = L < 4 ? L : 4;
-  for (int v = 0; v < Tile::kVecs; ++v, c += L) {
-    const int n = there(v);
-    if (n <= 0) {
-      for (int r = 0; r < rows && !accumulate; ++r) std::memset(c + r * Tile::kCols, 0, L * sizeof(T));
-      continue;
+  with_storage<T>(w.dtype, [&](auto stored) {
+    for (int v = 0; v < Tile::kVecs; ++v, c += L) {
+      const int n = there(v);
+      if (n <= 0) {
+        for (int r = 0; r < rows && !accumulate; ++r) std::memset(c + r * Tile::kCols, 0, L * sizeof(T));
+        continue;
+      }
+      const auto dots = [&](auto m, int r) {
+        unpacked_dots<Tile, m(), stored()>(K, a, lda, a_row + r, w, first_row(v), n, c + r * Tile::kCols,
+                                           accumulate);
+        return r + m();
+      };
+      int r = 0;
+      while (rows - r >= kMost) r = dots(std::integral_constant<int, kMost>(), r);
+      if (rows - r >= 2) r = dots(std::integral_constant<int, 2>(), r);
+      if (rows - r >= 1) r = dots(std::integral_constant<int, 1>(), r);
     }
-    const auto dots = [&](auto m, int r) {
-      unpacked_dots<Tile, m()>(K, a, lda, a_row + r, w, first_row(v), n, c + r * Tile::kCols, accumulate);
-      return r + m();
-    };
-    int r = 0;
-    while (rows - r >= kMost) r = dots(std::integral_constant<int, kMost>(), r);
-    if (rows - r >= 2) r = dots(std::integral_constant<int, 2>(), r);
-    if (rows - r >= 1) r = dots(std::integral_constant<int, 1>(), r);
-  }
+  });
 }
 
 ULMFIT_END

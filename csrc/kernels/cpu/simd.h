@@ -53,6 +53,11 @@ ULMFIT_HD Vec<T> load_n(const T* p, int n) {
 template <class T>
 ULMFIT_HD void store_n(T* p, Vec<T> v, int n) {
   if (n >= lanes_of<T>) return store(p, v);
+#if ULMFIT_LANES == 16
+  if constexpr (sizeof(T) == 2) return _mm512_mask_storeu_epi16(p, (1u << n) - 1, (__m512i)v);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, (1u << n) - 1, (__m512i)v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, (1u << n) - 1, (__m512i)v);
+#endif
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
 template <class T>

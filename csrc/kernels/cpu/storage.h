@@ -71,6 +71,29 @@ ULMFIT_HD VU pair_rows(const uint16_t* rows, int64_t ld) {
   return widened(low) | (widened(high) << 16);
 }
 
+// The first n of kLanes 16-bit elements, as load_n and store_n.
+ULMFIT_HD VH load_halves(const uint16_t* p, int n) {
+  VH h = {};
+  if (n >= kLanes) {  // a constant size, so a load; the other is a call
+    __builtin_memcpy(&h, p, sizeof h);
+    return h;
+  }
+#if ULMFIT_LANES == 16
+  return (VH)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
+#else
+  __builtin_memcpy(&h, p, n * 2);
+  return h;
+#endif
+}
+ULMFIT_HD void store_halves(uint16_t* p, VH h, int n) {
+  if (n >= kLanes) return static_cast<void>(__builtin_memcpy(p, &h, sizeof h));
+#if ULMFIT_LANES == 16
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)h);
+#else
+  __builtin_memcpy(p, &h, n * 2);
+#endif
+}
+
 // One vector of compute type T at element `at` of storage p; `n` lanes are there.
 template <class T>
 ULMFIT_HD Vec<T> load_as(DType dtype, const void* p, int64_t at, int n) {
@@ -78,13 +101,7 @@ ULMFIT_HD Vec<T> load_as(DType dtype, const void* p, int64_t at, int n) {
     return load_n(static_cast<const double*>(p) + at, n);
   } else {
     if (dtype == DType::f32) return load_n(static_cast<const float*>(p) + at, n);
-    VH h = {};
-    const uint16_t* from = static_cast<const uint16_t*>(p) + at;
-    if (n >= kLanes) {  // a constant size, so a load; the other is a call
-      __builtin_memcpy(&h, from, sizeof h);
-    } else {
-      __builtin_memcpy(&h, from, n * 2);
-    }
+    const VH h = load_halves(static_cast<const uint16_t*>(p) + at, n);
     return dtype == DType::bf16 ? from_bf16(h) : from_f16(h);
   }
 }
@@ -95,12 +112,7 @@ ULMFIT_HD void store_as(DType dtype, void* p, int64_t at, Vec<T> v, int n) {
   } else {
     if (dtype == DType::f32) return store_n(static_cast<float*>(p) + at, v, n);
     const VH h = dtype == DType::bf16 ? to_bf16(v) : to_f16(v);
-    uint16_t* to = static_cast<uint16_t*>(p) + at;
-    if (n >= kLanes) {
-      __builtin_memcpy(to, &h, sizeof h);
-    } else {
-      __builtin_memcpy(to, &h, n * 2);
-    }
+    store_halves(static_cast<uint16_t*>(p) + at, h, n);
   }
 }
 // What a value becomes when it is stored and read again.
