@@ -24,10 +24,13 @@ def headline(records, folder=""):
 def _describe(machine, steps, wrong, folder):
     rows = [row for record in steps for row in _rows(record, wrong)]
     table = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
-    where = dict.fromkeys(map(_measured, steps))  # one line where both steps were measured alike
+    where = {}  # one line where both steps were measured alike
+    for record in steps:
+        where.setdefault(_measured(record), []).append(STEPS[record["benchmark"]])
+    names = [f"{' and '.join(found)}: {text}" for text, found in where.items()]
     old = [OLD] if any(map(timed_single_calls, steps)) else []
     picture = f"![The peer's time over ours in each benchmark]({folder}speed-{machine}.png)"
-    return "\n\n".join(["\n".join(table), *where, *old, picture])
+    return "\n\n".join(["\n".join(table), *(name[0].upper() + name[1:] for name in names), *old, picture])
 
 
 def _rows(record, wrong):
@@ -60,4 +63,4 @@ def _measured(record):
     if "gpu" not in record:
         sizes += f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
     where, _, _ = places([record])[0].partition("; load average")
-    return f"Sizes: {sizes}. Measured on {where}."
+    return f"{sizes}. Measured on {where}."

@@ -74,6 +74,10 @@ def test_a_classifier_begins_with_the_checkpoint(archive, tmp_path):
     uf.save_checkpoint(tmp_path / "encoder", moved.encoder(), tokens=moved.tokens)
     third = uf.train_classifier(tmp_path / "encoder", TEXTS, LABELS, tmp_path / "c", **STILL)
     assert all(torch.equal(t.cpu(), wanted[key]) for key, t in third.model[0].module.state_dict().items())
+    # a classifier's file: its batch norm counts its steps in a tensor without dimensions
+    uf.save_checkpoint(tmp_path / "classifier", clf.model, tokens=clf.tokenizer.itos)
+    fourth = uf.train_classifier(tmp_path / "classifier", TEXTS, LABELS, tmp_path / "d", **STILL)
+    assert all(torch.equal(t.cpu(), wanted[key]) for key, t in fourth.model[0].module.state_dict().items())
 
 
 def test_markers_of_fastai_07_and_salesforce(tmp_path):

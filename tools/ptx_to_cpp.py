@@ -59,7 +59,7 @@ class Kernel:
 
     def __init__(self, name: str, body: str, strings: dict[str, str], shared: dict[str, int]):
         self.name, self.strings, self.shared = name, strings, shared
-        self.registers: dict[str, str] = {}  # its name in C++ and its type
+        self.registers: dict[str, str] = {}  # the type of each in C++
         self.call: dict[str, str] = {}  # parameters of the next call
         self.lines: list[str] = []
         for statement in self.statements(body):

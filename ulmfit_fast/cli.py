@@ -20,7 +20,7 @@ EXAMPLES = {
 }
 SUMMARIES = {
     "pretrain": "stage 1: train a language model on general text",
-    "finetune": "stage 2: tune a language model on the target's text",
+    "finetune": "stage 2: fine-tune a language model on the target's text",
     "classify": "stage 3: train a classifier on a language model",
     "predict": "classify text, or continue it with a language model",
     "info": "what is installed, what runs, what is missing",
@@ -115,7 +115,7 @@ def _finetune(sub):
     sub.add_argument(
         "base_run",
         metavar="RUN",
-        help="run directory of stage 1, or a checkpoint with its words: a path or address (wt103-fwd.tgz)",
+        help="run directory of stage 1, or a checkpoint with its words: a path or URL (wt103-fwd.tgz)",
     )
     sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
     _stage_options(sub, "finetune")

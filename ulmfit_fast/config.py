@@ -101,7 +101,7 @@ class ModelConfig(_Checked):
 class _Stage(_Checked):
     """What all stages share."""
 
-    epochs: int = _f(12, "epochs, unfreezing epochs included", low=1)
+    epochs: int = _f(12, "epochs, in stage 2 after head_epochs, in stage 3 with those of unfreezing", low=1)
     batch_size: int = _f(64, "columns of the token stream that are read side by side", low=1)
     lr: float = _f(4e-3, "peak learning rate of the last layer group", low=0)
     schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))

@@ -31,7 +31,7 @@ def starting_point(run, argument, decoder=True):
     """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage is told to start from.
 
     run: a run directory of stage 1 or 2, a TrainedLM, a Checkpoint, or whatever `load_checkpoint` opens: a
-    path or an address. argument: its name in messages. decoder: whether a language model's is needed.
+    path or a URL. argument: its name in messages. decoder: whether a language model's is needed.
     """
     preset = "ulmfit"
     if isinstance(run, Checkpoint):

@@ -27,7 +27,7 @@ class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
     Input (B, T, *), or (T, B, *) with batch_first=False; the same shape comes out.  Identity in eval.
-    `dropped`: this very result, where the layer before has made it as it stored x (`ops.lstm`'s dropout_p).
+    `dropped`: the result, if `ops.lstm(dropout_p=...)` has computed it already; it is returned as it is.
     """
 
     def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
@@ -73,8 +73,8 @@ class EmbeddingDropout(nn.Module):
 class WeightDropLSTM(nn.Module):
     """`torch.nn.LSTM` with DropConnect on the recurrent weights (Merity et al. 2017) and `lengths`.
 
-    Constructor, call, parameter names and initialisation are `nn.LSTM`'s, so state dicts go both ways and
-    with weight_p=0 or in eval the numbers are the same.  What differs:
+    Constructor, call, parameter names and initialisation are `nn.LSTM`'s, so state dicts go both ways.  In
+    eval, or with weight_p=0 and dropout=0, the outputs are equal up to rounding.  What differs:
 
     - weight_p: in training each forward draws one mask per recurrent matrix, kept for all time steps and
       scaled by 1/(1-weight_p).  Every layer and direction has its own mask (fastai leaves the reverse

@@ -30,7 +30,7 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 class Checkpoint:
     """Weights under fastai 2's names, which are this library's own, and what came with them.
 
-    source: the file or address. format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7",
+    source: the file or URL. format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7",
     "salesforce" or "torch". state: of a language model, a classifier or an encoder, on the CPU. tokens: the
     word of each row of the embedding, or None where the file has none. notes: what was missing, left out or
     unusual. known: after `with_tokens`, how many of the words were known.
@@ -136,7 +136,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None = None) -> Checkpoint:
-    """The weights at a path or address, whoever wrote them: see `Checkpoint` for what can be done with them.
+    """The weights at a path or URL, whoever wrote them: see `Checkpoint` for what can be done with them.
 
     path: a run directory; a safetensors file; a torch file of fastai 2 or 1 (language model, classifier or
     encoder, with or without optimizer), of fastai 0.7 (named .h5), of salesforce/awd-lstm-lm (the pickled

@@ -102,7 +102,10 @@ class TrainedLM(_Result):
     def generate(
         self, prompt: str = "", n: int = 40, temperature: float = 1.0, seed: int | None = None
     ) -> str:
-        """`prompt` continued by `n` tokens, as text.
+        """`prompt`, as the tokenizer reads it, continued by `n` tokens, as text.
+
+        Words of the prompt outside the vocabulary appear as xxunk. Markers count as tokens; xxbos becomes a
+        line break.
 
         temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
         draws from torch's default generator. xxunk and xxpad are never drawn.
@@ -218,7 +221,12 @@ def document_logits(model, docs, n_classes, batch_size, between=None):
 def load(
     run_dir: str | pathlib.Path, device: str | torch.device | None = None
 ) -> TrainedLM | TrainedClassifier:
-    """Opens a run directory: TrainedLM for stages 1 and 2, TrainedClassifier for stage 3."""
+    """Opens a run directory: TrainedLM for stages 1 and 2, TrainedClassifier for stage 3.
+
+    An unfinished run gives the weights of its last whole epoch. device: None is CUDA where it can be used,
+    else the CPU. FileNotFoundError where there is no run, or no epoch of it has ended; ValueError for a
+    damaged file.
+    """
     path = as_directory(run_dir, "run_dir")
     record = read_config(path)
     config, classes = record["config"], record["classes"]

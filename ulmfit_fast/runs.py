@@ -49,7 +49,7 @@ def fingerprint(*data):
         if isinstance(part, dict):
             for name, tensor in part.items():
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
             continue
         for item in part if isinstance(part, list) else [part]:
             digest.update(json.dumps(item).encode() + b"\n")

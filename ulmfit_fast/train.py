@@ -59,17 +59,19 @@ def pretrain_lm(
     """Stage 1: trains a language model on general text and returns it as a TrainedLM.
 
     sources: a list of texts, of paths of text files (one text a line) and of CSV files (column `text`), or
-    one path. A str in a list is a path if it ends in .txt, .csv or .tsv; pathlib.Path says it of any other.
+    one path; a TSV file is read as a CSV. A str in a list is a path if it ends in .txt, .csv or .tsv and
+    either exists or is a single word, else a text; give pathlib.Path for any other file.
     out: the run directory.         preset: "ulmfit", "small" or "tiny".
     config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both.
-    valid: sources of a validation set, whose perplexity is measured after each epoch.
+    valid: sources of a validation set, whose perplexity is measured after each epoch, in stage 2 also before
+    the first.
     resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it
     needs the same sources and options (ValueError). A finished run of these is returned as it is, an empty
     directory starts from the beginning.
     overwrite: start anew although `out` holds a run, which is removed first.
     device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
-    callback: called with each line of training's metrics; a KeyboardInterrupt that it raises stops the run
-    with its state saved.
+    callback: called with each metrics line (a dict) of training: every `log_every` steps and at the end of an
+    epoch. A KeyboardInterrupt that it raises stops the run with its state saved.
 
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
@@ -106,10 +108,10 @@ def finetune_lm(
     callback: Callback = None,
     **overrides: Any,
 ) -> TrainedLM:
-    """Stage 2: tunes the language model of `base_run` on the target's texts and returns it as a TrainedLM.
+    """Stage 2: fine-tunes the language model of `base_run` on the target's texts; returns a TrainedLM.
 
     base_run: a run directory of stage 1 (or 2), the TrainedLM, or a published language model with its words:
-    the path or address of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it. Words known to
+    the path or URL of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it. Words known to
     it keep their embedding, new ones begin with the mean; config.json says how many were known. The embedding
     and decoder train alone first, then all layers at discriminative rates.
     preset: None is the base run's, "ulmfit" for a checkpoint; the sizes are the model's own. The other
@@ -163,7 +165,8 @@ def train_classifier(
     from scratch, with a vocabulary of its own, and so does from_scratch=True with the vocabulary of `lm_run`:
     fresh weights, all layers from the first step at one rate.
     texts, labels: two lists (labels all str or all int; every str of texts is a text), or the path of a CSV
-    with the columns text and label.
+    or TSV with the columns text and label, whose labels are str. texts may also be the path of a text file,
+    with labels as a list.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
     preset: None is that of lm_run, or "ulmfit" without one. The other arguments are those of `pretrain_lm`.
     """

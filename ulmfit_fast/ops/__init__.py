@@ -13,7 +13,8 @@ except ImportError as error:
     raise ImportError(
         f"ulmfit_fast's compiled library ulmfit_fast._C could not be loaded: {error}. "
         "Build it with `pip install --no-build-isolation .` or, in place, "
-        "`python setup.py build_ext --inplace`, in the environment that has torch (2.10 or newer)."
+        "`python setup.py build_ext --inplace`, in the environment that has torch (2.10 or newer). If it is "
+        "installed already, Python may have found a folder of sources before it: start Python elsewhere."
     ) from error
 
 from ulmfit_fast.ops.concat_pool import concat_pool

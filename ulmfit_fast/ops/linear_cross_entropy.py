@@ -39,10 +39,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the logits h @ weight.T + bias against target.
 
-    Equivalent to `F.cross_entropy(F.linear(h, weight, bias), target, ...)`, except that no more than a
-    chunk of logits exists at a time (with "mean" and "sum" the gradient is computed in the forward pass,
-    where a gradient is wanted; with "none" and for a float16 weight the backward pass computes the logits
-    again), and that a mean over no position is 0, not NaN.
+    Equivalent to `F.cross_entropy` of `F.linear(h, weight, bias)` and target, their positions flattened to
+    (N, V) and (N,), except that no more than a chunk of logits exists at a time (with "mean" and "sum" the
+    gradient is computed in the forward pass, where a gradient is wanted; with "none" and for a float16
+    weight the backward pass computes the logits again), and that a mean over no position is 0, not NaN.
 
     Args:
         h: (..., E); float64, float32, bfloat16 or float16.

@@ -46,7 +46,8 @@ def lstm(
     """One LSTM layer in one direction, with DropConnect on the recurrent weight.
 
     Equivalent to one direction of `torch.nn.LSTM` with w_hh * dropout_mask(seed, (4H, H), weight_p) as its
-    recurrent weight: one mask for all time steps.  Sums and the cell state are float32 for the 16-bit types.
+    recurrent weight: one mask for all time steps.  For the 16-bit types sums are float32, and so is the cell
+    state between the steps of a call.
 
     Args:
         x: (T, B, I), or (B, T, I) with batch_first; float64, float32, bfloat16 or float16; any strides.
