@@ -3,6 +3,7 @@
 #   USE_ACTIVE=1          use the active environment, which has torch, instead of ./.venv
 #   PYTHON=python3        the interpreter that makes ./.venv
 #   QUICK=1               make bench: small sizes, two rounds
+#   PTX=90, FULL=1        make ptx-on-cpu: of which architecture; all persistent kernels, not bfloat16's alone
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ifdef USE_ACTIVE

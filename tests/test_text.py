@@ -1,5 +1,8 @@
 """text.py, corpus.py and batches.py: from characters to batches."""
 
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +148,16 @@ def test_a_file_with_a_wrong_byte_far_inside(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\rtwo\r\n\r\nthree \xc3")
     with pytest.raises(ValueError, match=r"a\.txt' is not UTF-8: byte 0xc3 at offset 20; "):
         corpus.read_texts(tmp_path / "a.txt")
+
+
+def test_a_wrong_byte_in_a_pipe(tmp_path):
+    pipe = tmp_path / "p.txt"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"ok\ncaf\xe9\n",))
+    writer.start()
+    with pytest.raises(ValueError, match=r"p\.txt' is not UTF-8; convert it"):
+        corpus.read_lines(pipe)
+    writer.join()
 
 
 def test_many_texts_are_encoded_in_parts(tokenizer, monkeypatch):

@@ -143,15 +143,17 @@ class Kernel:
             return f"{function}({{&{sums.replace(' ', ' &')}}}, {{{a}}}, {{{b}}});"
         function = "_".join(p for p in parts if p not in CPP_TYPE)
         if base in ("bar", "barrier", "trap"):
+            if operands not in ([], ["0"], ["-1"]):  # another barrier than the block's, or a part of a warp
+                raise UnknownPtx(f"{base} {text}")
             return f"{function}_();"
         if base == "cvt":
             to, source = (CPP_TYPE[p] for p in parts if p in CPP_TYPE)
             return self.set(operands[0], f"{function}<{to}, {source}>({self.get(source, operands[1])})")
         if base == "cvta":
             return self.set(operands[0], self.value(operands[1]))
-        if base == "shfl":  # its second result, and the mask and the lanes, which are all
-            operands = [operands[0].split("|")[0], *operands[1:3]]
-            return self.set(operands[0], f"{function}({', '.join(map(self.value, operands[1:]))})")
+        if base == "shfl":  # its second result, whether there is such a lane, nobody reads
+            result, *arguments = operands
+            return self.set(result.split("|")[0], f"{function}({', '.join(map(self.value, arguments))})")
         later = LATER_TYPES.get(base, {})
         arguments = [self.get(later.get(i, kind), o) for i, o in enumerate(operands) if i > 0]
         return self.set(operands[0], f"{function}_({', '.join(arguments)})")
@@ -162,6 +164,8 @@ class Kernel:
         if parts == ["cp", "async", "wait_all"]:
             return "cp_async_wait_all();"
         if parts[0] == "cp":
+            if len(operands) != 3:
+                raise UnknownPtx("cp.async that fills up with zeros")
             to, source = map(self.address, operands[:2])
             return f"cp_async(block, {to}, {source}, {operands[2]});"
         if parts[:2] == ["st", "param"]:
@@ -169,7 +173,10 @@ class Kernel:
             return ";"
         storing, kind = parts[0] == "st", CPP_TYPE[parts[-1]]
         at, names = operands if storing else reversed(operands)
-        place = next(PLACE[p] for p in parts if p in PLACE).format(self.address(at))
+        place = next((PLACE[p] for p in parts if p in PLACE), None)
+        if place is None or not {"relaxed", "volatile"}.isdisjoint(parts):
+            raise UnknownPtx(".".join(parts))
+        place = place.format(self.address(at))
         registers = elements(names)
         if "acquire" in parts:
             return self.set(names, f"load_acquire<{kind}>({place})")

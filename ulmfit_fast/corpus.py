@@ -178,12 +178,14 @@ def _opened(path):
 
 
 def _first_wrong_byte(path):
+    if not path.is_file():  # a pipe: what was read is gone
+        return ""
     data = path.read_bytes()
     try:
         data.decode()
     except UnicodeDecodeError as error:
         return f": byte 0x{data[error.start]:02x} at offset {error.start}"
-    return ""  # what was read cannot be read again
+    return ""  # a byte order mark that is cut short, or a file that has changed
 
 
 def read_lines(path):

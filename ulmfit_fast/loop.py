@@ -77,9 +77,9 @@ class Loop:
     def train(self, state=None):
         """Runs to the end from `state` (what `run.begin` gave back) or from the beginning.
 
-        Ctrl-C or SIGTERM ends the step under way, saves the state and raises KeyboardInterrupt; so does a
-        KeyboardInterrupt raised by `callback(line)`, which is called with a metrics line after each logged
-        step.
+        Ctrl-C or SIGTERM ends the step under way, or the batch of a validation, saves the state and raises
+        KeyboardInterrupt; so does a KeyboardInterrupt of the callback, which is called with a metrics line
+        after each logged step.
         """
         self.model.train()
         if state is not None:

@@ -40,7 +40,7 @@ _FILLER = "xxfake"  # fastai 2 lengthens a vocabulary to a multiple of 8 with it
 # English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
 _TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
 
-_AT_ONCE = 2**22  # characters that are encoded at once: until it is read, an encoding has 100 bytes a token
+_AT_ONCE = 2**22  # characters that are encoded at once: while encodings live they take 100 bytes a token
 
 _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiText's and Brown's escapes
     (re.compile(r"<br\s*/?>"), " "),
@@ -159,7 +159,7 @@ class Tokenizer:
         ids, marked, characters = [], [], 0
         for i, text in enumerate(texts):
             marked.append(mark(text))
-            characters += len(text)
+            characters += len(text) + 32  # and what an encoding takes without a token
             if characters >= _AT_ONCE or i == len(texts) - 1:
                 encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
                 ids += [np.array(e.ids, dtype=np.int32) for e in encodings]

@@ -17,8 +17,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -89,6 +87,7 @@ class BlocksOnCpu {
         size(size),
         threads(size.x * size.y * size.z),
         cluster(cluster),
+        bytes(shared_bytes),
         blocks(blocks),
         fibers(blocks * threads),
         arrivals(blocks / cluster) {
@@ -180,7 +179,7 @@ class BlocksOnCpu {
   unsigned lane() const { return running % 32; }
   unsigned fiber() const { return running; }
   char* shared_memory() { return blocks[running / threads].memory(); }
-  size_t shared_bytes() { return 16 * blocks[running / threads].shared.size(); }
+  size_t shared_bytes() const { return bytes; }
 
  private:
   static constexpr size_t kStack = 1 << 17;  // translated kernels keep thousands of registers there
@@ -198,7 +197,7 @@ class BlocksOnCpu {
     char bytes[16];
   };
   struct Block {
-    std::vector<Sixteen> shared;  // dynamic shared memory
+    std::vector<Sixteen> shared;  // shared memory; where kernels are C++, the dynamic part alone
     bool started;
     unsigned ended;  // threads
     char* memory() { return reinterpret_cast<char*>(shared.data()); }
@@ -282,6 +281,7 @@ class BlocksOnCpu {
   static inline std::minstd_rand random;
   dim3 grid, size;
   unsigned threads, cluster;
+  size_t bytes;  // of shared memory, of each block
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;       // block by block
   std::vector<unsigned> arrivals;  // at each cluster's barrier, of all times

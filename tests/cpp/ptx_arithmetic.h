@@ -118,6 +118,7 @@ T div_(T a, T b) {
 }
 template <class T>
 T bfi_(T bits, T into, uint32_t first, uint32_t count) {
+  if (first >= 8 * sizeof(T)) return into;
   const T mask = (count >= 8 * sizeof(T) ? ~T{0} : (T{1} << count) - 1) << first;
   return (into & ~mask) | (bits << first & mask);
 }
@@ -129,8 +130,9 @@ inline float fma_rm_(float a, float b, float c) {
   const bool above = rounded > sum || (rounded == sum && left_over < 0);
   return above ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
 }
-inline float flushed(float v) {
-  return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
+template <class T>
+T flushed(T v) {
+  return std::abs(v) < std::numeric_limits<T>::min() ? std::copysign(T{0}, v) : v;
 }
 inline float ex2_approx_ftz_(float v) {
   return flushed(static_cast<float>(std::exp2(static_cast<double>(flushed(v)))));
@@ -141,7 +143,7 @@ inline double rcp_approx_ftz_(double v) {
   const auto cut = [](double x) {
     return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & ~0xFFFFFFFFull);
   };
-  return cut(1 / cut(v));
+  return flushed(cut(1 / cut(flushed(v))));
 }
 
 // --- conversions -------------------------------------------------------------------------------------------

@@ -140,7 +140,9 @@ inline void trap_() { throw std::logic_error("trap"); }
 inline void assertion_failed(uint64_t message) {
   throw std::runtime_error(reinterpret_cast<const char*>(message));
 }
-inline uint32_t shfl_sync_bfly(uint32_t value, uint64_t lane_mask) {
+inline uint32_t shfl_sync_bfly(uint32_t value, uint64_t lane_mask, uint64_t clamp, uint64_t lanes) {
+  if (clamp != 31 || static_cast<uint32_t>(lanes) != 0xFFFFFFFF)
+    throw std::logic_error("shfl of a part of a warp");
   BlocksOnCpu& blocks = *BlocksOnCpu::current();
   blocks.hand_over(value);
   return blocks.of_lane<uint32_t>(blocks.lane() ^ static_cast<unsigned>(lane_mask));

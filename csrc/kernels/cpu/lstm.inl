@@ -81,7 +81,9 @@ inline bool split_by_batch(const Batch& batch, int threads) {
   if (batch.ragged) return false;   // the last rows have less to do
   constexpr int64_t kL2 = 1 << 20;  // of a core: Skylake-SP's and Zen 4's; later ones have more
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
-  const int64_t groups = ceil_div(s.B, Tile::kRowGroup), most = ceil_div(groups, threads) * Tile::kRowGroup;
+  // Of the busiest thread, in whole groups: three quarters of that must be the mean.
+  const int64_t groups = ceil_div(s.B, Tile::kRowGroup), rows = ceil_div(groups, threads) * Tile::kRowGroup;
+  const int64_t most = rows < s.B ? rows : s.B;
   return 2 * s.B >= Tile::kRows * threads && 4 * s.B >= 3 * most * threads &&
          (bytes <= kL2 || s.B >= Tile::kRowsToHide * threads);
 }

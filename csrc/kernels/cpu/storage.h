@@ -2,7 +2,7 @@
 //
 // Kernels are compiled for a compute type (float or double) and look at the storage type at run time, once
 // per row or vector: a branch that always goes the same way costs nothing, and four storage types do not
-// multiply the templates.
+// multiply the templates (but those of gemm_unpacked.inl, whose inner loop is short).
 #pragma once
 #include "simd.h"
 #include "workspace.h"
@@ -74,11 +74,11 @@ ULMFIT_HD VU pair_rows(const uint16_t* rows, int64_t ld) {
 // The first n of kLanes 16-bit elements, as load_n and store_n.
 ULMFIT_HD VH load_halves(const uint16_t* p, int n) {
   VH h = {};
-  if (n >= kLanes) {  // a constant size, so a load; the other is a call
+  if (n >= kLanes) {  // a constant size, so a load
     __builtin_memcpy(&h, p, sizeof h);
     return h;
   }
-#if ULMFIT_LANES == 16
+#ifdef ULMFIT_MASKED
   return (VH)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
 #else
   __builtin_memcpy(&h, p, n * 2);
@@ -87,7 +87,7 @@ ULMFIT_HD VH load_halves(const uint16_t* p, int n) {
 }
 ULMFIT_HD void store_halves(uint16_t* p, VH h, int n) {
   if (n >= kLanes) return static_cast<void>(__builtin_memcpy(p, &h, sizeof h));
-#if ULMFIT_LANES == 16
+#ifdef ULMFIT_MASKED
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)h);
 #else
   __builtin_memcpy(p, &h, n * 2);
