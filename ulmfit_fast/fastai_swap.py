@@ -61,9 +61,9 @@ def accelerate(learn: Learner) -> Learner:
     The new modules hold the very Parameter objects and hooks of the old ones, so the optimizer with its
     state and groups stays as it is.  A classifier's `SentenceEncoder` and `PoolingLinearClassifier` are
     swapped too: fastai's drop a document's last tokens where padding covers the batch's last chunk
-    (docs/fastai.md).  For a language model whose loss is
-    fastai's cross-entropy, the decoder and the loss become one op that never holds all the logits; they are
-    made when something other than that loss reads them: a metric like `accuracy`, `predict`, a callback.
+    (docs/fastai.md).  For a language model whose loss is fastai's cross-entropy, the decoder and the loss
+    become one op that never holds all the logits; they are made when something other than that loss reads
+    them: a metric like `accuracy`, `predict`, a callback.
     `learn.accelerated` says what was done.  A learner made with our `AWD_LSTM` gains the last part.
 
     Returns:

@@ -1,7 +1,6 @@
 // What ptx_arithmetic.h says that PTX's instructions compute, against other ways to get there.
 #include <cfenv>
 #include <cmath>
-#include <cstring>
 #include <random>
 
 #include "check.h"
