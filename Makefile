@@ -22,7 +22,7 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-.PHONY: demo test bench lint cpp-test asan cuda-on-cpu ptx-on-cpu cuda-check readme wheel clean
+.PHONY: demo test bench lint cpp-test asan amx-on-cpu run-amx-on-cpu cuda-on-cpu ptx-on-cpu cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
@@ -55,6 +55,20 @@ asan: build/cmake-tool
 	$(CMAKE_BIN)/cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=Debug -DULMFIT_FAST_SANITIZE=ON
 	$(CMAKE_BIN)/cmake --build build/asan -j "$$(nproc)"
 	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure
+
+# the kernels for AMX on a CPU that has AVX-512's bf16 products alone, with tile registers in memory
+amx-on-cpu: $(STAMPS)/built
+	@case $$(cd / && $(FULL_PY) -c 'import ulmfit_fast; print(*ulmfit_fast.info().isas)') in \
+	  *amx*) echo "SKIP $@: this CPU has AMX, make test uses it" ;; \
+	  *avx512bf16*) $(MAKE) run-$@ ;; \
+	  *) echo "SKIP $@: this CPU lacks AVX-512's bf16 instructions" ;; esac
+run-amx-on-cpu:
+	mkdir -p build/amx-on-cpu && rm -rf build/amx-on-cpu/tests
+	cp -rp csrc ulmfit_fast tests tools setup.py pyproject.toml README.md LICENSE build/amx-on-cpu
+	cd build/amx-on-cpu && ULMFIT_FAST_CUDA=0 CFLAGS="-DULMFIT_AMX_ON_CPU -I$$PWD/tests/cpp" \
+	  $(FULL_PY) setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 60 build.log; exit 1; }
+	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider $(OP_TESTS) \
+	  tests/test_kernels.py tests/test_nn.py tests/test_precision.py
 
 # the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
 # the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
