@@ -197,7 +197,7 @@ py::tuple linear_cross_entropy(const std::string& isa, const py::array& h, const
   c.target = target.data();
   c.ignore_index = ignore_index;
   c.label_smoothing = label_smoothing;
-  c.gradient = true;
+  c.gradient = c.weight_gradient = true;
   c.row_gradient = ones.data();
   c.loss = loss.mutable_data();
   c.dh = dh.mutable_data();

@@ -33,11 +33,11 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
 
   m.def(
       "linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
-      "float label_smoothing, int reduction, bool high, bool grad, int chunk_rows) "
+      "float label_smoothing, int reduction, bool high, bool grad, bool need_dw, int chunk_rows) "
       "-> (Tensor loss, Tensor dh, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor weight, Tensor? bias, Tensor target, "
-      "int ignore_index, float label_smoothing, bool high, int chunk_rows) "
+      "int ignore_index, float label_smoothing, bool high, bool need_dw, int chunk_rows) "
       "-> (Tensor dh, Tensor dweight, Tensor dbias)");
 
   m.def("logits(Tensor h, Tensor weight, Tensor? bias, bool high) -> Tensor");  // CPU alone, no gradient

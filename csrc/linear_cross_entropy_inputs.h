@@ -49,15 +49,17 @@ struct LinearCrossEntropyInputs {
   const void* bias_data() const { return bias.has_value() ? data_of(*bias) : nullptr; }
 };
 
-// Unwritten; the gradients are empty unless wanted.
+// Unwritten; the gradients are empty unless wanted, those of weight and bias unless need_dw.
 struct LinearCrossEntropyResults {
   Tensor loss, dh, dweight, dbias;
 
-  LinearCrossEntropyResults(const LinearCrossEntropyInputs& in, bool grad, bool dweight_later = false)
+  LinearCrossEntropyResults(const LinearCrossEntropyInputs& in, bool grad, bool need_dw,
+                            bool dweight_later = false)
       : loss(empty_like(in.h, {in.N}, compute_type(in.h))),
         dh(grad ? empty_like(in.h, {in.N, in.E}) : empty_like(in.h, {0})),
-        dweight(grad && !dweight_later ? empty_like(in.weight, {in.V, in.E}) : empty_like(in.weight, {0})),
-        dbias(empty_like(in.weight, {grad && in.bias.has_value() ? in.V : 0})) {}
+        dweight(grad && need_dw && !dweight_later ? empty_like(in.weight, {in.V, in.E})
+                                                  : empty_like(in.weight, {0})),
+        dbias(empty_like(in.weight, {grad && need_dw && in.bias.has_value() ? in.V : 0})) {}
 };
 
 inline void check_reduction(const char* op, int64_t reduction, bool grad) {

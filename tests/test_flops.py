@@ -28,8 +28,11 @@ def test_linear_cross_entropy():
     inputs, op, ref = linear_cross_entropy_case(torch.float64)
     logits, gradients = flops(ref, inputs)
     assert flops(op, inputs) == (logits + gradients, 0)  # all of it in the forward pass
+    _, of_h = flops(ref, inputs, frozen=(1, 2))
+    assert flops(op, inputs, frozen=(1, 2)) == (logits + of_h, 0)
     inputs, op, _ = linear_cross_entropy_case(torch.float64, reduction="none")
     assert flops(op, inputs) == (logits, logits + gradients)
+    assert flops(op, inputs, frozen=(1, 2)) == (logits, logits + of_h)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         op(*inputs)
     assert forward.get_total_flops() == logits

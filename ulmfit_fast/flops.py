@@ -26,10 +26,11 @@ def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, *rest, **_) -> int:  # ty
 
 @register_flop_formula(_OPS.linear_cross_entropy)
 def _(h: Shape, weight: Shape, *rest: object, **_: object) -> int:
-    grad = rest[-2]
-    return 2 * h[0] * h[1] * weight[0] * (3 if grad else 1)
+    grad, need_dw = rest[-3:-1]
+    return 2 * h[0] * h[1] * weight[0] * (1 + bool(grad) + bool(grad and need_dw))
 
 
 @register_flop_formula(_OPS.linear_cross_entropy_backward)
 def _(dloss: Shape, h: Shape, weight: Shape, *rest: object, **_: object) -> int:
-    return 3 * 2 * h[0] * h[1] * weight[0]  # the logits again, then both gradients
+    need_dw = rest[-2]
+    return 2 * h[0] * h[1] * weight[0] * (2 + bool(need_dw))  # the logits again, then the gradients

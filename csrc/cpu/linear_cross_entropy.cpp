@@ -5,9 +5,10 @@ namespace ulmfit_fast {
 namespace {
 
 // row_gradient (N), or nullptr: no gradient wanted.
-LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, const Tensor* row_gradient) {
+LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, const Tensor* row_gradient,
+                              bool need_dw) {
   check_range(in.op, "target", ids_of(in.target), in.N, 0, in.V, in.ignore_index);
-  LinearCrossEntropyResults out(in, row_gradient != nullptr, true);
+  LinearCrossEntropyResults out(in, row_gradient != nullptr, need_dw, true);
   use_huge_pages({out.dh});
   LinearCrossEntropy a;
   a.N = in.N;
@@ -21,6 +22,7 @@ LinearCrossEntropyResults run(const LinearCrossEntropyInputs& in, bool high, con
   a.label_smoothing = in.label_smoothing;
   a.high = high;
   a.gradient = row_gradient != nullptr;
+  a.weight_gradient = a.gradient && need_dw;
   a.row_gradient = a.gradient ? data_of(*row_gradient) : nullptr;
   a.loss = data_of(out.loss);
   a.dh = data_of(out.dh);
@@ -59,23 +61,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h,
                                                                 const OptionalTensor& bias,
                                                                 const Tensor& target, int64_t ignore_index,
                                                                 double label_smoothing, int64_t reduction,
-                                                                bool high, bool grad, int64_t chunk_rows) {
+                                                                bool high, bool grad, bool need_dw,
+                                                                int64_t chunk_rows) {
   const LinearCrossEntropyInputs in("linear_cross_entropy", h, weight, bias, target, ignore_index,
                                     label_smoothing);
   check_reduction(in.op, reduction, grad);
   Tensor ones = empty_like(h, {grad ? in.N : 0}, compute_type(h));
   torch::stable::fill_(ones, 1.0);
-  const auto out = run(in, high, grad ? &ones : nullptr);
+  const auto out = run(in, high, grad ? &ones : nullptr, need_dw);
   return {reduction == kSum ? sum_of(out.loss) : out.loss, out.dh, out.dweight, out.dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
-    const Tensor& dloss, const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
-    const Tensor& target, int64_t ignore_index, double label_smoothing, bool high, int64_t chunk_rows) {
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& h,
+                                                                 const Tensor& weight,
+                                                                 const OptionalTensor& bias,
+                                                                 const Tensor& target, int64_t ignore_index,
+                                                                 double label_smoothing, bool high,
+                                                                 bool need_dw, int64_t chunk_rows) {
   const LinearCrossEntropyInputs in("linear_cross_entropy_backward", h, weight, bias, target, ignore_index,
                                     label_smoothing);
   const Tensor upstream = checked_row_gradient(in, dloss);
-  const auto out = run(in, high, &upstream);
+  const auto out = run(in, high, &upstream, need_dw);
   return {out.dh, out.dweight, out.dbias};
 }
 

@@ -25,10 +25,11 @@ Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
 // products are those of [h | 1] and [weight | bias].
 class Pass {
  public:
-  Pass(const LinearCrossEntropyInputs& in, int64_t chunk_rows, const Tensor* row_gradient)
+  Pass(const LinearCrossEntropyInputs& in, int64_t chunk_rows, const Tensor* row_gradient, bool need_dw)
       : in(in),
         row_gradient(row_gradient),
-        out(in, row_gradient != nullptr),
+        need_dw(row_gradient != nullptr && need_dw),
+        out(in, row_gradient != nullptr, need_dw),
         device(in.h),
         dtype(dtype_of(in.op, "h", in.h)),
         width(in.bias.has_value() ? padded(in.E + 1) : in.E) {
@@ -44,18 +45,16 @@ class Pass {
     weight = operand(in.weight, "weight", in.bias_data());
     h = operand(in.h, "h", nullptr);
     logits = empty_like(in.h, {std::min(chunk, in.N), padded(in.V)});
-    const bool grad = row_gradient != nullptr;
     for (int64_t first = 0; first < in.N; first += chunk) {
       const int64_t rows = std::min(chunk, in.N - first);
       Tensor part = columns_of(rows_of(logits, 0, rows), in.V);
       const Tensor h_rows = rows_of(h, first, rows);
       multiply(h_rows, transposed(weight), part);
       softmax(part, first, rows);
-      if (!grad) continue;
-      input_gradient(part, rows_of(out.dh, first, rows));
-      weight_gradient(part, h_rows, first == 0);
+      if (row_gradient != nullptr) input_gradient(part, rows_of(out.dh, first, rows));
+      if (need_dw) weight_gradient(part, h_rows, first == 0);
     }
-    if (grad) store_weight_gradient();
+    if (need_dw) store_weight_gradient();
     return out;
   }
 
@@ -138,6 +137,7 @@ class Pass {
 
   const LinearCrossEntropyInputs& in;
   const Tensor* row_gradient;
+  const bool need_dw;  // dweight and dbias are wanted
   LinearCrossEntropyResults out;
   const Device device;
   const DType dtype;
@@ -150,23 +150,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_op(const Tensor&
                                                                    const OptionalTensor& bias,
                                                                    const Tensor& target, int64_t ignore_index,
                                                                    double label_smoothing, int64_t reduction,
-                                                                   bool high, bool grad, int64_t chunk_rows) {
+                                                                   bool high, bool grad, bool need_dw,
+                                                                   int64_t chunk_rows) {
   const LinearCrossEntropyInputs in("linear_cross_entropy", h, weight, bias, target, ignore_index,
                                     label_smoothing);
   check_reduction(in.op, reduction, grad);
   Tensor ones = empty_like(h, {grad ? in.N : 0}, compute_type(h));
   torch::stable::fill_(ones, 1.0);
-  const auto out = Pass(in, chunk_rows, grad ? &ones : nullptr).run();
+  const auto out = Pass(in, chunk_rows, grad ? &ones : nullptr, need_dw).run();
   return {reduction == kSum ? torch::stable::sum(out.loss) : out.loss, out.dh, out.dweight, out.dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_op(
     const Tensor& dloss, const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
-    const Tensor& target, int64_t ignore_index, double label_smoothing, bool high, int64_t chunk_rows) {
+    const Tensor& target, int64_t ignore_index, double label_smoothing, bool high, bool need_dw,
+    int64_t chunk_rows) {
   const LinearCrossEntropyInputs in("linear_cross_entropy_backward", h, weight, bias, target, ignore_index,
                                     label_smoothing);
   const Tensor upstream = checked_row_gradient(in, dloss);
-  const auto out = Pass(in, chunk_rows, &upstream).run();
+  const auto out = Pass(in, chunk_rows, &upstream, need_dw).run();
   return {out.dh, out.dweight, out.dbias};
 }
 

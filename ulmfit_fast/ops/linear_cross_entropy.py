@@ -40,9 +40,10 @@ def linear_cross_entropy(
     """Cross-entropy of the logits h @ weight.T + bias against target.
 
     Equivalent to `F.cross_entropy` of `F.linear(h, weight, bias)` and target, their positions flattened to
-    (N, V) and (N,), except that no more than a chunk of logits exists at a time (with "mean" and "sum" the
-    gradient is computed in the forward pass, where a gradient is wanted; with "none" and for a float16
-    weight the backward pass computes the logits again), and that a mean over no position is 0, not NaN.
+    (N, V) and (N,), except that no more than a chunk of logits exists at a time, and that a mean over no
+    position is 0, not NaN.  With "mean" and "sum" the gradient is computed in the forward pass, where a
+    gradient is wanted; with "none" and for a float16 weight the backward pass computes the logits again.
+    A frozen weight's gradient is not computed.
 
     Args:
         h: (..., E); float64, float32, bfloat16 or float16.
@@ -105,6 +106,7 @@ def linear_cross_entropy(
     # is computed on the way back, from the scale that arrives, and costs the logits a second time.
     grad = needs_grad(h, weight, bias)
     code = _NONE if reduction == "none" or (grad and weight.dtype == torch.float16) else _SUM
+    computed = grad and code == _SUM  # in the forward pass
     loss = torch.ops.ulmfit_fast.linear_cross_entropy(
         h.reshape(-1, features),
         weight,
@@ -114,7 +116,8 @@ def linear_cross_entropy(
         float(label_smoothing),
         code,
         allows_high(op, precision, h),
-        grad and code == _SUM,
+        computed,
+        computed and needs_grad(weight, bias),
         chunk_rows or 0,
     )[0]
     if reduction == "none":
@@ -125,19 +128,21 @@ def linear_cross_entropy(
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
-def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, chunk_rows):  # type: ignore
+def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, need_dw, chunk_rows):  # type: ignore
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
     dh = h.new_empty(h.shape if grad else (0,))
-    dweight = weight.new_empty(weight.shape if grad else (0,))
-    dbias = weight.new_empty(bias.shape if grad and bias is not None else (0,))
-    return loss, dh, dweight, dbias
+    return loss, dh, *_weight_gradients(weight, bias, grad and need_dw)
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
-def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, chunk_rows):  # type: ignore
-    dbias = weight.new_empty((0,) if bias is None else bias.shape)
-    return h.new_empty(h.shape), weight.new_empty(weight.shape), dbias
+def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_dw, chunk_rows):  # type: ignore
+    return h.new_empty(h.shape), *_weight_gradients(weight, bias, need_dw)
+
+
+def _weight_gradients(weight: Tensor, bias: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+    dbias = weight.new_empty(bias.shape if wanted and bias is not None else (0,))
+    return weight.new_empty(weight.shape if wanted else (0,)), dbias
 
 
 class _ScaleGradients(torch.autograd.Function):
@@ -166,7 +171,7 @@ class _ScaleGradients(torch.autograd.Function):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.high, ctx.grad, \
-        ctx.chunk_rows = inputs  # fmt: skip
+        ctx.need_dw, ctx.chunk_rows = inputs  # fmt: skip
     _, dh, dweight, dbias = output
     ctx.mark_non_differentiable(dh, dweight, dbias)
     ctx.save_for_backward(h, weight, bias, *((target,) if ctx.reduction == _NONE else (dh, dweight, dbias)))
@@ -175,18 +180,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
     if dloss is None:
-        return (None,) * 10
+        return (None,) * 11
+    need_dw = any(ctx.needs_input_grad[1:3])
     if ctx.reduction == _NONE:
         grads = torch.ops.ulmfit_fast.linear_cross_entropy_backward(
-            dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.high, ctx.chunk_rows
+            dloss,
+            *ctx.saved_tensors,
+            ctx.ignore_index,
+            ctx.label_smoothing,
+            ctx.high,
+            need_dw,
+            ctx.chunk_rows,
         )
-    elif ctx.grad:
+    elif ctx.grad and ctx.need_dw >= need_dw:
         grads = _ScaleGradients.apply(dloss, *ctx.saved_tensors)
     else:
-        raise RuntimeError(
-            "ulmfit_fast::linear_cross_entropy was called with grad=False, so it has no gradient"
-        )
-    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
+        without = "need_dw=False, so weight and bias have" if ctx.grad else "grad=False, so it has"
+        raise RuntimeError(f"ulmfit_fast::linear_cross_entropy was called with {without} no gradient")
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 8
 
 
 register_gradient("linear_cross_entropy", _backward, _setup_context)

@@ -74,11 +74,12 @@ struct LinearCrossEntropy {
   const int64_t* target;  // (N), 0..V-1 or ignore_index
   int64_t ignore_index;
   double label_smoothing;
-  bool high = false;         // as LstmShape's
-  bool gradient = false;     // wanted: an empty batch has one too, zeros
-  const void* row_gradient;  // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64)
-  void* loss;                // (N) fp32 (fp64): each row's loss, 0 where ignored
-  void *dh, *dbias;          // (N, E) in h's dtype, (V) in weight's or nullptr
+  bool high = false;             // as LstmShape's
+  bool gradient = false;         // wanted: an empty batch has one too, zeros
+  bool weight_gradient = false;  // dweight and dbias are wanted too
+  const void* row_gradient;      // (N) upstream gradient of each row's loss, fp32 (fp64 for fp64)
+  void* loss;                    // (N) fp32 (fp64): each row's loss, 0 where ignored
+  void *dh, *dbias;              // (N, E) in h's dtype, (V) in weight's or nullptr
   // Returns where dweight goes, (V, E) in weight's dtype. Asked last, once the packed weights and logits are
   // given back: it may lie in their memory.
   void* (*new_dweight)(void* results);

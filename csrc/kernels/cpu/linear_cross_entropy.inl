@@ -44,12 +44,13 @@ class LinearCrossEntropyPass {
         e_panels(ceil_div(p.E, kCols)),
         slices(ceil_div(panels, kSlice)),
         gradient(p.gradient),
+        weight_gradient(p.weight_gradient),
         smoothing(p.label_smoothing != 0),
         chunk(chunk_rows(p.N)),
         stride(round_up(chunk, L)),
         w_forward(panels * panel_elements<Tile>(p.E)),
         w_backward(gradient ? e_panels * panel_elements<Tile>(p.V) : 0),
-        exponents(gradient ? panels * panel_elements<Tile>(chunk) : 0),
+        exponents(weight_gradient ? panels * panel_elements<Tile>(chunk) : 0),
         dh(gradient ? slices * chunk * e_panels * kCols : 0),
         sums(panels * stride),
         totals(smoothing ? panels * stride : 0),
@@ -72,9 +73,9 @@ class LinearCrossEntropyPass {
       parallel(ceil_div(now.rows, L), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) finish_rows(now, i * L);
       });
-      if (gradient) dweight.add(now.first, now.rows, exponents, scale, target_scale);
+      if (weight_gradient) dweight.add(now.first, now.rows, exponents, scale, target_scale);
     }
-    if (!gradient) return;
+    if (!weight_gradient) return;
     w_forward.release(), w_backward.release(), exponents.release();
     dweight.store(p.new_dweight(p.results));
   }
@@ -229,7 +230,7 @@ class LinearCrossEntropyPass {
         if (!gradient) continue;
         if (ignored(now.first + row)) no_elements<Tile>(kCols, line);
         Tile::store_a(as_a, kGroup * kCols, r, column, line, kCols);
-        if (r + 1 < rows && (r + 1) % Tile::kDepth != 0) continue;
+        if (!weight_gradient || (r + 1 < rows && (r + 1) % Tile::kDepth != 0)) continue;
         for (int rest = r % Tile::kDepth + 1; rest < Tile::kDepth; ++rest)
           no_elements<Tile>(kCols, b_rows + rest * kCols);
         Tile::store_b_rows(exponents_of(panel, now), row / Tile::kDepth * Tile::kDepth, b_rows);
@@ -301,7 +302,7 @@ class LinearCrossEntropyPass {
   const LinearCrossEntropy& p;
   const Parallel& parallel;
   const int64_t panels, e_panels, slices;
-  const bool gradient, smoothing;
+  const bool gradient, weight_gradient, smoothing;
   const int64_t chunk, stride;                          // rows, and in whole vectors
   Scratch<Packed> w_forward, w_backward;                // (V, E) packed for h @ W^T and for e @ W
   Scratch<Packed> exponents;                            // e of a chunk, as B of dW^T

@@ -20,7 +20,7 @@ class WordGradient {
         parallel(parallel),
         panels(panels),
         lines(p.E + 1),
-        wanted(p.gradient),
+        wanted(p.weight_gradient),
         smoothing(wanted && p.label_smoothing != 0),
         h_columns(wanted ? Tile::a_elements(round_up(lines, Tile::kRows), padded_depth<Tile>(chunk)) : 0),
         dw(wanted ? panels * lines * kCols : 0),
