@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -36,10 +37,11 @@ class Side:
     environment: dict = field(default_factory=dict)
     plan: clocks.Plan | None = None
     error: str | None = None
+    SLOW: ClassVar[str] = " without oneDNN"  # the end of the name of a side that runs so
 
     @property
     def name(self):
-        variant = "" if self.onednn else " without oneDNN"
+        variant = "" if self.onednn else self.SLOW
         return f"{self.package} {self.precision}{variant}" + (f", {self.variant}" if self.variant else "")
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ benchmarks/README.md and a short one (`headline.py`) into README.md.
 
 import argparse
 import io
+from functools import partial
 from pathlib import Path
 
 from .floors import base
@@ -16,6 +17,7 @@ from .selection import (
     TITLES,
     is_wrong,
     machines,
+    main_pairs,
     main_records,
     pairs,
     timed_single_calls,
@@ -58,14 +60,14 @@ def _plot_name(machine):
     return f"speed-{machine}.png"
 
 
-def ratio_table(records, without=(), wrong=()):
-    """Markdown, a row a comparison, of the cases whose name holds none of `without`.
+def ratio_table(records, choose=pairs, without=(), wrong=()):
+    """Markdown, a row a comparison that `choose` gives, of the cases whose name holds none of `without`.
 
     wrong: the peers with wrong gradients, see `is_wrong`.
     """
     rows = []
     for record in records:
-        for case, ours, peer, names in pairs(record):
+        for case, ours, peer, names in choose(record):
             if any(part in case for part in without):
                 continue
             low, middle, high = ratio(ours, peer)
@@ -181,7 +183,8 @@ def _section(machine, records, folder):
     main = main_records(records)
     picture = f"![Times as fast as the peers]({folder}{_plot_name(machine)})"
     plot = [picture] if any(any(pairs(r)) for r in main) else []
-    table = ratio_table(main, PARTS, wrong_gradients(records))
+    wrong = wrong_gradients(records)
+    table = ratio_table(main, partial(main_pairs, wrong=wrong), PARTS, wrong)
     old = [OLD_NOTE] if all(map(timed_single_calls, records)) else []
     name = title(records) + (OLD_TITLE if old else "")
     parts = [f"### {name}", *old, *plot, *([table] if table else []), "Measured on:"]
@@ -223,9 +226,9 @@ def plot(records):
         return None
     models = [r for r in main if r["benchmark"].startswith(("train_step", "way_back"))]
     columns = [column for column in (models, [r for r in main if r not in models]) if column]
-    bars = [
-        [len(list(pairs(r))) + 3 for r in column] for column in columns
-    ]  # 3: a title's and a scale's room
+    wrong = wrong_gradients(records)
+    room = 3  # in bars: a panel's title and scale
+    bars = [[len(list(main_pairs(r, wrong))) + room for r in column] for column in columns]
     tallest = max(map(sum, bars))
     figure = Figure(figsize=(8.5 * len(columns), 0.27 * tallest + 0.6), layout="constrained")
     parts = figure.subfigures(1, len(columns), squeeze=False)[0]
@@ -233,7 +236,7 @@ def plot(records):
         empty = tallest - sum(heights) or 0.01  # below the last panel, so that all bars are of one height
         axes = part.subplots(len(column) + 1, 1, height_ratios=[*heights, empty])
         for axis, record in zip(axes, column, strict=False):
-            _panel(axis, record, wrong_gradients(records))
+            _panel(axis, record, wrong)
         axes[-1].axis("off")
     figure.suptitle("The peer's time over ours: times as fast (bar: median, line: p20 to p80)", fontsize=12)
     buffer = io.BytesIO()
@@ -243,7 +246,7 @@ def plot(records):
 
 def _panel(axis, record, wrong):
     labels, colours, ratios = [], [], []
-    for case, ours, peer, names in pairs(record):
+    for case, ours, peer, names in main_pairs(record, wrong):
         prefix = f"{case}: " if len(record["cases"]) > 1 else ""
         note = ", wrong gradients" if is_wrong(record, peer, names[1], wrong) else ""
         labels.append(f"{prefix}{names[0]} against {names[1]}{note}")

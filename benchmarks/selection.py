@@ -1,7 +1,7 @@
 """Which speed records stand for a machine, in which order, and which of their comparisons hold."""
 
 from . import gpu
-from .harness import comparisons, crosses
+from .harness import Side, comparisons, crosses
 from .record import recency
 
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
@@ -60,6 +60,19 @@ def pairs(record):
         sides = content["sides"]
         for ours, peer in comparisons(sides, cross=crosses(record["benchmark"])):
             yield case, sides[ours], sides[peer], (ours, peer)
+
+
+def main_pairs(record, wrong=()):
+    """`pairs` without torch's slow path, where the gradients of its default path are right.
+
+    It is some hundred times as slow, and nobody would choose it there.
+    """
+    found, slow = list(pairs(record)), Side.SLOW
+    right = {(case, names) for case, _, peer, names in found if not is_wrong(record, peer, names[1], wrong)}
+    for case, ours, peer, names in found:
+        default = names[0], names[1].removesuffix(slow)
+        if default == names or (case, default) not in right:
+            yield case, ours, peer, names
 
 
 def wrong_gradients(records):

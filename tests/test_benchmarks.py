@@ -132,6 +132,19 @@ def step_record(benchmark="train_step-lm", **changes):
     return made_up | place | {"quick": False, "cases": {"step": {"shapes": {}, "sides": sides}}} | changes
 
 
+@pytest.mark.parametrize("error, shown", [(0.01, False), (0.5, True)])
+def test_torchs_slow_path_is_shown_where_the_other_is_wrong(error, shown):
+    record = step_record("lstm")
+    sides = record["cases"]["step"]["sides"]
+    sides["torch bf16"]["gradient_error"] = error
+    sides["torch bf16 without oneDNN"] = {**sides["torch bf16"], "gradient_error": 0.01}
+    names = [names for *_, names in selection.main_pairs(record)]
+    assert (("ours bf16", "torch bf16 without oneDNN") in names) == shown
+    assert ("ours bf16", "torch bf16") in names and ("ours fp32", "torch fp32") in names
+    assert ("torch bf16 without oneDNN" in report.summary([record])) == shown
+    assert "torch bf16 without oneDNN" in report.ratio_table([record])
+
+
 def test_the_machine_measured_last_comes_first(monkeypatch):
     """By date, and within a day by the commit's time; records of commits that timed single calls say so."""
     times = {"old": selection.TWO_CALLS_SINCE - 1, "new": selection.TWO_CALLS_SINCE}
