@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 WARM_UPS = 3
-CALLS = 3, 30  # fewest and most calls of a round
+CALLS = 3, 30  # fewest (on a GPU) and most calls of a round
 ROUND = 0.04  # seconds that a round of one side should take
 SPIN_RATE = 2e9  # cycles a second of the kernel that only waits: about today's cards, and `SPARE` is spare
 SPARE = 1.5
@@ -28,8 +28,9 @@ class Plan:
 
 
 class WallClock:
-    """Time on the wall. The first of a side's two calls in a row does not count: it finds the memory and the
-    caches as another side left them, where in training it would find its own.
+    """Time on the wall. The first of a side's calls in a row does not count: it finds the memory and the
+    caches as another side left them, where in training it would find its own. One more counts, or the median
+    of as many as fill a round.
     """
 
     mark = staticmethod(time.perf_counter)
@@ -39,7 +40,11 @@ class WallClock:
 
     def sample(self, run, plan=None):
         run(self.mark)
-        return _intervals(run(self.mark), lambda begin, end: end - begin)
+        samples, spent = [], 0.0
+        while spent < ROUND and len(samples) < CALLS[1]:
+            samples.append(_intervals(run(self.mark), lambda begin, end: end - begin))
+            spent += _last(samples[-1])
+        return _median(samples)
 
     def describe(self):
         """What a record says about the clock."""
@@ -92,10 +97,7 @@ class EventClock:
                 self.cuda._sleep(int(wait * SPIN_RATE))
             marks.append(run(self.mark))
         self.cuda.synchronize()
-        seconds = [_intervals(m, lambda begin, end: begin.elapsed_time(end) / 1e3) for m in marks]
-        if isinstance(seconds[0], tuple):
-            return tuple(map(statistics.median, zip(*seconds, strict=True)))
-        return statistics.median(seconds)
+        return _median([_intervals(m, lambda begin, end: begin.elapsed_time(end) / 1e3) for m in marks])
 
     def describe(self):
         empty = self._burst(lambda mark: (mark(), mark()), CALLS[1], wait=1e-4 if self.ahead else 0)
@@ -110,6 +112,12 @@ class EventClock:
 def _intervals(marks, between):
     seconds = tuple(between(marks[0], mark) for mark in marks[1:])
     return seconds if len(seconds) > 1 else seconds[0]
+
+
+def _median(samples):
+    if isinstance(samples[0], tuple):
+        return tuple(map(statistics.median, zip(*samples, strict=True)))
+    return statistics.median(samples)
 
 
 def _last(seconds):

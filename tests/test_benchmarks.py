@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
-from benchmarks import harness, headline, memory, report, roof, selection, steps  # noqa: E402
+from benchmarks import clocks, harness, headline, memory, report, roof, selection, steps  # noqa: E402
 from benchmarks.harness import Side  # noqa: E402
 from benchmarks.record import commit_time  # noqa: E402
 
@@ -243,6 +243,15 @@ def test_sides_take_turns_of_two_calls_the_second_counting():
     samples = harness.interleave([side("a"), side("b"), side("slow", onednn=False)], repeats=2)
     assert calls == [*"aabb", "slow", "slow", *"bbaa"]
     assert samples == {"a fp32": [2, 10], "b fp32": [4, 8], "slow fp32 without oneDNN": [6]}
+
+
+def test_of_short_calls_the_median_counts():
+    """The first call, of 100 ms, does not; those after it are added up to 40 ms."""
+    lengths = iter([0.1, 0.001, 0.002, 0.018, 0.003, 0.02, 9.0])
+    assert clocks.WallClock().sample(lambda mark: (0, next(lengths))) == 0.003
+    lengths = iter([0.1, 0.0625, 9.0])
+    assert clocks.WallClock().sample(lambda mark: (0, 0.001, next(lengths))) == (0.001, 0.0625)
+    assert clocks.WallClock().sample(lambda mark: (0, 0)) == 0  # and ends
 
 
 def test_settings_of_a_side_end_with_it():
