@@ -19,6 +19,12 @@ LENGTHS = [17, 2, 0, 8, 9]
 NO_DROPOUT = dict(hidden_p=0.0, input_p=0.0, embed_p=0.0, weight_p=0.0)
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of bptt tokens; by itself the classifier reads documents as short as these in one."""
+    monkeypatch.setattr("ulmfit_fast.classifier._CHUNK_TOKENS", 1)
+
+
 def classifier(bptt=4, max_len=10, dtype=torch.float64, **options):
     torch.manual_seed(0)
     model = uf.TextClassifier(uf.AWDLSTM(V, E, H, 3, **options), 3, bptt=bptt, max_len=max_len)
@@ -73,6 +79,29 @@ def test_pools_over_whole_documents_whatever_the_chunks(bptt, max_len):
         expected = torch.cat([out[-1], out.amax(0), out.mean(0)]) if n else torch.zeros_like(pooled[b])
         close(pooled[b], expected)
     close(model(ids, lengths), model[1](pooled))
+
+
+def test_chunks_are_as_few_as_their_tokens_allow(monkeypatch):
+    monkeypatch.setattr("ulmfit_fast.classifier._CHUNK_TOKENS", 40)
+
+    def chunks(lengths, bptt=4, max_len=10, **options):
+        reader, read = classifier(bptt, max_len, **options).eval()[0], []
+        run = reader.module.run
+        monkeypatch.setattr(
+            reader.module, "run", lambda ids, *a, **k: read.append(ids.shape) or run(ids, *a, **k)
+        )
+        reader(*documents(lengths, max(lengths)))
+        return [tuple(shape) for shape in read]
+
+    assert chunks([17]) == [(1, 7), (1, 10)]  # max_len is a border
+    with torch.no_grad():
+        assert chunks([17]) == [(1, 17)]
+        assert chunks([11], bidir=True) == [(1, 1), (1, 2), (1, 4), (1, 4)]  # the same as with gradients
+    assert chunks([91], max_len=None) == [(1, 30), (1, 30), (1, 31)]  # about equal
+    assert chunks([9, 3, 9], max_len=None) == [(3, 9)]
+    assert chunks([12] * 20, max_len=None) == [(20, 4)] * 3  # no fewer than bptt
+    assert chunks([60, 0, 7, 7, 8], max_len=None) == [(1, 25), (1, 25), (4, 10)]  # where few read, many steps
+    assert chunks([12], max_len=None, bidir=True) == [(1, 4)] * 3  # which alone counts in both directions
 
 
 def reference_features(encoder, ids, border):

@@ -12,15 +12,20 @@ from .devices import to_device
 from .encoder import AWDLSTM, is_exporting, unique_groups
 from .ops._common import check_probability
 
+# Tokens that a chunk may have where its borders change no number, those of 64 documents by 72: each chunk
+# prepares the weights again, which fewer notice; longer chunks of 64 were slower, as they left the caches.
+_CHUNK_TOKENS = 64 * 72
+
 
 class SentenceEncoder(nn.Module):
     """Reads whole documents through an encoder and pools: ids (B, T), lengths (B,) -> (B, 3 * emb_sz).
 
-    BPT3C (Howard and Ruder 2018): a document is read in chunks of bptt tokens, each from the previous one's
-    final state, and the result is [last, max, mean] of the outputs at all its tokens.  Gradients flow
-    through the last max_len tokens of each document (all of them if None), across the borders of its
-    chunks, which fastai cuts; earlier tokens are read and pooled without gradient, so that memory is
-    bounded by max_len whatever the length.
+    BPT3C (Howard and Ruder 2018): a document is read in chunks, each from the previous one's final state,
+    and the result is [last, max, mean] of the outputs at all its tokens.  Gradients flow through the last
+    max_len tokens of each document (all of them if None), across the borders of its chunks, which fastai
+    cuts; earlier tokens are read and pooled without gradient, so that memory is bounded by max_len whatever
+    the length.  Chunks have bptt tokens with bidir, whose reverse direction begins anew in each; otherwise
+    their borders change no number, and where the batch is small they are longer, for speed.
 
     Chunks are counted from each document's end and documents enter the batch as they begin, longest first
     inside.  Tokens at and beyond a length are never read, and the result of a document depends neither on
@@ -68,7 +73,7 @@ class SentenceEncoder(nn.Module):
         hidden = encoder.zero_hidden(0)
         seed = encoder.draw_seed()
         pool = _RunningPool(hidden[-1][0].new_zeros(0, encoder.emb_sz))
-        chunks = self._graph_chunks(ids) if counts is None else self._chunks(max(counts, default=0))
+        chunks = self._graph_chunks(ids) if counts is None else self._chunks(counts)
         for far, near in chunks:
             active = ids.size(0) if counts is None else sum(count > near for count in counts)
             length = lengths[:active]
@@ -83,12 +88,27 @@ class SentenceEncoder(nn.Module):
                 pool.add(outputs[-1], valid)
         return pool.result(lengths[: pool.total.size(0)])
 
-    def _chunks(self, longest: int) -> list[tuple[int, int]]:
-        """(far, near) distances from a document's end, far to near, such that a chunk ends at max_len."""
-        border = longest if self.max_len is None else min(self.max_len, longest)
-        edges = [*range(0, border, self.bptt), *range(border, longest, self.bptt), max(longest, border)]
-        chunks = list(zip(edges[1:], edges[:-1], strict=True))
+    def _chunks(self, counts: list[int]) -> list[tuple[int, int]]:
+        """(far, near) distances from a document's end, far to near; where it may matter one is max_len.
+
+        counts: tokens of each document, the longest first.
+        """
+        longest = counts[0] if counts else 0
+        cut = self.max_len is not None and (torch.is_grad_enabled() or self.module.n_dir == 2)
+        chunks, near = [], 0
+        while near < longest:
+            border = self.max_len if cut and near < self.max_len < longest else longest
+            far = near + self._chunk_steps(border - near, sum(count > near for count in counts))
+            chunks.append((far, near))
+            near = far
         return chunks[::-1]
+
+    def _chunk_steps(self, distance: int, documents: int) -> int:
+        """Time steps of the nearest of the chunks, as few as may be and about equal, over `distance`."""
+        if self.module.n_dir == 2:
+            return min(distance, self.bptt)
+        chunks = -(-distance // max(self.bptt, _CHUNK_TOKENS // documents))
+        return -(-distance // chunks)
 
     def _graph_chunks(self, ids: Tensor) -> list[tuple[int, int]]:
         """`_chunks` for documents as long as ids are wide, as few of them as give the same numbers.
@@ -97,7 +117,7 @@ class SentenceEncoder(nn.Module):
         """
         longest = ids.size(1)
         if self.module.n_dir == 2:
-            return self._chunks(longest)
+            return self._chunks([longest])
         cut = torch.is_grad_enabled() and not is_exporting() and self.max_len is not None
         if cut and longest > self.max_len:
             return [(longest, self.max_len), (self.max_len, 0)]

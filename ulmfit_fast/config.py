@@ -181,7 +181,7 @@ class ClassifierConfig(_Stage):
     batch_size: int = _f(64, "documents a batch", low=2)  # batch norm needs two
     gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
     discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
-    bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C)", low=1)
+    bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C), or more where the batch is small", low=1)
     max_len: int = _f(1440, "trailing tokens of a document through which gradients flow", low=1)
     head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
     head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
