@@ -281,6 +281,10 @@ ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
         dtype, 4, 19, 21, 45, lengths=tuple(i % 5 for i in range(19)), dropout_p=0.4
     ),
     "lstm_wide": lambda dtype: lstm_case(dtype, 2, 33, 70, 130, batch_first=True, reverse=True, bias=False),
+    # sizes and DropConnect enough for the product that leaves out what is dropped, and edges of it
+    "lstm_sparse": lambda dtype: lstm_case(
+        dtype, 3, 68, 20, 290, weight_p=0.6, lengths=tuple(3 - (i % 9 == 1) for i in range(68)), dropout_p=0.4
+    ),
     # 7 rows: groups of 4, 2 and 1 for the weights that are not packed
     "lstm_unpacked": lambda dtype: lstm_case(
         dtype, 2, 7, 45, 37, weight_p=0.0, lengths=(2, 2, 1, 2, 0, 2, 2)

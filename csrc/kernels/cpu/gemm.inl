@@ -2,9 +2,10 @@
 //
 // C = A * B with B packed whole into panels of Tile::kCols columns, and A packed block by block. A `Tile`
 // says how an operand lies in memory and holds the micro-kernel: gemm_fma.inl (float, double), gemm_dot.inl
-// (bf16 dot products), gemm_amx.inl (bf16 in AMX tiles), gemm_split.inl (float as three bf16 products).
-// gemm_unpacked.inl has the products of few rows, for which B stays as it lies. Each element of C is summed
-// in an order that depends on the shape alone, so threads never change a bit of it.
+// (bf16 dot products), gemm_amx.inl (bf16 in AMX tiles), gemm_split.inl (float as three bf16 products),
+// gemm_sparse.inl (float, B with many zeros). gemm_unpacked.inl has the products of few rows, for which B
+// stays as it lies. Each element of C is summed in an order that depends on the shape alone, or on where B is
+// zero, so threads never change a bit of it.
 #pragma once
 #include "gemm_fma.inl"
 
@@ -58,19 +59,23 @@ inline int64_t even_blocks(int64_t M, int64_t most_rows, int64_t unit, int64_t t
 // from depth k0 on.
 template <class Tile, class Load>
 inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_column) {
-  using Element = typename Tile::Element;
-  // Runs of 1 KB, which the processor sees coming; in shorter ones each column would wait for memory anew.
-  constexpr int64_t kPiece = 64, kChunk = 1024 / sizeof(Element), kLine = kChunk + 64 / sizeof(Element);
-  alignas(64) Element tmp[Tile::kCols * kLine];
-  for (int64_t k0 = 0; k0 < padded_depth<Tile>(K); k0 += kChunk) {
-    const int64_t there = K - k0 < kChunk ? K - k0 : kChunk, padded = round_up(there, Tile::kDepth);
-    for (int c = 0; c < Tile::kCols; ++c) {
-      Element* column = tmp + c * kLine;
-      for (int64_t k = 0; k < there; k += kPiece)
-        load_column(c, k0 + k, static_cast<int>(there - k < kPiece ? there - k : kPiece), column + k);
-      no_elements<Tile>(padded - there, column + there);
+  if constexpr (Tile::kSparse) {
+    return Tile::pack_columns(panel, K, load_column);
+  } else {
+    using Element = typename Tile::Element;
+    // Runs of 1 KB, which the processor sees coming; in shorter ones each column would wait for memory anew.
+    constexpr int64_t kPiece = 64, kChunk = 1024 / sizeof(Element), kLine = kChunk + 64 / sizeof(Element);
+    alignas(64) Element tmp[Tile::kCols * kLine];
+    for (int64_t k0 = 0; k0 < padded_depth<Tile>(K); k0 += kChunk) {
+      const int64_t there = K - k0 < kChunk ? K - k0 : kChunk, padded = round_up(there, Tile::kDepth);
+      for (int c = 0; c < Tile::kCols; ++c) {
+        Element* column = tmp + c * kLine;
+        for (int64_t k = 0; k < there; k += kPiece)
+          load_column(c, k0 + k, static_cast<int>(there - k < kPiece ? there - k : kPiece), column + k);
+        no_elements<Tile>(padded - there, column + there);
+      }
+      Tile::store_b_columns(panel, k0, static_cast<int>(padded), tmp, kLine);
     }
-    Tile::store_b_columns(panel, k0, static_cast<int>(padded), tmp, kLine);
   }
 }
 // Packs all panels of B, (K, N), whose row k is a run of memory: load(k, column,
@@ -80,20 +85,24 @@ constexpr int64_t kRowsAtOnce = 64;
 template <class Tile, class Load>
 inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, const Parallel& parallel,
                         Load&& load_row_) {
-  using Element = typename Tile::Element;
-  constexpr int64_t kCols = Tile::kCols;
-  parallel(ceil_div(K, kRowsAtOnce), [&](int64_t begin, int64_t end) {
-    alignas(64) Element rows[Tile::kDepth * kCols];
-    const int64_t k1 = end * kRowsAtOnce < K ? end * kRowsAtOnce : K;
-    for (int64_t k = begin * kRowsAtOnce; k < k1; k += Tile::kDepth)
-      for (int64_t col = 0; col < N; col += kCols) {
-        const int64_t n = N - col < kCols ? N - col : kCols,
-                      there = K - k < Tile::kDepth ? K - k : Tile::kDepth;
-        if (n < kCols || there < Tile::kDepth) no_elements<Tile>(Tile::kDepth * kCols, rows);
-        for (int64_t r = 0; r < there; ++r) load_row_(k + r, col, n, rows + r * kCols);
-        Tile::store_b_rows(packed + col / kCols * panel_elements<Tile>(K), k, rows);
-      }
-  });
+  if constexpr (Tile::kSparse) {
+    return Tile::pack_rows(packed, K, N, parallel, load_row_);
+  } else {
+    using Element = typename Tile::Element;
+    constexpr int64_t kCols = Tile::kCols;
+    parallel(ceil_div(K, kRowsAtOnce), [&](int64_t begin, int64_t end) {
+      alignas(64) Element rows[Tile::kDepth * kCols];
+      const int64_t k1 = end * kRowsAtOnce < K ? end * kRowsAtOnce : K;
+      for (int64_t k = begin * kRowsAtOnce; k < k1; k += Tile::kDepth)
+        for (int64_t col = 0; col < N; col += kCols) {
+          const int64_t n = N - col < kCols ? N - col : kCols,
+                        there = K - k < Tile::kDepth ? K - k : Tile::kDepth;
+          if (n < kCols || there < Tile::kDepth) no_elements<Tile>(Tile::kDepth * kCols, rows);
+          for (int64_t r = 0; r < there; ++r) load_row_(k + r, col, n, rows + r * kCols);
+          Tile::store_b_rows(packed + col / kCols * panel_elements<Tile>(K), k, rows);
+        }
+    });
+  }
 }
 
 // Packs a block of A whose row is a run of memory: load(row, k0, n, out).

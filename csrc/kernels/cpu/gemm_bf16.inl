@@ -13,7 +13,7 @@ struct Bf16Packing {
   static constexpr int kVecs = 4;
   static constexpr int kCols = 64;   // four tiles' columns
   static constexpr int kDepth = 32;  // a tile row: 32 bf16, a cache line
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kSparse = false;
   static constexpr int kTile = 16 * 32;  // elements of a tile
 
   // A: tiles [row / 16][k / 32] of [16][32].

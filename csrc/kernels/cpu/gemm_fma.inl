@@ -16,6 +16,7 @@ struct FmaTile {
   static constexpr int kCols = kVecs * L;
   static constexpr int kDepth = 1;      // K is padded to a multiple of this
   static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
+  static constexpr bool kSparse = false;
   // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise
   // 16; 32 on aarch64 too, where GCC holds a scalar of each row besides.
 #if defined(__aarch64__)

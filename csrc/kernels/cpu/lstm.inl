@@ -60,15 +60,15 @@ class Batch {
   Scratch<int64_t> reach, first_row, order, time;
 };
 
-// n <= 64 elements of a row of the recurrent weight, from column k0 on, dropped and scaled: the published
+// n <= 64 elements of a row of a weight with K columns, from column k0 on, dropped and scaled: the published
 // DropConnect, W * mask / (1 - p).
 template <class Tile>
-inline void load_dropped(const Matrix& w_hh, int64_t H, const Dropout& drop, int64_t row, int64_t k0,
-                         int64_t n, typename Tile::Element* out) {
-  if (!drop.active()) return load_elements<Tile>(w_hh.dtype, w_hh.row(row), k0, n, out);
+inline void load_dropped(const Matrix& w, int64_t K, const Dropout& drop, int64_t row, int64_t k0, int64_t n,
+                         typename Tile::Element* out) {
+  if (!drop.active()) return load_elements<Tile>(w.dtype, w.row(row), k0, n, out);
   alignas(64) typename Tile::Compute values[64];
-  load_piece(w_hh.dtype, w_hh.row(row), k0, n, values);
-  apply_mask(drop, static_cast<uint64_t>(row) * H + k0, n, values);
+  load_piece(w.dtype, w.row(row), k0, n, values);
+  apply_mask(drop, static_cast<uint64_t>(row) * K + k0, n, values);
   store_row(Tile::kElement, out, 0, n, values);
 }
 

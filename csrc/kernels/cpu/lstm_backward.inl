@@ -4,14 +4,17 @@
 //
 // The mask of W_hh is regenerated from the seed, both for the packed copy and for dW_hh.
 #pragma once
+#include "gemm_sparse.inl"
 #include "lstm.inl"
 
 ULMFIT_BEGIN
 
-template <class Tile>
+// HTile: of the recurrent product.
+template <class Tile, class HTile>
 class LstmBackwardPass {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
+  using HPacked = typename HTile::Packed;
   using Element = typename Tile::Element;
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
@@ -29,10 +32,10 @@ class LstmBackwardPass {
         depth(padded_depth<Tile>(G)),
         blocks(unit_blocks<T>(s.H)),
         panels(ceil_div(s.H, kCols)),
-        w_hh(panels * panel_elements<Tile>(G)),
+        w_hh(panels * panel_elements<HTile>(G)),
         out_panels(ceil_div(G, kCols)),
         dgates(kPlain ? out_panels * batch.total() * kCols : Tile::a_elements(batch.total(), depth)),
-        next_rows(in_place() ? 0 : 2 * Tile::a_elements(s.B, depth)),
+        next_rows(in_place() ? 0 : 2 * HTile::a_elements(s.B, depth)),
         dh(state_size()),
         dc(state_size()),
         c_first(state_size()),
@@ -63,20 +66,19 @@ class LstmBackwardPass {
   const T* cell(int64_t step) const { return static_cast<const T*>(p.cells) + time_of(step) * state_size(); }
   // Whether a step's dgates are the operand of the step before where they lie anyway.
   bool in_place() const { return !kPlain && !batch.ragged && s.B % Tile::kRowGroup == 0; }
-  Packed* step_dgates(int64_t step) const {
-    if (in_place()) return dgates + Tile::a_elements(time_of(step) * s.B, depth);
-    return next_rows + step % 2 * Tile::a_elements(s.B, depth);
+  HPacked* step_dgates(int64_t step) const {
+    if (in_place()) return dgates + HTile::a_elements(time_of(step) * s.B, depth);
+    return next_rows + step % 2 * HTile::a_elements(s.B, depth);
   }
 
   void recurrence() {
-    if (depth != G) {  // what pads the depth is multiplied by zeros, and must be a number
-      std::memset(dgates.get(), 0, Tile::a_elements(batch.total(), depth) * sizeof(Packed));
-      if (!in_place()) std::memset(next_rows.get(), 0, 2 * Tile::a_elements(s.B, depth) * sizeof(Packed));
-    }
-    pack_b_rows<Tile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
-      load_dropped<Tile>(p.w_hh, s.H, drop, k, col, n, out);
+    // What pads the depth is multiplied by zeros, and must be a number.
+    if (depth != G) std::memset(dgates.get(), 0, Tile::a_elements(batch.total(), depth) * sizeof(Packed));
+    if (!in_place()) std::memset(next_rows.get(), 0, 2 * HTile::a_elements(s.B, depth) * sizeof(HPacked));
+    pack_b_rows<HTile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
+      load_dropped<HTile>(p.w_hh, s.H, drop, k, col, n, out);
     });
-    run_steps<Tile>(
+    run_steps<HTile>(
         batch, parallel, s.T + 1, panels,  // the last, step -1: what reaches h0
         [&](int64_t i) { return batch.rows(time_of(s.T - i)); },
         [&](int64_t i, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
@@ -86,21 +88,21 @@ class LstmBackwardPass {
 
   void step_back(int64_t step, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
                  int64_t row_end) const {
-    [[maybe_unused]] typename Tile::Session session;
+    [[maybe_unused]] typename HTile::Session session;
     const int64_t count = panel_end - panel_begin;
-    const Packed* w = w_hh + panel_begin * panel_elements<Tile>(G);
-    Scratch<T> sums(count * Tile::kBlockRows * kCols);
+    const HPacked* w = w_hh + panel_begin * panel_elements<HTile>(G);
+    Scratch<T> sums(count * HTile::kBlockRows * kCols);
     // Rows that the step after this one hands something down to, and those of this step. Of a row that only
     // the former have, this is where its h0 is reached.
     const int64_t given = batch.rows(time_of(step + 1)), reached = batch.rows(time_of(step));
     const int64_t most = given > reached ? given : reached, end = row_end < most ? row_end : most;
     const int64_t before = batch.rows(time_of(step - 1));
-    for (int64_t b0 = row_begin; b0 < end; b0 += Tile::kBlockRows) {
-      const int64_t b1 = end - b0 < Tile::kBlockRows ? end : b0 + Tile::kBlockRows;
+    for (int64_t b0 = row_begin; b0 < end; b0 += HTile::kBlockRows) {
+      const int64_t b1 = end - b0 < HTile::kBlockRows ? end : b0 + HTile::kBlockRows;
       const int rows = static_cast<int>(given <= b0 ? 0 : (given < b1 ? given : b1) - b0);
       if (rows > 0) {
-        const Packed* next = step_dgates(step + 1) + Tile::a_elements(b0, depth);
-        panel_product<Tile>(depth, next, rows, w, count, w, sums.get(), false);
+        const HPacked* next = step_dgates(step + 1) + HTile::a_elements(b0, depth);
+        panel_product<HTile>(depth, next, rows, w, count, w, sums.get(), false);
       }
       for (int64_t panel = 0; panel < count; ++panel)
         for (int v = 0; v < Tile::kVecs; ++v) {
@@ -137,10 +139,10 @@ class LstmBackwardPass {
                                                  load(cell(step) + at), dh_total, load(dc + at));
     store(dc + at, d.c_prev);
     store(dh + at, V{});
-    Packed* next = step_dgates(step);
+    HPacked* next = step_dgates(step);
     int64_t k = unit;
     for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
-      Tile::store_a_vector(next, depth, row, k, v, n);
+      HTile::store_a_vector(next, depth, row, k, v, n);
       if constexpr (kPlain) {
         store_in_panel(batch.first(t) + row, k, v, n);
       } else if (!in_place()) {
@@ -282,16 +284,16 @@ class LstmBackwardPass {
   const Parallel& parallel;
   const Dropout drop;
   const int64_t G, depth, blocks, panels;
-  Scratch<Packed> w_hh;
+  Scratch<HPacked> w_hh;
   const int64_t out_panels;  // of dgates
   Scratch<Packed> dgates;  // rows of all steps, depth 4H: packed as A, or in plain panels, which are packed B
-  Scratch<Packed> next_rows;  // those of two steps as A, where they do not lie so in dgates
+  Scratch<HPacked> next_rows;  // those of two steps as A, where they do not lie so in dgates
   Scratch<T> dh, dc, c_first, y_mask;
 };
 
-template <class Tile>
+template <class Tile, class HTile = Tile>
 void lstm_backward(const LstmBackward& args, const Parallel& parallel) {
-  LstmBackwardPass<Tile>(args, parallel).run();
+  LstmBackwardPass<Tile, HTile>(args, parallel).run();
 }
 
 ULMFIT_END

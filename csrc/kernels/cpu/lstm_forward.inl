@@ -1,21 +1,24 @@
 // LSTM forward: pack the dropped weights once, project the inputs chunk by chunk, then step by step
-// h @ W_hh^T with the cell's pointwise part on the hot tile. Where only a few rows meet a weight that nothing
-// is dropped of, it is not packed: the steps of a text generator, a short document.
+// h @ W_hh^T with the cell's pointwise part on the hot tile. Where much of W_hh is dropped, that product has
+// a tile of its own, which leaves it out. Where only a few rows meet a weight that nothing is dropped of, it
+// is not packed: the steps of a text generator, a short document.
 //
 // The work item of a step is a block of L hidden units x 4 gates: its panel of W_hh holds the four gates'
 // columns side by side, so that one thread has everything a cell needs and only h crosses threads, once a
 // step. The projected inputs lie as that product's sums do, which start from them.
 #pragma once
+#include "gemm_sparse.inl"
 #include "gemm_unpacked.inl"
 #include "lstm.inl"
 
 ULMFIT_BEGIN
 
-template <class Tile>
+// HTile: of the recurrent product.
+template <class Tile, class HTile>
 class LstmForwardPass {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
-  using Element = typename Tile::Element;
+  using HPacked = typename HTile::Packed;
   using V = Vec<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;   // 4 gates x L
@@ -29,17 +32,17 @@ class LstmForwardPass {
         parallel(parallel),
         drop(args.shape.seed, args.shape.weight_p),
         blocks(unit_blocks<T>(s.H)),
-        depth(padded_depth<Tile>(s.H)),
+        depth(padded_depth<HTile>(s.H)),
         chunk_steps(s.B < kChunkRows ? kChunkRows / (s.B > 0 ? s.B : 1) : 1),
         chunk_rows((chunk_steps < s.T ? chunk_steps : s.T) * s.B),
-        unpacked(!drop.active() && batch.total() <= Tile::kUnpackedRows),
+        unpacked(!HTile::kSparse && !drop.active() && batch.total() <= Tile::kUnpackedRows),
         w_ih(unpacked ? 0 : blocks * panel_elements<Tile>(s.I)),
-        w_hh(unpacked ? 0 : blocks * panel_elements<Tile>(s.H)),
+        w_hh(unpacked ? 0 : blocks * panel_elements<HTile>(s.H)),
         projected(blocks * chunk_rows * kCols),
         bias(blocks * kCols),
         y_mask(p.dropped.data == nullptr ? 0 : state_size()),
-        h_even(Tile::a_elements(s.B, depth)),
-        h_odd(Tile::a_elements(s.B, depth)),
+        h_even(HTile::a_elements(s.B, depth)),
+        h_odd(HTile::a_elements(s.B, depth)),
         c_first(state_size()),
         c_rolling(p.cells == nullptr ? 2 * state_size() : 0) {}
 
@@ -52,7 +55,7 @@ class LstmForwardPass {
       const int64_t steps = s.T - step0 < chunk_steps ? s.T - step0 : chunk_steps;
       const int64_t t0 = s.reverse ? s.T - step0 - steps : step0, first = batch.first(t0);
       project(first, batch.first(t0 + steps) - first);
-      run_steps<Tile>(
+      run_steps<HTile>(
           batch, parallel, steps, blocks, [&](int64_t i) { return batch.rows(time_of(step0 + i)); },
           [&](int64_t i, int64_t block0, int64_t block1, int64_t row0, int64_t row1) {
             T* inputs = projected + (batch.first(time_of(step0 + i)) - first) * kCols;
@@ -76,11 +79,11 @@ class LstmForwardPass {
     load_state(p.h0, batch, h0.get());
     store_state(h0.get(), p.h0.dtype, batch, p.h_n);
     // Both buffers start as h0: a reversed sequence that has not begun yet keeps it without being written.
-    for (Packed* h : {h_even.get(), h_odd.get()}) {
-      std::memset(h, 0, Tile::a_elements(s.B, depth) * sizeof(Packed));
+    for (HPacked* h : {h_even.get(), h_odd.get()}) {
+      std::memset(h, 0, HTile::a_elements(s.B, depth) * sizeof(HPacked));
       for (int64_t unit = 0; unit < s.H; unit += L)
         for (int64_t b = 0; b < s.B; ++b)
-          Tile::store_a_vector(h, depth, b, unit, load(h0 + unit * s.B + b * L), units_there(s.H, unit, L));
+          HTile::store_a_vector(h, depth, b, unit, load(h0 + unit * s.B + b * L), units_there(s.H, unit, L));
     }
   }
 
@@ -95,33 +98,32 @@ class LstmForwardPass {
         store(bias + block * kCols + gate * L, sum);
       }
     if (unpacked) return;
-    // Column c of block j's panel is gate c / L of hidden unit j * L + c % L: a row of the weight.
     parallel(2 * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / 2;
-        auto load_column = [&](int c, int64_t k0, int n, Element* out) {
-          const int64_t unit = block * L + c % L, row = c / L * s.H + unit;
-          if (unit >= s.H) {
-            no_elements<Tile>(n, out);
-          } else if (i % 2 == 0) {
-            load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(row), k0, n, out);
-          } else {
-            load_dropped<Tile>(p.w_hh, s.H, drop, row, k0, n, out);
-          }
-        };
         if (i % 2 == 0) {
-          pack_b_columns<Tile>(w_ih + block * panel_elements<Tile>(s.I), s.I, load_column);
+          pack_block<Tile>(p.w_ih, s.I, Dropout(), i / 2, w_ih);
         } else {
-          pack_b_columns<Tile>(w_hh + block * panel_elements<Tile>(s.H), s.H, load_column);
+          pack_block<HTile>(p.w_hh, s.H, drop, i / 2, w_hh);
         }
       }
     });
+  }
+  // Column c of a block's panel is gate c / L of the block's hidden unit c % L: a row of the weight.
+  template <class PanelTile>
+  void pack_block(const Matrix& w, int64_t K, const Dropout& dropped, int64_t block,
+                  typename PanelTile::Packed* panels) const {
+    pack_b_columns<PanelTile>(panels + block * panel_elements<PanelTile>(K), K,
+                              [&](int c, int64_t k0, int n, auto* out) {
+                                const int64_t unit = block * L + c % L, row = c / L * s.H + unit;
+                                if (unit >= s.H) return no_elements<PanelTile>(n, out);
+                                load_dropped<PanelTile>(w, K, dropped, row, k0, n, out);
+                              });
   }
 
   // projected[block][row][gate][L] = x @ W_ih^T for the chunk's rows, all steps' one after the other
   void project(int64_t first, int64_t rows) {
     const auto pack_x = [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
-      pack_a_rows<Tile>(a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, Element* out) {
+      pack_a_rows<Tile>(a, first + row0, rows, k0, kc, [&](int64_t r, int64_t k, int64_t n, auto* out) {
         const int64_t t = batch.time_of(r);
         load_elements<Tile>(p.x.dtype, p.x.row(t, batch.sequence(r - batch.first(t))), k, n, out);
       });
@@ -151,20 +153,20 @@ class LstmForwardPass {
 
   void recur(int64_t step, T* inputs, int64_t block_begin, int64_t block_end, int64_t row_begin,
              int64_t row_end) const {
-    [[maybe_unused]] typename Tile::Session session;
-    const Packed* h = step % 2 == 0 ? h_even : h_odd;
+    [[maybe_unused]] typename HTile::Session session;
+    const HPacked* h = step % 2 == 0 ? h_even : h_odd;
     const int64_t reached = batch.rows(time_of(step)), end = row_end < reached ? row_end : reached;
     const int64_t before = batch.rows(time_of(step - 1)), after = batch.rows(time_of(step + 1));
-    for (int64_t b0 = row_begin; b0 < end; b0 += Tile::kBlockRows) {
-      const int rows = static_cast<int>(end - b0 < Tile::kBlockRows ? end - b0 : Tile::kBlockRows);
+    for (int64_t b0 = row_begin; b0 < end; b0 += HTile::kBlockRows) {
+      const int rows = static_cast<int>(end - b0 < HTile::kBlockRows ? end - b0 : HTile::kBlockRows);
       for (int64_t block = block_begin; block < block_end; ++block) {
         T* sums = inputs + (block * chunk_rows + b0) * kCols;
         if (unpacked) {
-          unpacked_gates(s.H, h, depth, b0, rows, p.w_hh, block, sums, true);
+          if constexpr (!HTile::kSparse) unpacked_gates(s.H, h, depth, b0, rows, p.w_hh, block, sums, true);
         } else {
-          const Packed* panel = w_hh + block * panel_elements<Tile>(s.H);
-          const Packed* next = block + 1 < block_end ? panel + panel_elements<Tile>(s.H) : panel;
-          panel_product<Tile>(depth, h + Tile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
+          const HPacked* panel = w_hh + block * panel_elements<HTile>(s.H);
+          const HPacked* next = block + 1 < block_end ? panel + panel_elements<HTile>(s.H) : panel;
+          panel_product<HTile>(depth, h + HTile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
         }
         for (int64_t row = b0; row < b0 + rows; ++row, sums += kCols)
           update_cell(step, row, block, sums, row >= before, row >= after);
@@ -185,7 +187,7 @@ class LstmForwardPass {
     LstmCell<V> state = lstm_cell_forward(input(0), input(1), input(2), input(3),
                                           load((first ? c_first.get() : cell(step - 1)) + at));
     state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
-    Tile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, row, unit, state.h, n);
+    HTile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, row, unit, state.h, n);
     if (last) {
       store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
       store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
@@ -216,15 +218,16 @@ class LstmForwardPass {
   const Dropout drop;
   const int64_t blocks, depth, chunk_steps, chunk_rows;
   const bool unpacked;
-  Scratch<Packed> w_ih, w_hh;
+  Scratch<Packed> w_ih;
+  Scratch<HPacked> w_hh;
   Scratch<T> projected, bias, y_mask;
-  Scratch<Packed> h_even, h_odd;  // h of the step before, in A-block form, and the one being written
+  Scratch<HPacked> h_even, h_odd;  // h of the step before, in A-block form, and the one being written
   Scratch<T> c_first, c_rolling;
 };
 
-template <class Tile>
+template <class Tile, class HTile = Tile>
 void lstm_forward(const LstmForward& args, const Parallel& parallel) {
-  LstmForwardPass<Tile>(args, parallel).run();
+  LstmForwardPass<Tile, HTile>(args, parallel).run();
 }
 
 ULMFIT_END
