@@ -2,7 +2,6 @@
 
 import gc
 import json
-import re
 import subprocess
 import tempfile
 from collections import defaultdict
@@ -26,11 +25,6 @@ def missing():
         f"torch {torch.__version__} sees no CUDA device here: this needs an NVIDIA GPU, its driver "
         "and a CUDA build of torch"
     )
-
-
-def short_name(name):
-    """The part of a file's name that says which GPU: "NVIDIA H200" is "h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-") or "gpu"
 
 
 def description():

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from . import clocks, floors, gpu, roof
+from .machine import short_name
 from .record import provenance, save
 
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
@@ -242,11 +243,10 @@ def ratio(ours, peer, key="total_ms"):
 def publish(args, benchmark, threads, sizes, roof, cases, clock=None):
     """Prints the cases and writes them with where they were measured to RESULTS/speed-BENCHMARK-SIZES.json.
 
-    The file's name ends with the instruction set and the number of threads, or with the GPU.
+    The file's name ends with the machine's, see `file_name`.
     sizes: {"preset": ..., "batch": ...}. cases: {name: {"shapes": ..., "sides": {side name: figures}}}.
     """
     place = provenance(threads, args.device)
-    end = f"{place['isa']}-threads{threads}" if args.device == "cpu" else gpu.short_name(place["device"])
     where = f"{threads} threads" if args.device == "cpu" else place["device"]
     print(f"{benchmark}, {describe(sizes)}, {where}: ms, median (p20-p80)")
     for case, record in cases.items():
@@ -257,13 +257,15 @@ def publish(args, benchmark, threads, sizes, roof, cases, clock=None):
     }
     record |= {**sizes, "repeats": args.repeats, "quick": args.quick, **place}
     record |= clock.describe() if clock else {}
-    path = args.results / file_name(f"speed-{benchmark}", sizes, end)
+    path = args.results / file_name(f"speed-{benchmark}", sizes, place)
     save(path, record | {"roof": roof, "cases": cases}, show=False)
 
 
-def file_name(kind, sizes, end):
+def file_name(kind, sizes, place):
+    """KIND-SIZES-MACHINE.json, and of a CPU the number of threads at the end; place: see `provenance`."""
     parts = [str(v) if k == "preset" else f"{k}{v}" for k, v in sizes.items()]
-    return "-".join([kind, *parts, end]) + ".json"
+    threads = [] if "gpu" in place else [f"threads{place['threads']}"]
+    return "-".join([kind, *parts, short_name(place), *threads]) + ".json"
 
 
 def crosses(benchmark):

@@ -19,6 +19,7 @@ import torch
 
 from . import gpu
 from .arguments import positive
+from .machine import gpu_name
 from .record import RESULTS, provenance, save
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,7 @@ def main():
                 print(f"    {name:20} {figures['forward_us']:8.2f} {figures['backward_us']:8.2f}")
     place = provenance(torch.get_num_threads(), args.device)
     record = {"benchmark": "lstm_parts", "dtype": ["bfloat16"], **place, "cases": cases}
-    save(args.results / f"lstm-parts-{gpu.short_name(card.name)}.json", record)
+    save(args.results / f"lstm-parts-{gpu_name(card.name)}.json", record)
     return int(any("failed" in figures for parts in cases.values() for figures in parts.values()))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import gpu
+from .machine import gpu_name
 from .record import RESULTS, write
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,7 @@ def _program(context, name, options, limit):
 
 def _copy_records(context, since, outcome):
     """Into DIR the records of this GPU that were written since then."""
-    for path in RESULTS.glob(f"*-{gpu.short_name(context.device)}.json"):
+    for path in RESULTS.glob(f"*-{gpu_name(context.device)}.json"):
         if path.stat().st_mtime >= since - 1:
             shutil.copy2(path, context.out)
 

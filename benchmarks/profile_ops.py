@@ -1,8 +1,8 @@
 """What a training step on a CPU spends its time on, op by op: python -m benchmarks.profile_ops
 
-Each record, RESULTS/profile_ops-SIZES-ISA-threadsN.json, has the ops of a step of ours and of stock torch's
-that take longest. Beside those of ours that multiply matrices stands the least time for it: their products at
-the measured roof.
+Each record, RESULTS/profile_ops-SIZES-MACHINE-threadsN.json, has the ops of a step of ours and of stock
+torch's that take longest. Beside those of ours that multiply matrices stands the least time for it: their
+products at the measured roof.
 """
 
 import re
@@ -86,7 +86,7 @@ def _measure(case, args, threads, rates):
     sizes = {"preset": case.preset, "batch": case.batch, "bptt": case.bptt, "vocab": case.vocab}
     _show(harness.describe(sizes), found)
     place = provenance(threads)
-    name = harness.file_name("profile_ops", sizes, f"{place['isa']}-threads{threads}")
+    name = harness.file_name("profile_ops", sizes, place)
     record = {"benchmark": "profile_ops", **sizes, "steps": STEPS, **place, "roof": rates, "sides": found}
     save(args.results / name, record, show=False)
 

@@ -75,7 +75,7 @@ def main():
             found = {name: summary for name, summary in found.items() if summary}
             sizes = {"preset": args.preset, "batch": batch, "bptt": args.bptt, "vocab": vocab}
             _show(harness.describe(sizes), found, harness.failures(sides))
-            name = harness.file_name("profile", sizes, gpu.short_name(place["device"]))
+            name = harness.file_name("profile", sizes, place)
             record = {"benchmark": "profile_step", **sizes, "steps": STEPS, **place, "sides": found}
             save(args.results / name, record | harness.failures(sides), show=False)
 

@@ -10,6 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from .machine import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "ulmfit_fast", "fastai", "tokenizers", "scikit-learn", "onnxruntime")
 _PATH_OPTIONS = (
@@ -90,18 +92,6 @@ def commit_time(commit):
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return 0
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return (
-        f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, "
-        f"model {fields.get('model')})"
-    )
 
 
 def _isa():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .floors import base
 from .harness import UNITS, describe, ratio
+from .machine import title
 from .record import RESULTS, load_all, write
 from .selection import (
     TITLES,
@@ -21,7 +22,6 @@ from .selection import (
     main_records,
     pairs,
     timed_single_calls,
-    title,
     wrong_gradients,
 )
 
@@ -157,8 +157,8 @@ def places(records):
         versions = ", ".join(f"{k} {r['versions'][k]}" for k in ("torch", "fastai") if r["versions"].get(k))
         commit, _, changes = str(r["commit"]).partition(" ")
         commit = " ".join([commit[:12], changes]).strip()
-        where = f"{r['device']}, {_through(r['gpu']) if 'gpu' in r else r['isa']}"
-        line = f"{where}, {versions}, commit {commit}, {r['date']}"
+        where = [title(r), *([_through(r["gpu"])] if "gpu" in r else [])]
+        line = f"{', '.join(where)}, {versions}, commit {commit}, {r['date']}"
         line += ", --quick: two rounds" if r["quick"] else ""
         loads.setdefault(line, []).append(r["load_average_1min"])
     return [
@@ -186,7 +186,7 @@ def _section(machine, records, folder):
     wrong = wrong_gradients(records)
     table = ratio_table(main, partial(main_pairs, wrong=wrong), PARTS, wrong)
     old = [OLD_NOTE] if all(map(timed_single_calls, records)) else []
-    name = title(records) + (OLD_TITLE if old else "")
+    name = title(records[0]) + (OLD_TITLE if old else "")
     parts = [f"### {name}", *old, *plot, *([table] if table else []), "Measured on:"]
     return "\n\n".join([*parts, "\n".join(f"- {place}" for place in places(main))])
 
@@ -195,7 +195,7 @@ def full(records):
     """Markdown of every record, machine by machine."""
     parts = ["# Speed", summary(records)]
     for some in machines(records).values():
-        parts.append(f"# {title(some)}")
+        parts.append(f"# {title(some[0])}")
         for record in sorted(some, key=lambda r: list(TITLES).index(r["benchmark"])):
             parts += _one(record, wrong_gradients(some))
     return "\n\n".join(parts) + "\n"
@@ -238,7 +238,8 @@ def plot(records):
         for axis, record in zip(axes, column, strict=False):
             _panel(axis, record, wrong)
         axes[-1].axis("off")
-    figure.suptitle("The peer's time over ours: times as fast (bar: median, line: p20 to p80)", fontsize=12)
+    what = "The peer's time over ours: times as fast (bar: median, line: p20 to p80)"
+    figure.suptitle(f"{what}\n{title(records[0])}", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

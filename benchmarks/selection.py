@@ -1,7 +1,7 @@
 """Which speed records stand for a machine, in which order, and which of their comparisons hold."""
 
-from . import gpu
 from .harness import Side, comparisons, crosses
+from .machine import short_name
 from .record import recency
 
 WRONG = 0.1  # a relative error of a gradient that no rounding explains
@@ -32,26 +32,16 @@ def main_records(records):
 
 
 def machines(records):
-    """{name: its records}, the machine that was measured last first.
-
-    The name, as in files: a GPU's short name, or a CPU's instruction set.
-    """
+    """{name as in files: its records}, the machine that was measured last first."""
     found = {}
     for record in sorted(records, key=lambda r: "gpu" in r):
-        name = gpu.short_name(record["device"]) if "gpu" in record else record["isa"]
-        found.setdefault(name, []).append(record)
+        found.setdefault(short_name(record), []).append(record)
     return dict(sorted(found.items(), key=lambda item: max(map(recency, item[1])), reverse=True))
 
 
 def timed_single_calls(record):
     """Whether a CPU's record is older than the turns of two calls."""
     return "gpu" not in record and 0 < recency(record)[1] < TWO_CALLS_SINCE
-
-
-def title(records):
-    """The name of the machine of some records, for a heading."""
-    newest = max(records, key=recency)
-    return newest["device"].partition(" (family")[0] + ("" if "gpu" in newest else f", {newest['isa']}")
 
 
 def pairs(record):

@@ -18,9 +18,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
-from benchmarks import clocks, harness, headline, memory, report, roof, selection, steps  # noqa: E402
+from benchmarks import clocks, harness, machine, memory, report, roof, steps  # noqa: E402
 from benchmarks.harness import Side  # noqa: E402
-from benchmarks.record import commit_time  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the programs measure the CPU")
 TINY = ["--quick", "--preset", "tiny", "--batch", "3", "--bptt", "5", "--threads", "1"]
@@ -97,7 +96,8 @@ def test_errors_and_memory_are_recorded(results):
 def test_report_shows_every_benchmark(results):
     done = run("report", "--results", str(results))
     assert done.returncode == 0, done.stderr
-    picture = results / f"speed-{uf.info().isa}.png"
+    name = machine.short_name({"device": machine.cpu_name(), "isa": uf.info().isa})
+    picture = results / f"speed-{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = (results / "speed.md").read_text()
     for benchmark, title in report.TITLES.items():
@@ -112,91 +112,6 @@ def test_report_without_records(tmp_path):
     assert report.summary([]) == "Not measured yet."
     assert report.write_report(tmp_path) == []
     assert "Not measured yet." in (tmp_path / "speed.md").read_text()
-
-
-def step_record(benchmark="train_step-lm", **changes):
-    """A made-up record of a training step: ours in 2 ms, torch in 5 ms."""
-    sides = {
-        f"{library} {precision}": {
-            "library": library,
-            "precision": precision,
-            "total_ms": {"median": ms, "samples": [ms]},
-            "peak_mb": ms,
-        }
-        for library, ms in (("ours", 2.0), ("torch", 5.0))
-        for precision in ("fp32", "bf16")
-    }
-    place = {"isa": "avx2", "device": "a processor (family 6)", "threads": 2, "commit": "none"}
-    place |= {"date": "2000-01-01", "load_average_1min": 0.5, "versions": {"torch": "2"}, "roof": {}}
-    made_up = {"benchmark": benchmark, "preset": "ulmfit", "batch": 64, "bptt": 72, "vocab": 30000}
-    return made_up | place | {"quick": False, "cases": {"step": {"shapes": {}, "sides": sides}}} | changes
-
-
-@pytest.mark.parametrize("error, shown", [(0.01, False), (0.5, True)])
-def test_torchs_slow_path_is_shown_where_the_other_is_wrong(error, shown):
-    record = step_record("lstm")
-    sides = record["cases"]["step"]["sides"]
-    sides["torch bf16"]["gradient_error"] = error
-    sides["torch bf16 without oneDNN"] = {**sides["torch bf16"], "gradient_error": 0.01}
-    names = [names for *_, names in selection.main_pairs(record)]
-    assert (("ours bf16", "torch bf16 without oneDNN") in names) == shown
-    assert ("ours bf16", "torch bf16") in names and ("ours fp32", "torch fp32") in names
-    assert ("torch bf16 without oneDNN" in report.summary([record])) == shown
-    assert "torch bf16 without oneDNN" in report.ratio_table([record])
-
-
-def test_the_machine_measured_last_comes_first(monkeypatch):
-    """By date, and within a day by the commit's time; records of commits that timed single calls say so."""
-    times = {"old": selection.TWO_CALLS_SINCE - 1, "new": selection.TWO_CALLS_SINCE}
-    monkeypatch.setattr("benchmarks.record.commit_time", lambda commit: times.get(commit, 0))
-    old = step_record(commit="old with local changes", isa="amx", device="an older one")
-    new, today = step_record(commit="new"), step_record(date="2000-01-02", isa="avx512", device="today's")
-    assert list(selection.machines([old, new])) == ["avx2", "amx"]
-    assert list(selection.machines([old, new, today])) == ["avx512", "avx2", "amx"]
-    newer, older = report.summary([old, new]).split("### an older one, amx, older records")
-    assert report.OLD_NOTE in older and report.OLD_NOTE not in newer and "### a processor, avx2" in newer
-    table = headline.headline([old, new], folder="pictures/")
-    assert (
-        "| language model | fp32 | 2 ms | 5 ms, **2.50×** (2.50-2.50) | not measured | 2, 5, - MB |" in table
-    )
-    assert "pictures/speed-avx2.png" in table and "an older one" not in table and headline.OLD not in table
-    assert headline.OLD in headline.headline([old])
-    assert headline.headline([step_record(quick=True)]) == headline.headline([]) == report.NOTHING
-
-
-def test_a_peer_whose_gradients_are_wrong_is_no_peer():
-    """The language model's step tells; the classifier's, which has the same LSTM, is not compared itself."""
-    lm, classifier = step_record(), step_record("train_step-classifier")
-    for name, side in lm["cases"]["step"]["sides"].items():
-        side["gradient_error"] = 1.0 if name == "torch bf16" else 1e-6
-    rows = report.summary([lm, classifier]).splitlines()
-    marked = [row for row in rows if report.WRONG_NOTE in row]
-    assert len(marked) == 2 and all("ours bf16 | torch bf16" in row and "**" not in row for row in marked)
-    assert headline.headline([lm, classifier]).count("5 ms, wrong gradients") == 2
-    classifier["cases"]["step"]["sides"]["torch bf16"]["gradient_error"] = 1e-2
-    assert report.summary([lm, classifier]).count(report.WRONG_NOTE) == 1
-
-
-def test_age_of_a_commit():
-    known = commit_time("HEAD")
-    assert known == 0 or known > selection.TWO_CALLS_SINCE  # 0: no git here
-    assert commit_time("0" * 40) == 0
-
-
-def test_main_record_is_that_of_the_largest_preset_measured_with_care():
-    def record(**changes):
-        base = {"benchmark": "lstm", "quick": False, "preset": "ulmfit", "batch": 64, "threads": 1}
-        return base | changes
-
-    records = [
-        record(threads=2),
-        record(threads=2, quick=True),
-        record(),
-        record(batch=128),
-        record(preset="small"),
-        record(preset="1024x1024", threads=2),
-    ]
-    assert report.main_records(records) == [records[0]]
 
 
 def test_layers_of_any_size(tmp_path):

@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     linear_cross_entropy,
     lstm,
     lstm_parts,
+    machine,
     on_gpu,
     on_gpu_small,
     on_gpu_stages,
@@ -200,16 +201,16 @@ def test_report_keeps_gpus_apart(tmp_path, monkeypatch):
     assert len(report.write_report(tmp_path)) == 1
     assert [path.name for path in tmp_path.glob("*.png")] == ["speed-made-up-100.png"]
     publish(monkeypatch, tmp_path, {"device": "a processor (family 6)", "isa": "avx2"}, sides)
-    assert (tmp_path / "speed-lstm-ulmfit-batch64-bptt72-avx2-threads2.json").exists()
-    assert len(report.write_report(tmp_path)) == 2 and (tmp_path / "speed-avx2.png").exists()
+    assert (tmp_path / "speed-lstm-ulmfit-batch64-bptt72-a-6-avx2-threads2.json").exists()
+    assert len(report.write_report(tmp_path)) == 2 and (tmp_path / "speed-a-6-avx2.png").exists()
     cpu, cuda = (tmp_path / "speed.md").read_text().split("\n# NVIDIA Made-Up 100\n")
-    assert "\n# a processor, avx2\n" in cpu
+    assert "\n# a processor (family 6), avx2\n" in cpu
     assert "72, 2 threads\n" in cpu and "## LSTM layers: ulmfit, batch 64, bptt 72, NVIDIA" not in cpu
     assert "## LSTM layers: ulmfit, batch 64, bptt 72, NVIDIA Made-Up 100" in cuda and "threads" not in cuda
     assert "torch undropped bf16-autocast | 2.000, 4.000 ms | **2.00**" in cuda
     assert "ours high: `RuntimeError: no`" in cuda
     summary = report.summary(report.load_all(tmp_path, "speed"))
-    assert "### a processor, avx2" in summary and "### NVIDIA Made-Up 100" in summary
+    assert "### a processor (family 6), avx2" in summary and "### NVIDIA Made-Up 100" in summary
 
 
 def test_report_where_nothing_of_ours_worked(tmp_path, monkeypatch):
@@ -236,7 +237,7 @@ def test_parts_of_a_step_are_built_from_what_is_there():
 
 def test_names_of_gpus():
     names = {"NVIDIA H200": "h200", "NVIDIA GeForce RTX 4090": "geforce-rtx-4090", "Tesla T4": "tesla-t4"}
-    assert {name: gpu.short_name(name) for name in names} == names
+    assert {name: machine.gpu_name(name) for name in names} == names
 
 
 def test_profile_counts_kernels_of_a_step():
