@@ -1,6 +1,7 @@
-"""README.md's table: a training step of both models on the machine that was measured last."""
+"""README.md's tables: a training step of both models, on the machine measured last and on the others."""
 
 from .harness import ratio
+from .machine import title
 from .report import NOTHING, places
 from .selection import is_wrong, machines, main_records, pairs, timed_single_calls, wrong_gradients
 
@@ -8,41 +9,49 @@ STEPS = {"train_step-lm": "language model", "train_step-classifier": "classifier
 PRECISIONS = ("fp32", "bf16")
 PEERS = ("torch", "fastai")
 HEAD = ("training step", "precision", "this library", "stock torch", "fastai", "peak memory of the three")
+OTHERS = "Stock torch's time over ours in the same steps on other machines:"
 OLD = "These records are older than the present way of timing."
 
 
 def headline(records, folder=""):
-    """Markdown: the table, where it was measured, and the plot from `folder`; without records a sentence."""
-    for machine, some in machines(records).items():
-        steps = [r for r in main_records(some) if r["benchmark"] in STEPS and not r["quick"]]
-        steps = [r for r in steps if any(pairs(r))]
-        if steps:
-            return _describe(machine, steps, wrong_gradients(some), folder)
-    return NOTHING
-
-
-def _describe(machine, steps, wrong, folder):
-    rows = [row for record in steps for row in _rows(record, wrong)]
-    table = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
-    where = {}  # one line where both steps were measured alike
-    for record in steps:
-        where.setdefault(_measured(record), []).append(STEPS[record["benchmark"]])
-    names = [f"{' and '.join(found)}: {text}" for text, found in where.items()]
-    old = [OLD] if any(map(timed_single_calls, steps)) else []
+    """Markdown: the tables, where it was measured, and the plot from `folder`; without records a sentence."""
+    found = {name: (_steps(some), wrong_gradients(some)) for name, some in machines(records).items()}
+    found = {name: (steps, wrong) for name, (steps, wrong) in found.items() if steps}
+    if not found:
+        return NOTHING
+    machine, *others = found
+    steps, wrong = found[machine]
+    table = _table(HEAD, [row for record in steps for row in _rows(record, wrong)])
+    where = [_places(steps), *([OLD] if any(map(timed_single_calls, steps)) else [])]
+    elsewhere = _elsewhere([found[other] for other in others], {_sizes(record) for record in steps})
     picture = f"![The peer's time over ours in each benchmark]({folder}speed-{machine}.png)"
-    return "\n\n".join(["\n".join(table), *(name[0].upper() + name[1:] for name in names), *old, picture])
+    return "\n\n".join([table, *where, *elsewhere, picture])
+
+
+def _steps(records):
+    """The main records of both steps, of those that were measured with care and have a peer."""
+    steps = [r for r in main_records(records) if r["benchmark"] in STEPS and not r["quick"]]
+    return [r for r in steps if any(pairs(r))]
+
+
+def _table(head, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _rows(record, wrong):
-    (case,) = record["cases"].values()
     for precision in PRECISIONS:
-        ours, *peers = (case["sides"].get(f"{name} {precision}") for name in ("ours", *PEERS))
+        ours, *peers = _sides(record, precision)
         if ours:
             cells = [_peer(record, ours, side, wrong) if side else "not measured" for side in peers]
             memory = [
                 f"{side['peak_mb']:,.0f}" if side and side.get("peak_mb") else "-" for side in (ours, *peers)
             ]
             yield [STEPS[record["benchmark"]], precision, _ms(ours), *cells, f"{', '.join(memory)} MB"]
+
+
+def _sides(record, precision):
+    (case,) = record["cases"].values()
+    return [case["sides"].get(f"{name} {precision}") for name in ("ours", *PEERS)]
 
 
 def _peer(record, ours, side, wrong):
@@ -56,11 +65,54 @@ def _ms(side):
     return f"{side['total_ms']['median']:,.0f} ms"
 
 
+def _places(steps):
+    """A line where both steps were measured alike, otherwise two."""
+    where = {}
+    for record in steps:
+        where.setdefault(_measured(record), []).append(STEPS[record["benchmark"]])
+    lines = [f"{' and '.join(names)}: {text}" for text, names in where.items()]
+    return "\n\n".join(line[0].upper() + line[1:] for line in lines)
+
+
 def _measured(record):
     """The sizes, and where it was measured without the load of that moment."""
-    sizes = f"preset `{record['preset']}`, batch {record['batch']}, {record['bptt']} tokens a window"
-    sizes += f", vocabulary {record['vocab']:,}"
-    if "gpu" not in record:
-        sizes += f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    _, preset, batch, bptt, vocab = _sizes(record)
+    sizes = f"preset `{preset}`, batch {batch}, {bptt} tokens a window, vocabulary {vocab:,}"
     where, _, _ = places([record])[0].partition("; load average")
-    return f"{sizes}. Measured on {where}."
+    return f"{sizes}{_threads(record)}. Measured on {where}."
+
+
+def _sizes(record):
+    return tuple(record[key] for key in ("benchmark", "preset", "batch", "bptt", "vocab"))
+
+
+def _threads(record):
+    if "gpu" in record:
+        return ""
+    return f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+
+
+def _elsewhere(machines, sizes):
+    """A sentence and a table, a row a machine, of the steps of these sizes that were timed as they are now.
+
+    machines: (steps, wrong gradients) of each.
+    """
+    columns = [(step, precision) for step in STEPS for precision in PRECISIONS]
+    rows = {}
+    for steps, wrong in machines:
+        for record in steps:
+            if _sizes(record) in sizes and not timed_single_calls(record):
+                cells = rows.setdefault(title(record) + _threads(record), dict.fromkeys(columns, "-"))
+                cells.update(_factors(record, wrong))
+    head = ["machine", *(f"{STEPS[step]}, {precision}" for step, precision in columns)]
+    return [OTHERS, _table(head, [[name, *cells.values()] for name, cells in rows.items()])] if rows else []
+
+
+def _factors(record, wrong):
+    """{(step, precision): the factor against stock torch}"""
+    for precision in PRECISIONS:
+        ours, torch, _ = _sides(record, precision)
+        if ours and torch:
+            bad = is_wrong(record, torch, f"torch {precision}", wrong)
+            cell = "wrong gradients" if bad else f"**{ratio(ours, torch)[1]:.2f}×**"
+            yield (record["benchmark"], precision), cell

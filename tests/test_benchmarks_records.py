@@ -106,6 +106,19 @@ def test_processors_of_one_instruction_set_do_not_mix():
     assert headings == [f"### AMD EPYC ({processor}), avx2" for processor in processors]
 
 
+def test_the_headline_has_a_row_for_every_other_machine():
+    first, other = step_record(date="2000-01-02"), step_record(device="another", threads=1)
+    sides = other["cases"]["step"]["sides"]
+    sides["torch bf16"]["gradient_error"] = 1.0
+    classifier = step_record("train_step-classifier", device="another")
+    shown = headline.headline([first, other, classifier])
+    # steps of sizes that the first machine has not, and what was measured in a hurry, do not compare
+    assert "| another, avx2, 1 thread | **2.50×** | wrong gradients | - | - |" in shown
+    assert "another, avx2, 2 threads" not in shown and shown.count("Measured on a processor (family 6)") == 1
+    assert shown == headline.headline([first, other, classifier, step_record(device="a third", batch=16)])
+    assert headline.OTHERS not in headline.headline([first, step_record(device="another", quick=True)])
+
+
 def test_a_peer_whose_gradients_are_wrong_is_no_peer():
     """The language model's step tells; the classifier's, which has the same LSTM, is not compared itself."""
     lm, classifier = step_record(), step_record("train_step-classifier")
