@@ -96,7 +96,7 @@ def test_training_says_where_the_run_is(runs, capsys, tmp_path):
 
 
 def test_resume_after_ctrl_c(runs, capsys, tmp_path, monkeypatch):
-    from ulmfit_fast import train
+    from ulmfit_fast import fitting
 
     line = ["pretrain", str(runs / "general.txt"), "--out", str(tmp_path / "x"), *TINY, *SMALL]
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_resume_after_ctrl_c(runs, capsys, tmp_path, monkeypatch):
         def stop(self):
             raise KeyboardInterrupt
 
-        patch.setattr(train.Loop, "_log", stop)
+        patch.setattr(fitting.Loop, "_log", stop)
         assert cli.main(line) == 130
     assert cli.main([*line, "--resume"]) == 0
 

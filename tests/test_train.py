@@ -13,7 +13,7 @@ from checks import DEVICE, random_state
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
-from ulmfit_fast import batches, pretrained, results, runs, text, train
+from ulmfit_fast import batches, fitting, pretrained, results, runs, text
 from ulmfit_fast.model import layer_groups
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
@@ -245,14 +245,14 @@ def test_transfer_copies_known_rows_and_means_the_rest(base):
 def test_frozen_groups_stay_and_unfreeze_one_by_one(base, tmp_path):
     seen = {}
 
-    class Spy(train.Loop):
+    class Spy(fitting.Loop):
         def _log(self):
             seen[self.epoch] = [all(p.requires_grad for p in g) for g in self.groups]
             return super()._log()
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(train, "Loop", Spy)
+        patch.setattr(fitting, "Loop", Spy)
         stages(base)["classify"](tmp_path / "x", epochs=5, gradual_unfreezing=True)
     groups = len(layer_groups(uf.load(tmp_path / "x", "cpu").model))
     assert groups == 4 and [seen[e] for e in range(5)] == [
@@ -295,13 +295,13 @@ def test_a_diverging_run_stops_and_keeps_the_last_state(base, tmp_path):
 
     loops = []
 
-    class Spy(train.Loop):
+    class Spy(fitting.Loop):
         def __init__(self, *a, **k):
             super().__init__(*a, **k)
             loops.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Loop", Spy)
+        patch.setattr(fitting, "Loop", Spy)
         with pytest.raises(FloatingPointError, match="the loss became nan before step 7 at lr=0.02"):
             stages(base)["pretrain"](tmp_path / "x", save_every=5, callback=poison)
     assert torch.load(tmp_path / "x" / "state.pt", weights_only=True)["step"] == 5

@@ -1,43 +1,26 @@
 """ULMFiT's three stages: pretrain_lm, finetune_lm, train_classifier; each leaves a run directory behind."""
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .batches import DocumentBatches, epoch_stream
 from .checkpoints import load_state
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
 from .corpus import Labels, Sources, check_known, label_classes, read_labelled, read_texts
-from .devices import pick_device, to_device
-from .extras import check_train_extras
+from .fitting import Callback, Show, fit_classifier, fit_lm, own_randomness, prepare
 from .initial import start_from_frequencies, starting_point
-from .loop import Loop
 from .model import layer_groups
 from .pretrained import Checkpoint
-from .progress import announce, check_show
-from .results import (
-    TrainedClassifier,
-    TrainedLM,
-    build_classifier,
-    build_lm,
-    document_logits,
-    load,
-    stream_loss,
-)
-from .runs import RunDirectory, fingerprint
-from .schedules import Phase, gradual_unfreezing_plan, head_first_plan
+from .progress import announce
+from .results import TrainedClassifier, TrainedLM, build_classifier, build_lm, load
+from .runs import fingerprint
+from .schedules import Phase, head_first_plan
 from .text import Tokenizer, own_vocab, target_vocab
 
 # Fresh weights have nothing to thaw, nor lower layers to spare.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
-
-Show = bool | Literal["lines"] | None
-Callback = Callable[[dict[str, Any]], object] | None
 
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
 
@@ -76,7 +59,7 @@ def pretrain_lm(
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
     config = make_config("pretrain", preset, config, overrides)
-    job = _prepare(config, out, resume, overwrite, device, progress, callback)
+    job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
     record["data"] = fingerprint(texts, held_out)
@@ -86,11 +69,11 @@ def pretrain_lm(
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
     docs = tokenizer.encode(texts)
     del texts  # training needs its indices alone, and a corpus is large
-    with _own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job.device):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
         start_from_frequencies(model, docs)
         plan = [Phase(config.epochs, len(layer_groups(model)))]
-        return _train_lm(job, record, model, tokenizer, docs, held_out, plan)
+        return fit_lm(job, record, model, tokenizer, docs, held_out, plan)
 
 
 def finetune_lm(
@@ -120,7 +103,7 @@ def finetune_lm(
     base, sizes, base_preset = starting_point(base_run, "base_run")
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
-    job = _prepare(config, out, resume, overwrite, device, progress, callback)
+    job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(texts, "texts", valid)
     words = own_vocab(base.tokens)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
@@ -132,14 +115,14 @@ def finetune_lm(
     tokenizer = Tokenizer.from_vocab(itos)
     docs = tokenizer.encode(texts)
     del texts
-    with _own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job.device):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
         announce(f"{moved.known:,} of {len(itos):,} words are known to {base.source}", progress)
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record["vocabulary"] = {"words": len(itos), "known": moved.known}
-        return _train_lm(job, record, model, tokenizer, docs, held_out, plan)
+        return fit_lm(job, record, model, tokenizer, docs, held_out, plan)
 
 
 def train_classifier(
@@ -183,7 +166,7 @@ def train_classifier(
         overrides = SCRATCH | overrides
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
-    job = _prepare(config, out, resume, overwrite, device, progress, callback)
+    job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, labels = read_labelled(texts, labels)
     classes = label_classes(labels)
     held_out = _read_valid(valid, classes)
@@ -196,128 +179,11 @@ def train_classifier(
         tokenizer = Tokenizer.from_vocab(words)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
-    with _own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job.device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
             load_state(model[0].module, base.encoder().state_dict(), base.source)
-        return _train_classifier(job, record, model, tokenizer, texts, labels, held_out)
-
-
-class _Job(NamedTuple):
-    """Where a stage trains, and whom it tells."""
-
-    run: RunDirectory
-    device: torch.device
-    progress: Show
-    callback: Callback
-
-
-def _train_classifier(job, record, model, tokenizer, texts, labels, held_out):
-    """Stage 3 from the initial model on. held_out: (texts, labels) or None."""
-    config, classes, device = record["config"], record["classes"], job.device
-    model.to(device)
-    groups, docs = layer_groups(model), tokenizer.encode(texts)
-    index = {c: i for i, c in enumerate(classes)}
-    targets = [index[label] for label in labels]
-
-    def measures(logits, wanted):
-        return {
-            "loss": F.cross_entropy(logits, wanted),
-            "accuracy": (logits.argmax(1) == wanted).double().mean(),
-        }
-
-    def loss_of(batch):
-        ids, lengths, wanted = batch
-        wanted = to_device(wanted, device)
-        logits = model(to_device(ids, device), lengths).float()
-        loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
-        return loss, measures(logits, wanted), int(batch[1].sum())
-
-    validate = None
-    if held_out:
-        documents = tokenizer.encode(held_out[0])
-        answers = torch.tensor([index[label] for label in held_out[1]])
-
-        def validate(between):
-            logits = document_logits(model, documents, len(classes), 2 * config.batch_size, between)
-            return {name: float(value) for name, value in measures(logits, answers).items()}
-
-    with job.run.begin(record, tokenizer) as state:
-        Loop(
-            model,
-            groups,
-            gradual_unfreezing_plan(config.epochs, len(groups), config.gradual_unfreezing),
-            config,
-            job.run,
-            batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
-            loss_of=loss_of,
-            validate=validate,
-            title="classifier",
-            progress=job.progress,
-            callback=job.callback,
-        ).train(state)
-    return TrainedClassifier(model, tokenizer, config, classes, job.run.path, job.run.history())
-
-
-def _train_lm(job, record, model, tokenizer, docs, held_out, plan):
-    """Stages 1 and 2 from the initial model on. docs: arrays of indices; held_out: texts or None."""
-    config, finetune, device = record["config"], record["stage"] == "finetune", job.device
-    shuffle = finetune and config.shuffle_texts
-    epoch_stream(
-        docs, config.batch_size, config.bptt, config.seed, 0, shuffle
-    )  # raises here when there is too little
-    valid_docs = held_out and tokenizer.encode(held_out)
-    if valid_docs and sum(map(len, valid_docs)) < 2:
-        raise ValueError("valid is too short: 1 token, a perplexity needs at least 2")
-    model.to(device)
-
-    def loss_of(batch):
-        ids, targets = (to_device(x, device) for x in batch)
-        loss, entropy = model(ids, targets, alpha=config.alpha, beta=config.beta)
-        return loss, {"loss": entropy}, ids.numel()
-
-    def validate(between):
-        loss = stream_loss(model, valid_docs, config.batch_size, config.bptt, between)
-        return {"loss": loss, "perplexity": float(np.exp(loss))}
-
-    def set_hidden(hidden):
-        model[0].hidden = hidden
-        model[0].bs = hidden[0][0].shape[1]
-
-    with job.run.begin(record, tokenizer) as state:
-        Loop(
-            model,
-            layer_groups(model),
-            plan,
-            config,
-            job.run,
-            batches=lambda epoch: epoch_stream(
-                docs, config.batch_size, config.bptt, config.seed, epoch, shuffle
-            ),
-            loss_of=loss_of,
-            validate=validate if valid_docs else None,
-            validate_first=finetune and bool(valid_docs),
-            before_epoch=model.reset,
-            get_hidden=lambda: model[0].hidden,
-            set_hidden=set_hidden,
-            title="fine-tuning" if finetune else "pre-training",
-            progress=job.progress,
-            callback=job.callback,
-        ).train(state)
-    model.reset()
-    return TrainedLM(model, tokenizer, config, job.run.path, job.run.history())
-
-
-def _prepare(config, out, resume, overwrite, device, progress, callback):
-    """The _Job, with all that can be refused before a text is read."""
-    check_train_extras()
-    check_show(progress)
-    device = pick_device(device)
-    if getattr(config, "cuda_graph", False) and device.type != "cuda":
-        raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function of a metrics line, got {callback!r}")
-    return _Job(RunDirectory(out, resume, overwrite), device, progress, callback)
+        return fit_classifier(job, record, model, tokenizer, texts, labels, held_out)
 
 
 def _read_unlabelled(sources, argument, valid):
@@ -333,11 +199,3 @@ def _read_valid(valid, classes):
         texts, labels = read_labelled(valid, argument="valid")
     check_known(labels, classes, "valid")
     return texts, labels
-
-
-@contextlib.contextmanager
-def _own_randomness(seed, device):
-    """torch's default generators begin with `seed` inside, and are the caller's again after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
