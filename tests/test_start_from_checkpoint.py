@@ -115,12 +115,6 @@ def test_what_no_stage_can_start_from(archive, tmp_path):
     refused(tmp_path / "cut.tgz", "cut.tgz is not a complete archive")
 
 
-def test_backward_models_are_pointed_out(tmp_path):
-    archive = files.published(tmp_path / "wt103-bwd.tgz", language_model())
-    with pytest.warns(UserWarning, match="wt103-bwd.tgz seems to read texts backwards"):
-        uf.finetune_lm(archive, TEXTS, tmp_path / "a", **STILL)
-
-
 def test_command_line(archive, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     out = str(tmp_path / "out")

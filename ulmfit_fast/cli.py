@@ -118,6 +118,7 @@ def _finetune(sub):
         help="run directory of stage 1, or a checkpoint with its words: a path or URL (wt103-fwd.tgz)",
     )
     sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
+    _direction_option(sub, "by its name")
     _stage_options(sub, "finetune")
     sub.set_defaults(
         run=lambda a: _train(
@@ -136,6 +137,7 @@ def _classify(sub):
     sub.add_argument(
         "--from-scratch", action="store_true", help="fresh weights, with the vocabulary and sizes of RUN"
     )
+    _direction_option(sub, "by its name; without one: forwards")
     _stage_options(sub, "classify")
     sub.set_defaults(
         run=lambda a: _train(
@@ -149,6 +151,17 @@ def _classify(sub):
                 **options,
             ),
         )
+    )
+
+
+def _direction_option(sub, default):
+    sub.add_argument(
+        "--backwards",
+        dest="option_backwards",
+        default=argparse.SUPPRESS,
+        type=_boolean,
+        metavar="BOOL",
+        help=f"whether a checkpoint's model reads texts backwards (default: {default}); a run says it itself",
     )
 
 

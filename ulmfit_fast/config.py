@@ -155,6 +155,7 @@ class PretrainConfig(_LanguageModelStage):
     emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
     n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
     n_layers: int = _f(3, "LSTM layers", low=1)
+    backwards: bool = _f(False, "read each text from its end to its beginning, here and in the later stages")
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
 
@@ -182,7 +183,7 @@ class ClassifierConfig(_Stage):
     gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
     discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
     bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C), or more where the batch is small", low=1)
-    max_len: int = _f(1440, "trailing tokens of a document through which gradients flow", low=1)
+    max_len: int = _f(1440, "tokens of a document, the last it reads, through which gradients flow", low=1)
     head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
     head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
     label_smoothing: float = _f(0.0, "share of the target spread over all classes", probability=True)

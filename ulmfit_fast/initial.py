@@ -1,7 +1,6 @@
 """What a model starts from: the frequencies of words, or the rows of another vocabulary."""
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,14 @@ def start_from_frequencies(model, docs):
         model[1].decoder.bias.copy_((counts / counts.sum()).log())
 
 
-def starting_point(run, argument, decoder=True):
+def starting_point(run, argument, backwards=None, decoder=True):
     """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage is told to start from.
 
+    The Checkpoint's `backwards` is a bool.
+
     run: a run directory of stage 1 or 2, a TrainedLM, a Checkpoint, or whatever `load_checkpoint` opens: a
-    path or a URL. argument: its name in messages. decoder: whether a language model's is needed.
+    path or a URL. argument: its name in messages. backwards: see `direction`. decoder: whether a language
+    model's is needed.
     """
     preset = "ulmfit"
     if isinstance(run, Checkpoint):
@@ -52,12 +54,36 @@ def starting_point(run, argument, decoder=True):
     sizes = start.config
     if sizes["bidir"]:
         raise ValueError(f"{argument}={start.source!r} is bidirectional; the stages train in one direction")
-    if "bwd" in Path(start.source).name:
-        warnings.warn(
-            f"{start.source} seems to read texts backwards; ulmfit_fast reads them forwards", stacklevel=3
-        )
-    start = dataclasses.replace(start.with_bias(), tokens=own_names(start.tokens))  # the stages train one
+    backwards = direction(start, argument, backwards)
+    start = start.with_bias()  # the stages train one
+    start = dataclasses.replace(start, tokens=own_names(start.tokens), backwards=backwards)
     return start, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
+
+
+def direction(start, argument, backwards):
+    """Whether the model of a Checkpoint reads texts backwards.
+
+    A run directory and a file of `save_checkpoint` say it, and `backwards` may not contradict (ValueError).
+    Of another file `backwards` says it; where that is None, the file's name: one with "bwd" in it, as
+    fastai's wt103-bwd.tgz, is of a backward model. argument: the checkpoint's name in messages.
+    """
+    check_direction(backwards)
+    if start.backwards is None:
+        return "bwd" in Path(start.source).name.lower() if backwards is None else backwards
+    if backwards not in (None, start.backwards):
+        way = "backwards" if start.backwards else "forwards"
+        raise ValueError(
+            f"backwards={backwards} contradicts {argument}={start.source!r}, whose model reads {way}: "
+            f"backwards must be None or {start.backwards} here"
+        )
+    return start.backwards
+
+
+def check_direction(backwards):
+    if backwards is not None and not isinstance(backwards, bool):
+        raise TypeError(
+            f"backwards must be True, False or None, got {backwards!r} ({type(backwards).__name__})"
+        )
 
 
 def _of_run(run, argument):
@@ -69,6 +95,7 @@ def _of_run(run, argument):
     if not record["finished"]:
         raise ValueError(f"{argument}={str(path)!r} has not finished; go on with it (resume=True) first")
     if isinstance(run, TrainedLM):
-        state = {key: tensor.cpu() for key, tensor in run.model.state_dict().items()}
-        return Checkpoint(str(path), "ulmfit_fast", state, run.tokenizer.itos), record["preset"]
+        state, words = {key: t.cpu() for key, t in run.model.state_dict().items()}, run.tokenizer.itos
+        start = Checkpoint(str(path), "ulmfit_fast", state, words, backwards=run.backwards)
+        return start, record["preset"]
     return load_checkpoint(path), record["preset"]

@@ -33,7 +33,9 @@ class Checkpoint:
     source: the file or URL. format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7",
     "salesforce" or "torch". state: of a language model, a classifier or an encoder, on the CPU. tokens: the
     word of each row of the embedding, or None where the file has none. notes: what was missing, left out or
-    unusual. known: after `with_tokens`, how many of the words were known.
+    unusual. known: after `with_tokens`, how many of the words were known. backwards: whether the model reads
+    texts from their ends, where the file says it: in a run directory or a file of `save_checkpoint`; else
+    None.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Checkpoint:
     tokens: list[str] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     known: int | None = None
+    backwards: bool | None = None
 
     def __post_init__(self) -> None:
         rows = self.parts.embedding
@@ -50,6 +53,8 @@ class Checkpoint:
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
+        if self.backwards not in (None, True, False):
+            raise ValueError(f"{self.source} says backwards={self.backwards!r}; true and false are allowed")
 
     @functools.cached_property
     def parts(self) -> Parts:
@@ -155,17 +160,19 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
         tokens = read_tokens(Path(tokens).read_bytes(), str(tokens))
     notes: list[str] = []
     if path.is_dir():
-        read_config(path, "path")
+        backwards = read_config(path, "path")["backwards"]
         origin, state, _ = _read_safetensors(path / MODEL)
         found = Tokenizer.load(path / TOKENIZER).itos
     else:
-        origin, state, found = _read_file(path, source, notes)
+        origin, state, metadata = _read_file(path, source, notes)
+        found, backwards = metadata.get("tokens"), metadata.get("backwards")
     parts = parse(state, source)
     if tokens is None and found is None:
         found = _words_beside(path, parts.embedding, notes)
     tokens = found if tokens is None else list(tokens)
     notes = parts.notes + notes
-    return Checkpoint(source, origin or parts.origin, parts.named("fastai"), tokens, tuple(notes))
+    origin, state = origin or parts.origin, parts.named("fastai")
+    return Checkpoint(source, origin, state, tokens, tuple(notes), backwards=backwards)
 
 
 def _words_beside(path: Path, embedding: Tensor | None, notes: list[str]) -> list[str] | None:
@@ -183,10 +190,10 @@ def _words_beside(path: Path, embedding: Tensor | None, notes: list[str]) -> lis
     return None
 
 
-def _read_file(
-    path: Path, source: str, notes: list[str]
-) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
-    """(format if the file says it, state dict, words if it has any); notes gets what is left out."""
+def _read_file(path: Path, source: str, notes: list[str]) -> tuple[str | None, Mapping[str, Tensor], dict]:
+    """(format if the file says it, state dict, what it says besides: tokens, backwards); notes gets what is
+    left out.
+    """
     archives.check_published_name(path)
     with open(path, "rb") as file:
         begin = file.read(len(LEGACY_MAGIC))
@@ -194,9 +201,9 @@ def _read_file(
         found = archives.read_archive(path)
         state = _torch_state(found["weights"][1], f"{source}: {found['weights'][0]}", notes)
         words = found.get("tokens")
-        return None, state, words and read_tokens(words[1], f"{source}: {words[0]}")
+        return None, state, {"tokens": words and read_tokens(words[1], f"{source}: {words[0]}")}
     if begin.startswith(ZIP_MAGIC) or begin == LEGACY_MAGIC:
-        return None, _torch_state(path.read_bytes(), source, notes), None
+        return None, _torch_state(path.read_bytes(), source, notes), {}
     if begin.startswith(_HDF5_MAGIC):
         raise ValueError(f"{source} is an HDF5 file; fastai's .h5 files are torch files under that name")
     if begin[8:9] != b"{":
@@ -204,11 +211,11 @@ def _read_file(
     return _read_safetensors(path)
 
 
-def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], list[str] | None]:
+def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], dict]:
     state, metadata = read_model(path)
     state = {key: state[key] for key in sorted(state, reverse=True)}  # its order says nothing: bias_ih first
     ours = any("encoder_dp." in key for key in state)
-    return "ulmfit_fast" if ours else None, state, metadata.get("tokens")
+    return "ulmfit_fast" if ours else None, state, metadata
 
 
 def _torch_state(data: bytes, source: str, notes: list[str]) -> Mapping[str, Tensor]:
@@ -240,7 +247,8 @@ def save_checkpoint(
     model: a language model, a classifier or an encoder, of this library or with known keys, a Checkpoint, a
     TrainedLM or TrainedClassifier, or a state dict. format:
 
-    - "ulmfit_fast": safetensors, with the words.
+    - "ulmfit_fast": safetensors, with the words and, where the model is of a run, its direction. The other
+      formats have no place for the direction.
     - "fastai": what `learn.load`, `load_encoder` (an encoder) and `pretrained_fnames` take; the words go into
       NAME_itos.pkl beside NAME.pth. For a model whose decoder has no bias the config there needs
       out_bias=False.
@@ -256,6 +264,7 @@ def save_checkpoint(
         raise ValueError(f"format must be one of ulmfit_fast, {', '.join(FORMATS)}, got {format!r}")
     if tokens is None:
         tokens = getattr(model, "tokens", None) or getattr(getattr(model, "tokenizer", None), "itos", None)
+    backwards = getattr(model, "backwards", None)
     if isinstance(model, Checkpoint):
         state = model.state
     else:
@@ -265,7 +274,8 @@ def save_checkpoint(
     if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):
         raise ValueError(f"tokens must have one word for each row of the embedding, got {len(tokens)}")
     if format == "ulmfit_fast":
-        save_model(path, parts.named("fastai"), {} if tokens is None else {"tokens": list(tokens)})
+        said = {"tokens": tokens and list(tokens), "backwards": backwards}
+        save_model(path, parts.named("fastai"), {k: v for k, v in said.items() if v is not None})
         return
     buffer = io.BytesIO()
     torch.save(parts.named(format), buffer)

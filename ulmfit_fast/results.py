@@ -61,6 +61,11 @@ class _Result:
         return next(self.model.parameters()).device
 
     @property
+    def backwards(self) -> bool:
+        """Whether the model reads each text from its end to its beginning."""
+        return self.tokenizer.backwards
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """The figures of the last epoch: of training, means over all of it, under dropout, while the weights
         changed; of validation, with "valid_" before their names.
@@ -80,7 +85,9 @@ class _Result:
         return figures
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, {len(self.tokenizer)} words, on {self.device})"
+        way = "backwards, " if self.backwards else ""
+        words = len(self.tokenizer)
+        return f"{type(self).__name__}({str(self.path)!r}, {words} words, {way}on {self.device})"
 
 
 class TrainedLM(_Result):
@@ -88,6 +95,9 @@ class TrainedLM(_Result):
 
     def perplexity(self, texts: Sources, batch_size: int = 16) -> float:
         """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text.
+
+        A backward model reads the texts in their order too, but each from its end to its xxbos, and predicts
+        each token from those to its right.
 
         texts: as the `sources` of pretrain_lm, texts or paths. No dropout; state is carried from window to
         window, beginning with zeros; every token but the very first is scored once. The stream is read in
@@ -107,6 +117,10 @@ class TrainedLM(_Result):
         Words of the prompt outside the vocabulary appear as xxunk. Markers count as tokens; xxbos becomes a
         line break.
 
+        A backward model continues to the left, from the last word of the prompt, with which a text ends, to
+        its first and on: the new words stand before the prompt, and all in the normal order. Its first new
+        token may be a marker, which then holds for the prompt's first word ("film" becomes "Film").
+
         temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
         draws from torch's default generator. xxunk and xxpad are never drawn.
         """
@@ -117,6 +131,8 @@ class TrainedLM(_Result):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ids = self.tokenizer.encode([prompt])[0].tolist()
+        if self.backwards:  # xxbos stands between two texts in this direction too: it comes before the first
+            ids = ids[-1:] + ids[:-1]  # word that is read, and behind the last it would end the text
         encoder, decoder = self.model
         feed, hidden = ids, encoder.zero_hidden(1)
         with _evaluating(self.model):
@@ -230,7 +246,7 @@ def load(
     path = as_directory(run_dir, "run_dir")
     record = read_config(path)
     config, classes = record["config"], record["classes"]
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER, record["backwards"])
     if record["stage"] == "classify":
         model = build_classifier(record["model"], len(tokenizer), len(classes), config)
     else:

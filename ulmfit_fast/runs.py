@@ -1,7 +1,8 @@
 """A run directory: what is in it, how it is written so that nothing saved is lost, and how it is opened
 again.
 
-config.json        stage, sizes, hyper-parameters, classes, a hash of the data, whether the run has finished
+config.json        stage, sizes, direction, hyper-parameters, classes, a hash of the data, whether the run has
+                   finished
 tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
 metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
@@ -58,7 +59,7 @@ def fingerprint(*data):
 
 def read_config(path, argument="run_dir"):
     """The contents of config.json in `path`, checked; "config" becomes the stage's dataclass, "model" a
-    ModelConfig.
+    ModelConfig. "backwards" is False where it is missing: earlier versions read forwards alone.
     """
     file = as_directory(path, argument) / CONFIG
     if not file.exists():
@@ -70,6 +71,8 @@ def read_config(path, argument="run_dir"):
             raise ValueError(unknown_key_message("stage", stage, STAGES))
         record["config"] = STAGES[stage].from_dict(record["config"])
         record["model"] = ModelConfig.from_dict(record["model"])
+        if not isinstance(record.setdefault("backwards", False), bool):
+            raise ValueError(f"backwards must be true or false, got {record['backwards']!r}")
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
         record["finished"], record["preset"], record["classes"]  # noqa: B018  (a missing key raises here)
@@ -121,7 +124,8 @@ class RunDirectory:
     def holds_finished(self, record):
         """Whether `resume` finds the run that `record` describes, and complete; ValueError for another one.
 
-        record: stage, preset, model (ModelConfig), config (the stage's dataclass), classes, data (a hash).
+        record: stage, preset, model (ModelConfig), backwards, config (the stage's dataclass), classes, data
+        (a hash).
         """
         old = self._existing()
         if old is None:
@@ -136,14 +140,12 @@ class RunDirectory:
                 f"{where} holds a run of stage {old['stage']!r}, not {new['stage']!r}: it cannot be resumed "
                 "here"
             )
-        for part in ("config", "model"):
-            before, now = old[part].to_dict(), new[part].to_dict()
-            changed = [f"{k}={now[k]!r} (was {before[k]!r})" for k in now if now[k] != before[k]]
-            if changed:
-                raise ValueError(
-                    f"resume needs the options the run in {where} was started with; changed: "
-                    f"{', '.join(changed)}"
-                )
+        before, now = _options(old), _options(new)
+        changed = [f"{k}={now[k]!r} (was {before[k]!r})" for k in now if now[k] != before[k]]
+        if changed:
+            raise ValueError(
+                f"resume needs the options the run in {where} was started with; changed: {', '.join(changed)}"
+            )
         if old.get("data", new["data"]) != new["data"]:  # runs of earlier versions do not say
             raise ValueError(
                 f"resume needs the texts, labels, validation set and base model the run in {where} was "
@@ -246,6 +248,11 @@ class RunDirectory:
         except Exception as error:  # a picture is no reason to lose a run, whatever matplotlib raises
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"{str(self.path / CURVES)!r} could not be drawn: {reason}", stacklevel=2)
+
+
+def _options(record):
+    """Hyper-parameters, sizes and direction of a record in one dict."""
+    return {**record["config"].to_dict(), **record["model"].to_dict(), "backwards": record["backwards"]}
 
 
 def _is_ours(config):

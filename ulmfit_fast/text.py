@@ -111,10 +111,15 @@ class Tokenizer:
     """Words of a text as indices into `itos`; index 0 is xxunk, 1 xxpad, 2 xxbos.
 
     Made by `Tokenizer.train(texts)`, `Tokenizer.from_vocab(itos)` or `Tokenizer.load(path)`.
+
+    backwards: `encode` reverses the indices of each text as a whole, so that xxbos comes last, and `decode`
+    reverses them back. All that trains or reads gets its indices here, language model and classifier alike.
+    The texts of a stream keep their order. This is what `backwards=True` does in fastai 2: its TextBlock
+    puts `reverse_text`, a flip of the indices, behind Numericalize for both kinds of model.
     """
 
-    def __init__(self, inner):
-        self._inner = inner
+    def __init__(self, inner, backwards=False):
+        self._inner, self.backwards = inner, backwards
         vocab = inner.get_vocab()
         self.itos = sorted(vocab, key=vocab.get)
         self.stoi = vocab
@@ -125,25 +130,26 @@ class Tokenizer:
         return len(self.itos)
 
     @classmethod
-    def from_vocab(cls, itos):
+    def from_vocab(cls, itos, backwards=False):
         """`itos`: the words in order, the markers (`SPECIALS`) first, no word twice."""
         tk = need("tokenizers")
         inner = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(itos)}, unk_token=UNK))
         inner.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(_TOKEN), behavior="removed", invert=True)
-        return cls(inner)
+        return cls(inner, backwards)
 
     @classmethod
-    def train(cls, texts, max_vocab=60000, min_freq=2):
+    def train(cls, texts, max_vocab=60000, min_freq=2, backwards=False):
         """The most frequent words of `texts` seen at least `min_freq` times, `max_vocab` with the markers."""
-        return cls.from_vocab(list(SPECIALS) + frequent_words(texts, max_vocab - len(SPECIALS), min_freq))
+        words = frequent_words(texts, max_vocab - len(SPECIALS), min_freq)
+        return cls.from_vocab(list(SPECIALS) + words, backwards)
 
     @classmethod
-    def load(cls, path):
-        """Reads tokenizer.json; ValueError when it is none of ours."""
+    def load(cls, path, backwards=False):
+        """Reads tokenizer.json, which does not say the direction; ValueError when it is none of ours."""
         with open(path, encoding="utf-8") as file:
             text = file.read()
         try:
-            return cls(need("tokenizers").Tokenizer.from_str(text))
+            return cls(need("tokenizers").Tokenizer.from_str(text), backwards)
         except ImportError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -154,25 +160,27 @@ class Tokenizer:
         return self._inner.to_str()
 
     def encode(self, texts, argument="texts"):
-        """One int32 array of indices per text, each beginning with xxbos."""
+        """One int32 array of indices per text, in the order of reading: xxbos first, or last if backwards."""
         texts = check_texts(texts, argument, allow_empty=True)
+        step = -1 if self.backwards else 1
         ids, marked, characters = [], [], 0
         for i, text in enumerate(texts):
             marked.append(mark(text))
             characters += len(text) + 32  # and what an encoding takes without a token
             if characters >= _AT_ONCE or i == len(texts) - 1:
                 encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
-                ids += [np.array(e.ids, dtype=np.int32) for e in encodings]
+                ids += [np.array(e.ids[::step], dtype=np.int32) for e in encodings]
                 marked, characters = [], 0
         return ids
 
     def tokens(self, text):
-        """The words of one text after all rules, unknown ones as they are."""
+        """The words of one text after all rules, unknown ones as they are, from left to right."""
         return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(mark(text))]
 
     def decode(self, ids):
-        """Readable text of indices: markers undone, punctuation joined to its word."""
-        return join_tokens([self.itos[int(i)] for i in ids])
+        """Readable text of indices as `encode` gives them: markers undone, punctuation joined to its word."""
+        words = [self.itos[int(i)] for i in ids]
+        return join_tokens(words[::-1] if self.backwards else words)
 
 
 def frequent_words(texts, max_words, min_freq):

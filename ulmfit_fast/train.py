@@ -10,7 +10,7 @@ from .checkpoints import load_state
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
 from .corpus import Labels, Sources, check_known, label_classes, read_labelled, read_texts
 from .fitting import Callback, Show, fit_classifier, fit_lm, own_randomness, prepare
-from .initial import start_from_frequencies, starting_point
+from .initial import check_direction, start_from_frequencies, starting_point
 from .model import layer_groups
 from .pretrained import Checkpoint
 from .progress import announce
@@ -45,7 +45,9 @@ def pretrain_lm(
     one path; a TSV file is read as a CSV. A str in a list is a path if it ends in .txt, .csv or .tsv and
     either exists or is a single word, else a text; give pathlib.Path for any other file.
     out: the run directory.         preset: "ulmfit", "small" or "tiny".
-    config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both.
+    config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both. With
+    backwards=True the model reads each text from its end to its beginning (see `text.Tokenizer`), and so do
+    the later stages that start from it.
     valid: sources of a validation set, whose perplexity is measured after each epoch, in stage 2 also before
     the first.
     resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it
@@ -62,11 +64,11 @@ def pretrain_lm(
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
-    record["data"] = fingerprint(texts, held_out)
+    record |= dict(backwards=config.backwards, data=fingerprint(texts, held_out))
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     announce(f"counting and encoding the words of {len(texts):,} texts", progress)
-    tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
+    tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, config.backwards)
     docs = tokenizer.encode(texts)
     del texts  # training needs its indices alone, and a corpus is large
     with own_randomness(config.seed, job.device):
@@ -84,6 +86,7 @@ def finetune_lm(
     config: FinetuneConfig | dict[str, Any] | None = None,
     valid: Sources | None = None,
     *,
+    backwards: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str | torch.device | None = None,
@@ -97,29 +100,34 @@ def finetune_lm(
     the path or URL of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it. Words known to
     it keep their embedding, new ones begin with the mean; config.json says how many were known. The embedding
     and decoder train alone first, then all layers at discriminative rates.
-    preset: None is the base run's, "ulmfit" for a checkpoint; the sizes are the model's own. The other
-    arguments are those of `pretrain_lm`, `texts` as its `sources`.
+    preset: None is the base run's, "ulmfit" for a checkpoint; the sizes are the model's own.
+    backwards: the direction of a checkpoint that does not say it. None goes by its name: backwards where that
+    has "bwd" in it ("wt103-bwd.tgz"). A run has a direction of its own (ValueError for another one).
+    The other arguments are those of `pretrain_lm`, `texts` as its `sources`.
     """
-    base, sizes, base_preset = starting_point(base_run, "base_run")
+    base, sizes, base_preset = starting_point(base_run, "base_run", backwards)
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(texts, "texts", valid)
     words = own_vocab(base.tokens)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
-    record["data"] = fingerprint(texts, held_out, words, base.state)
+    record |= dict(backwards=base.backwards, data=fingerprint(texts, held_out, words, base.state))
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     announce(f"counting and encoding the words of {len(texts):,} texts", progress)
     itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
-    tokenizer = Tokenizer.from_vocab(itos)
+    tokenizer = Tokenizer.from_vocab(itos, base.backwards)
     docs = tokenizer.encode(texts)
     del texts
     with own_randomness(config.seed, job.device):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
-        announce(f"{moved.known:,} of {len(itos):,} words are known to {base.source}", progress)
+        way = "backwards" if base.backwards else "forwards"
+        announce(
+            f"{moved.known:,} of {len(itos):,} words are known to {base.source}, which reads {way}", progress
+        )
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record["vocabulary"] = {"words": len(itos), "known": moved.known}
         return fit_lm(job, record, model, tokenizer, docs, held_out, plan)
@@ -135,6 +143,7 @@ def train_classifier(
     valid: str | Path | tuple[Iterable[str], Labels] | None = None,
     *,
     from_scratch: bool = False,
+    backwards: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str | torch.device | None = None,
@@ -151,16 +160,20 @@ def train_classifier(
     or TSV with the columns text and label, whose labels are str. texts may also be the path of a text file,
     with labels as a list.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
-    preset: None is that of lm_run, or "ulmfit" without one. The other arguments are those of `pretrain_lm`.
+    preset: None is that of lm_run, or "ulmfit" without one.
+    backwards: as in `finetune_lm`; without lm_run the classifier's own direction, forwards if None.
+    The other arguments are those of `pretrain_lm`.
     """
     if out is None:
         raise TypeError("out is missing: name the run directory")
+    check_direction(backwards)
     base, sizes, base_preset, weights = None, None, "ulmfit", {}
     if lm_run is not None:
-        base, sizes, base_preset = starting_point(lm_run, "lm_run", decoder=False)
+        base, sizes, base_preset = starting_point(lm_run, "lm_run", backwards, decoder=False)
         weights = {} if from_scratch else base.state
         base = base.with_tokens(own_vocab(base.tokens))
     preset = preset or base_preset
+    backwards = base.backwards if base else bool(backwards)
     scratch = from_scratch or base is None
     if scratch and config is None:
         overrides = SCRATCH | overrides
@@ -172,13 +185,14 @@ def train_classifier(
     held_out = _read_valid(valid, classes)
     words = base and base.tokens
     record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
+    record["backwards"] = backwards
     record["data"] = fingerprint(texts, labels, held_out, words, scratch, weights)
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     if base:
-        tokenizer = Tokenizer.from_vocab(words)
+        tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
-        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq)
+        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
     with own_randomness(config.seed, job.device):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
