@@ -3,9 +3,9 @@
 Ops are pure functions of their inputs, a probability and a seed: lstm, embedding_dropout,
 variational_dropout, linear_cross_entropy, concat_pool, dropout_mask.  Modules: WeightDropLSTM,
 EmbeddingDropout, VariationalDropout, AWDLSTM, LanguageModel, TextClassifier.  The three stages:
-pretrain_lm, finetune_lm, train_classifier, and load for what they left in a run directory; load_checkpoint
-and save_checkpoint for the weights of other programs.  `info()` says what this copy was built for and what it
-runs with.
+pretrain_lm, finetune_lm, train_classifier, and load for what they left in a run directory; ClassifierEnsemble
+averages classifiers; load_checkpoint and save_checkpoint for the weights of other programs.  `info()` says
+what this copy was built for and what it runs with.
 """
 
 from importlib import import_module
@@ -18,16 +18,19 @@ from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
 from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from .ensemble import ClassifierEnsemble
     from .pretrained import load_checkpoint, save_checkpoint
     from .train import finetune_lm, load, pretrain_lm, train_classifier
 
 _LATER = {  # imported on first use
     **dict.fromkeys(("pretrain_lm", "finetune_lm", "train_classifier", "load"), ".train"),
+    "ClassifierEnsemble": ".ensemble",
     **dict.fromkeys(("load_checkpoint", "save_checkpoint"), ".pretrained"),
 }
 
 __all__ = [
     "AWDLSTM",
+    "ClassifierEnsemble",
     "EmbeddingDropout",
     "LanguageModel",
     "TextClassifier",

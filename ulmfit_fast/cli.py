@@ -248,6 +248,13 @@ def _predict(sub):
         help="texts (default: the lines of --file, or of standard input)",
     )
     sub.add_argument("--file", help="a text file, one text a line, or a CSV with a column text")
+    sub.add_argument(
+        "--average",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="another classifier's run, whose probabilities are averaged with those of RUN; may be repeated",
+    )
     sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
     sub.add_argument("--tokens", type=int, default=40, help="tokens to add (language model; default: 40)")
     sub.add_argument(
@@ -260,6 +267,7 @@ def _predict(sub):
 
 def _run_predict(a):
     from .corpus import TABLES, read_lines, read_texts, split_lines
+    from .ensemble import ClassifierEnsemble
     from .results import TrainedLM, load
 
     texts = a.texts
@@ -271,6 +279,8 @@ def _run_predict(a):
     if not texts:
         raise ValueError("no text to predict: give one as an argument, in --file or on standard input")
     result = load(a.run_dir, a.device)
+    if a.average:
+        result = ClassifierEnsemble([result, *(load(run, a.device) for run in a.average)])
     if isinstance(result, TrainedLM):
         for text in texts:
             print(result.generate(text, a.tokens, a.temperature, a.seed))

@@ -192,18 +192,13 @@ def _count(name, value, least):
     return int(value)
 
 
-class TrainedClassifier(_Result):
-    """A classifier of stage 3; `classes` in the order of predict_proba's columns."""
+class Predictor:
+    """What follows from `predict_proba` and `classes`, the classes in the order of its columns."""
 
-    def __init__(self, model, tokenizer, config, classes, path=None, history=()):
-        super().__init__(model, tokenizer, config, path, history)
-        self.classes = list(classes)
+    classes: list[Any]
 
     def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
-        """float32 (len(texts), len(classes)): probabilities in the order of `texts`."""
-        batch_size = _count("batch_size", batch_size, 1)
-        docs = self.tokenizer.encode(check_texts(texts, allow_empty=True))
-        return document_logits(self.model, docs, len(self.classes), batch_size).softmax(1).numpy()
+        raise NotImplementedError
 
     def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
         """The likeliest class of each text."""
@@ -215,6 +210,20 @@ class TrainedClassifier(_Result):
         check_one_length(texts, labels)
         check_known(labels, self.classes)
         return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), labels, strict=True)]))
+
+
+class TrainedClassifier(_Result, Predictor):
+    """A classifier of stage 3; `classes` in the order of predict_proba's columns."""
+
+    def __init__(self, model, tokenizer, config, classes, path=None, history=()):
+        super().__init__(model, tokenizer, config, path, history)
+        self.classes = list(classes)
+
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
+        """float32 (len(texts), len(classes)): probabilities in the order of `texts`."""
+        batch_size = _count("batch_size", batch_size, 1)
+        docs = self.tokenizer.encode(check_texts(texts, allow_empty=True))
+        return document_logits(self.model, docs, len(self.classes), batch_size).softmax(1).numpy()
 
 
 def document_logits(model, docs, n_classes, batch_size, between=None):
