@@ -46,7 +46,8 @@ def files(tmp_path, monkeypatch):
     """The files that the blocks read, in the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wiki.txt").write_text("\n".join(SENTENCES * 200), encoding="utf-8")
-    published(tmp_path / "wt103-fwd.tgz", language_model())
+    for archive in ("wt103-fwd.tgz", "wt103-bwd.tgz"):
+        published(tmp_path / archive, language_model())
     for i in range(40):
         review = tmp_path / "reviews" / ("train", "test")[i % 5 // 4] / ("pos", "neg")[i % 2] / f"{i}.txt"
         review.parent.mkdir(parents=True, exist_ok=True)
