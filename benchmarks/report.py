@@ -95,7 +95,7 @@ def _at_roof(record, ours, peer):
     if not peer.get("gflops") or "gpu" in record:  # a GPU's records have a floor of their own
         return ""
     sides = [side for case in record["cases"].values() for side in case["sides"].values()]
-    if any(side.get("roof_share", 0) > 1 for side in sides):  # a roof that somebody went through is none
+    if any(side.get("roof_share", 0) > 1 for side in sides):  # no bound: dropped weights were left out
         return ""
     return f"{record['roof'][base(ours['precision']) + '_gflops'] / peer['gflops']:.2f}"
 
