@@ -2,6 +2,7 @@
 configuration.
 """
 
+import abc
 import contextlib
 import math
 import numbers
@@ -192,13 +193,13 @@ def _count(name, value, least):
     return int(value)
 
 
-class Predictor:
+class Predictor(abc.ABC):
     """What follows from `predict_proba` and `classes`, the classes in the order of its columns."""
 
     classes: list[Any]
 
-    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray: ...
 
     def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
         """The likeliest class of each text."""

@@ -72,9 +72,11 @@ class LstmBackwardPass {
   }
 
   void recurrence() {
-    // What pads the depth is multiplied by zeros, and must be a number.
+    // What pads the depth is multiplied by zeros, and must be a number. What pads the batch comes to nothing,
+    // but chance values could be slow ones.
     if (depth != G) std::memset(dgates.get(), 0, Tile::a_elements(batch.total(), depth) * sizeof(Packed));
-    if (!in_place()) std::memset(next_rows.get(), 0, 2 * HTile::a_elements(s.B, depth) * sizeof(HPacked));
+    if (!in_place() && (depth != G || HTile::kSparse))
+      std::memset(next_rows.get(), 0, 2 * HTile::a_elements(s.B, depth) * sizeof(HPacked));
     pack_b_rows<HTile>(w_hh.get(), G, s.H, parallel, [&](int64_t k, int64_t col, int64_t n, Element* out) {
       load_dropped<HTile>(p.w_hh, s.H, drop, k, col, n, out);
     });
