@@ -105,14 +105,18 @@ def _isa():
 
 
 def _commit():
-    """The checkout's commit; in a copy without .git what ULMFIT_FAST_COMMIT says."""
+    """The checkout's commit, and whether anything but records differs from it; in a copy without .git what
+    ULMFIT_FAST_COMMIT says.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+            [*git, "status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS}"],
+            capture_output=True,
+            text=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ULMFIT_FAST_COMMIT")
