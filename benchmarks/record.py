@@ -47,7 +47,7 @@ def provenance(threads, device="cpu"):
         "cores": os.cpu_count(),
         "isa": _isa(),
         "threads": threads,
-        "commit": _commit(),
+        "commit": checked_out(),
         "command": _command(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "load_average_1min": round(os.getloadavg()[0], 2),
@@ -104,23 +104,20 @@ def _isa():
         return None
 
 
-def _commit():
-    """The checkout's commit, and whether anything but records differs from it; in a copy without .git what
-    ULMFIT_FAST_COMMIT says.
+def checked_out(results=RESULTS):
+    """The commit of the checkout round `results`, and whether anything outside that folder differs from it;
+    in a copy without .git what ULMFIT_FAST_COMMIT says.
     """
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(results.parent)]
+    head, changes = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", f":(exclude){results}"]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS}"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (head, changes)
+        )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ULMFIT_FAST_COMMIT")
-    return head + (" with local changes" if dirty else "")
+    return head + (" with local changes" if changes else "")
 
 
 def _command():

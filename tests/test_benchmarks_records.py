@@ -2,6 +2,8 @@
 
 import pathlib
 import platform
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 from benchmarks import harness, headline, machine, report, selection  # noqa: E402
-from benchmarks.record import commit_time  # noqa: E402
+from benchmarks.record import checked_out, commit_time  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("records are of any machine")
 
@@ -136,6 +138,22 @@ def test_age_of_a_commit():
     known = commit_time("HEAD")
     assert known == 0 or known > selection.TWO_CALLS_SINCE  # 0: no git here
     assert commit_time("0" * 40) == 0
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_record_measured_again_is_no_local_change(tmp_path):
+    code, record = tmp_path / "code.py", tmp_path / "results" / "record.json"
+    record.parent.mkdir()
+    for file in (code, record):
+        file.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    record.write_text("2")
+    commit = checked_out(record.parent)
+    assert len(commit) == 40
+    code.write_text("2")
+    assert checked_out(record.parent) == commit + " with local changes"
 
 
 def test_main_record_is_that_of_the_largest_preset_measured_with_care():
