@@ -109,11 +109,11 @@ def checked_out(results=RESULTS):
     in a copy without .git what ULMFIT_FAST_COMMIT says.
     """
     git = ["git", "-C", str(results.parent)]
-    head, changes = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", f":(exclude){results}"]
+    asked = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", f":(exclude){results}"]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (head, changes)
+            for words in asked
         )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ULMFIT_FAST_COMMIT")
