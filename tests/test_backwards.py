@@ -16,6 +16,7 @@ import ulmfit_fast as uf
 from ulmfit_fast import runs
 from ulmfit_fast.cli import main
 from ulmfit_fast.initial import starting_point
+from ulmfit_fast.pretrained import names_backwards
 from ulmfit_fast.text import BOS_ID, PAD_ID, UNK_ID, Tokenizer, join_tokens
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
@@ -194,6 +195,7 @@ def test_resume_goes_on_in_the_same_direction_alone(backward, forward, tmp_path)
         ("wt103-fwd.tgz", None, False),
         ("wiki.tgz", None, False),
         ("wiki.tgz", True, True),
+        ("bwd.tgz", None, True),
         ("wt103-bwd.tgz", False, False),
     ],
 )
@@ -223,12 +225,46 @@ def test_own_files_say_their_direction(backward, forward, tmp_path):
         assert found.backwards is uf.load_checkpoint(result.path).backwards is result.backwards
         uf.save_checkpoint(tmp_path / "again", found.with_tokens(found.tokens))
         assert uf.load_checkpoint(tmp_path / "again").backwards is result.backwards
-        uf.save_checkpoint(tmp_path / "a_bwd.pth", result, "fastai")
-        assert uf.load_checkpoint(tmp_path / "a_bwd.pth").backwards is None
+        path = tmp_path / f"a_{'bwd' if result.backwards else 'fwd'}.pth"
+        uf.save_checkpoint(path, result, "fastai")
+        assert uf.load_checkpoint(path).backwards is None
     uf.save_checkpoint(tmp_path / "a_bwd.pth", backward[0], "fastai")
     assert uf.finetune_lm(tmp_path / "a_bwd.pth", TEXTS, tmp_path / "x", **ONE).backwards
-    uf.save_checkpoint(tmp_path / "no_run", language_model(), tokens=WORDS)
+    uf.save_checkpoint(tmp_path / "no_run", language_model(), tokens=np.array(WORDS))
     assert uf.load_checkpoint(tmp_path / "no_run").backwards is None
+    found = uf.load_checkpoint(tmp_path / "a_bwd.pth")
+    uf.save_checkpoint(tmp_path / "converted", found)  # what the name said is said by the file from here on
+    assert uf.load_checkpoint(tmp_path / "converted").backwards is True
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_name_that_tells_the_other_direction(backward, forward, tmp_path, stage):
+    for result, name, way in (
+        (backward[stage], "a.pth", "backwards"),
+        (forward[stage], "a_bwd.pth", "forwards"),
+    ):
+        with pytest.warns(UserWarning, match=f"the model reads {way}, .* got path=.*{name}"):
+            uf.save_checkpoint(tmp_path / name, result, "fastai")
+
+
+def test_the_name_in_an_address():
+    for name in ("lm_bwd.pth", "lm_bwd.pth?sig=a/b", "lm-bwd.tgz#x/y", "a/lm_BWD.pth?v=fwd"):
+        assert names_backwards(f"https://host/ck/{name}")
+    for name in ("lm.pth?v=bwd", "bwd/lm.pth", "lm-fwd.tgz#bwd"):
+        assert not names_backwards(f"https://host/ck/{name}")
+    assert names_backwards("x/lm#1_bwd.pth") and not names_backwards(r"bwd/lm.pth")
+
+
+def test_a_classifier_from_scratch_has_a_direction_of_its_own(forward, tmp_path, capsys):
+    options = ONE | dict(progress="lines")
+    clf = uf.train_classifier(
+        forward[0], TEXTS, LABELS, tmp_path / "a", from_scratch=True, backwards=True, **options
+    )
+    assert clf.backwards and clf.tokenizer.itos == forward[0].tokenizer.itos
+    assert "reads forwards" in capsys.readouterr().err
+    assert not uf.train_classifier(
+        forward[0], TEXTS, LABELS, tmp_path / "b", from_scratch=True, **ONE
+    ).backwards
 
 
 def test_directions_that_are_refused(backward, forward, tmp_path):
@@ -237,7 +273,7 @@ def test_directions_that_are_refused(backward, forward, tmp_path):
     backward_starts = backward[0], backward[0].path, uf.load_checkpoint(backward[0].path), own, own.source
     cases = [(start, False, "backwards") for start in backward_starts] + [(forward[1], True, "forwards")]
     for start, said, way in cases:
-        allowed = f"must be None or {not said} here"
+        allowed = f"leave it out, or give {not said}"
         with pytest.raises(
             ValueError, match=f"backwards={said} contradicts base_run=.*reads {way}.*{allowed}"
         ):
@@ -260,6 +296,11 @@ def test_directions_that_are_refused(backward, forward, tmp_path):
         uf.pretrain_lm(TEXTS, tmp_path / "x", backwards=1, **ONE)
     with pytest.raises(ValueError, match="says backwards='no'; true and false are allowed"):
         uf.pretrained.Checkpoint("file", "torch", own.state, backwards="no")
+    with pytest.raises(ValueError, match="says backwards=1; true and false are allowed"):
+        uf.pretrained.Checkpoint("file", "torch", own.state, backwards=1)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"backwards": True}))
+    with pytest.raises(ValueError, match="backwards is True, and False in config"):
+        uf.load(tmp_path / "wrong")
     assert not (tmp_path / "x").exists()
 
 

@@ -57,8 +57,13 @@ def test_ensembles_that_are_refused(backward, lm, tmp_path):
         ("runs/clf", TypeError, "classifiers must be a list of TrainedClassifiers, got one str: 'runs/clf'"),
         (clf, TypeError, "classifiers must be a list of TrainedClassifiers, got TrainedClassifier"),
         ([clf, lm], TypeError, r"classifiers\[1\] must be a TrainedClassifier, .* got TrainedLM\("),
+        ({"a": clf}, TypeError, "classifiers must be a list of TrainedClassifiers, got a dict$"),
         (["runs/clf"], TypeError, r"classifiers\[0\] must be a TrainedClassifier, .* got 'runs/clf'"),
-        ([clf, clf, other], ValueError, r"\[0\] has \['bad', 'good'\] and .*\[2\] has \['bad', 'fine'\]"),
+        (
+            [clf, clf, other],
+            ValueError,
+            r"\[0\] has \['bad', 'good'\] and .*\[2\] \(.*x\) has \['bad', 'fine'\]",
+        ),
     ):
         with pytest.raises(error, match=message):
             uf.ClassifierEnsemble(classifiers)
@@ -81,4 +86,6 @@ def test_predict_on_the_command_line(forward, backward, lm, capsys):
     assert capsys.readouterr().out.split("\t")[0] in ("good", "bad")
     assert main(["predict", first, "--average", str(lm.path), TEXTS[0], *on]) == 2
     said = capsys.readouterr().err
-    assert "error: classifiers[1] must be a TrainedClassifier" in said and len(said.splitlines()) == 1
+    assert "--average needs classifiers, but" in said and str(lm.path) in said and len(said.splitlines()) == 1
+    assert main(["predict", first, "--average", second, second, TEXTS[0], *on]) == 2
+    assert "is a run, not a text: give --average once for each run" in capsys.readouterr().err

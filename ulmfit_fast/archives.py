@@ -45,6 +45,11 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and re.match(r"(https?|file)://", path) is not None
 
 
+def file_name(source: str) -> str:
+    """The last part of a path, or of an address without its query."""
+    return PurePosixPath(urllib.parse.urlsplit(source).path if is_address(source) else source).name
+
+
 def cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ULMFIT_FAST_CACHE") or Path(base) / "ulmfit_fast")
@@ -59,7 +64,7 @@ def local_copy(address: str) -> Path:
     """
     if address.startswith("file:"):
         return Path(urllib.request.url2pathname(urllib.parse.urlsplit(address).path))
-    name = PurePosixPath(urllib.parse.urlsplit(address).path).name or "download"
+    name = file_name(address) or "download"
     name = f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
     target = cache_directory() / name
     if target.exists():

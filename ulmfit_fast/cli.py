@@ -253,7 +253,7 @@ def _predict(sub):
         action="append",
         default=[],
         metavar="RUN",
-        help="another classifier's run, whose probabilities are averaged with those of RUN; may be repeated",
+        help="another classifier, whose probabilities are averaged with those of RUN; once for each run",
     )
     sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
     sub.add_argument("--tokens", type=int, default=40, help="tokens to add (language model; default: 40)")
@@ -269,6 +269,7 @@ def _run_predict(a):
     from .corpus import TABLES, read_lines, read_texts, split_lines
     from .ensemble import ClassifierEnsemble
     from .results import TrainedLM, load
+    from .runs import CONFIG
 
     texts = a.texts
     if a.file:  # the empty lines too: line N of the output is that of line N
@@ -280,7 +281,14 @@ def _run_predict(a):
         raise ValueError("no text to predict: give one as an argument, in --file or on standard input")
     result = load(a.run_dir, a.device)
     if a.average:
-        result = ClassifierEnsemble([result, *(load(run, a.device) for run in a.average)])
+        for text in a.texts:
+            if os.path.isfile(os.path.join(text, CONFIG)):
+                raise ValueError(f"{text!r} is a run, not a text: give --average once for each run")
+        runs = {a.run_dir: result, **{run: load(run, a.device) for run in a.average}}
+        for run, each in runs.items():
+            if isinstance(each, TrainedLM):
+                raise ValueError(f"--average needs classifiers, but {run!r} is a language model's run")
+        result = ClassifierEnsemble([runs[run] for run in (a.run_dir, *a.average)])
     if isinstance(result, TrainedLM):
         for text in texts:
             print(result.generate(text, a.tokens, a.temperature, a.seed))

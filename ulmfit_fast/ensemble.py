@@ -24,12 +24,12 @@ class ClassifierEnsemble(Predictor):
                 raise TypeError(
                     f"classifiers[{i}] must be a TrainedClassifier, as load gives for a run, got {each!r}"
                 )
-        self.classes = self.classifiers[0].classes
+        self.classes = list(self.classifiers[0].classes)
         for i, each in enumerate(self.classifiers):
             if each.classes != self.classes:
                 raise ValueError(
                     f"classifiers must have the same classes, but classifiers[0] has {self.classes} and "
-                    f"classifiers[{i}] has {each.classes}"
+                    f"classifiers[{i}] ({each.path}) has {each.classes}"
                 )
 
     def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:

@@ -67,16 +67,18 @@ def direction(start, argument, backwards):
     Of another file `backwards` says it; where that is None, the file's name: one with "bwd" in it, as
     fastai's wt103-bwd.tgz, is of a backward model. argument: the checkpoint's name in messages.
     """
-    check_direction(backwards)
-    if start.backwards is None:
-        return "bwd" in Path(start.source).name.lower() if backwards is None else backwards
-    if backwards not in (None, start.backwards):
-        way = "backwards" if start.backwards else "forwards"
+    if backwards is None or backwards == start.backwards:
+        return bool(start.direction)
+    if start.backwards is not None:
         raise ValueError(
-            f"backwards={backwards} contradicts {argument}={start.source!r}, whose model reads {way}: "
-            f"backwards must be None or {start.backwards} here"
+            f"backwards={backwards} contradicts {argument}={start.source!r}, whose model reads "
+            f"{way(start.backwards)}: leave it out, or give {start.backwards}"
         )
-    return start.backwards
+    return backwards
+
+
+def way(backwards):
+    return "backwards" if backwards else "forwards"
 
 
 def check_direction(backwards):

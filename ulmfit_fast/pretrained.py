@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +54,18 @@ class Checkpoint:
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
-        if self.backwards not in (None, True, False):
+        if self.backwards is not None and not isinstance(self.backwards, bool):
             raise ValueError(f"{self.source} says backwards={self.backwards!r}; true and false are allowed")
 
     @functools.cached_property
     def parts(self) -> Parts:
         """The weights without names, for other models than this library's."""
         return parse(self.state, self.source)
+
+    @property
+    def direction(self) -> bool | None:
+        """`backwards`, or where the file does not say it True if its name does ("wt103-bwd.tgz")."""
+        return True if self.backwards is None and names_backwards(self.source) else self.backwards
 
     @property
     def kind(self) -> str:
@@ -239,6 +245,11 @@ def _torch_state(data: bytes, source: str, notes: list[str]) -> Mapping[str, Ten
     return content
 
 
+def names_backwards(source: str | Path) -> bool:
+    """Whether a file is called as fastai calls those of backward models."""
+    return "bwd" in archives.file_name(str(source)).lower()
+
+
 def save_checkpoint(
     path: str | Path, model: object, format: str = "ulmfit_fast", tokens: Sequence[str] | None = None
 ) -> None:
@@ -247,8 +258,8 @@ def save_checkpoint(
     model: a language model, a classifier or an encoder, of this library or with known keys, a Checkpoint, a
     TrainedLM or TrainedClassifier, or a state dict. format:
 
-    - "ulmfit_fast": safetensors, with the words and, where the model is of a run, its direction. The other
-      formats have no place for the direction.
+    - "ulmfit_fast": safetensors, with the words and, where it is known, the direction. The other formats have
+      no place for it: UserWarning where the name of the file tells another one.
     - "fastai": what `learn.load`, `load_encoder` (an encoder) and `pretrained_fnames` take; the words go into
       NAME_itos.pkl beside NAME.pth. For a model whose decoder has no bias the config there needs
       out_bias=False.
@@ -266,7 +277,7 @@ def save_checkpoint(
         tokens = getattr(model, "tokens", None) or getattr(getattr(model, "tokenizer", None), "itos", None)
     backwards = getattr(model, "backwards", None)
     if isinstance(model, Checkpoint):
-        state = model.state
+        state, backwards = model.state, model.direction
     else:
         model = model if isinstance(model, nn.Module) else getattr(model, "model", model)
         state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
@@ -274,9 +285,16 @@ def save_checkpoint(
     if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):
         raise ValueError(f"tokens must have one word for each row of the embedding, got {len(tokens)}")
     if format == "ulmfit_fast":
-        said = {"tokens": tokens and list(tokens), "backwards": backwards}
+        said = {"tokens": None if tokens is None else list(tokens), "backwards": backwards}
         save_model(path, parts.named("fastai"), {k: v for k, v in said.items() if v is not None})
         return
+    if backwards is not None and backwards != names_backwards(path):
+        way, name = ("backwards", "with") if backwards else ("forwards", "without")
+        warnings.warn(
+            f"the model reads {way}, which this format cannot say: give a name {name} 'bwd' in it, "
+            f"got path={str(path)!r}",
+            stacklevel=2,
+        )
     buffer = io.BytesIO()
     torch.save(parts.named(format), buffer)
     atomic_write(path, buffer.getvalue())

@@ -59,7 +59,7 @@ def fingerprint(*data):
 
 def read_config(path, argument="run_dir"):
     """The contents of config.json in `path`, checked; "config" becomes the stage's dataclass, "model" a
-    ModelConfig. "backwards" is False where it is missing: earlier versions read forwards alone.
+    ModelConfig. Without "backwards" it is False: earlier versions read forwards alone.
     """
     file = as_directory(path, argument) / CONFIG
     if not file.exists():
@@ -71,8 +71,11 @@ def read_config(path, argument="run_dir"):
             raise ValueError(unknown_key_message("stage", stage, STAGES))
         record["config"] = STAGES[stage].from_dict(record["config"])
         record["model"] = ModelConfig.from_dict(record["model"])
-        if not isinstance(record.setdefault("backwards", False), bool):
+        said = getattr(record["config"], "backwards", None)  # stage 1 has it as an option too
+        if not isinstance(record.setdefault("backwards", said or False), bool):
             raise ValueError(f"backwards must be true or false, got {record['backwards']!r}")
+        if said not in (None, record["backwards"]):
+            raise ValueError(f"backwards is {record['backwards']}, and {said} in config")
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
         record["finished"], record["preset"], record["classes"]  # noqa: B018  (a missing key raises here)

@@ -10,7 +10,7 @@ from .checkpoints import load_state
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
 from .corpus import Labels, Sources, check_known, label_classes, read_labelled, read_texts
 from .fitting import Callback, Show, fit_classifier, fit_lm, own_randomness, prepare
-from .initial import check_direction, start_from_frequencies, starting_point
+from .initial import check_direction, start_from_frequencies, starting_point, way
 from .model import layer_groups
 from .pretrained import Checkpoint
 from .progress import announce
@@ -105,6 +105,7 @@ def finetune_lm(
     has "bwd" in it ("wt103-bwd.tgz"). A run has a direction of its own (ValueError for another one).
     The other arguments are those of `pretrain_lm`, `texts` as its `sources`.
     """
+    check_direction(backwards)
     base, sizes, base_preset = starting_point(base_run, "base_run", backwards)
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
@@ -124,10 +125,8 @@ def finetune_lm(
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
-        way = "backwards" if base.backwards else "forwards"
-        announce(
-            f"{moved.known:,} of {len(itos):,} words are known to {base.source}, which reads {way}", progress
-        )
+        known = f"{moved.known:,} of {len(itos):,} words are known to {base.source}"
+        announce(f"{known}, which reads {way(base.backwards)}", progress)
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record["vocabulary"] = {"words": len(itos), "known": moved.known}
         return fit_lm(job, record, model, tokenizer, docs, held_out, plan)
@@ -161,7 +160,8 @@ def train_classifier(
     with labels as a list.
     valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
     preset: None is that of lm_run, or "ulmfit" without one.
-    backwards: as in `finetune_lm`; without lm_run the classifier's own direction, forwards if None.
+    backwards: as in `finetune_lm`; of a classifier from scratch its own direction, None being that of lm_run
+    or, without one, forwards.
     The other arguments are those of `pretrain_lm`.
     """
     if out is None:
@@ -169,11 +169,13 @@ def train_classifier(
     check_direction(backwards)
     base, sizes, base_preset, weights = None, None, "ulmfit", {}
     if lm_run is not None:
-        base, sizes, base_preset = starting_point(lm_run, "lm_run", backwards, decoder=False)
+        # fresh weights have no direction yet
+        of_base = None if from_scratch else backwards
+        base, sizes, base_preset = starting_point(lm_run, "lm_run", of_base, decoder=False)
         weights = {} if from_scratch else base.state
         base = base.with_tokens(own_vocab(base.tokens))
     preset = preset or base_preset
-    backwards = base.backwards if base else bool(backwards)
+    backwards = bool(base and base.backwards) if backwards is None else backwards
     scratch = from_scratch or base is None
     if scratch and config is None:
         overrides = SCRATCH | overrides
@@ -190,6 +192,7 @@ def train_classifier(
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     if base:
+        announce(f"{base.source} reads {way(base.backwards)}", progress)
         tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
