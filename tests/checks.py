@@ -283,7 +283,7 @@ ISA_CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "lstm_wide": lambda dtype: lstm_case(dtype, 2, 33, 70, 130, batch_first=True, reverse=True, bias=False),
     # sizes and DropConnect enough for the product that leaves out what is dropped, and edges of it
     "lstm_sparse": lambda dtype: lstm_case(
-        dtype, 3, 68, 20, 290, weight_p=0.6, lengths=tuple(3 - (i % 9 == 1) for i in range(68)), dropout_p=0.4
+        dtype, 3, 76, 20, 290, weight_p=0.6, lengths=tuple(3 - (i % 9 == 1) for i in range(76)), dropout_p=0.4
     ),
     # 7 rows: groups of 4, 2 and 1 for the weights that are not packed
     "lstm_unpacked": lambda dtype: lstm_case(

@@ -84,7 +84,7 @@ def test_master_weights(dtype):
 
 
 @pytest.mark.cpu_only("instruction sets")
-@pytest.mark.parametrize("name", ["lstm", "lstm_wide", "lstm_sparse", "lstm_unpacked"])
+@pytest.mark.parametrize("name", ["lstm", "lstm_wide", "lstm_unpacked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_isa(isa_results, name, dtype):
     check_case(ISA_CASES[name](dtype), dtype, factor(dtype), isa_results[f"{name}-{dtype}"])
@@ -115,15 +115,6 @@ def test_every_thread_count(dtype, ragged, reverse):
     lengths = tuple(i % 7 for i in range(70)) if ragged else None
     inputs, op, _ = lstm_case(dtype, 6, 70, 30, 150, lengths=lengths, dropout_p=0.4, reverse=reverse)
     assert_same_for_all_thread_counts(lambda: with_gradients(op, inputs), (1, 2, 3, 13))
-
-
-@pytest.mark.cpu_only("the product that leaves out what is dropped")
-@pytest.mark.parametrize("weight_p", [0.4, 0.97, 1 - 1e-9])  # the last leaves nothing
-@pytest.mark.parametrize("batch", [32, 150])
-def test_much_is_dropped(weight_p, batch):
-    case = lstm_case(torch.float32, 2, batch, 9, 258, weight_p=weight_p, reverse=batch > 100)
-    check_case(case, torch.float32, factor(torch.float32), floor=0.5)
-    assert_same_for_all_thread_counts(lambda: with_gradients(case[1], case[0]), (1, 2, 3, 13))
 
 
 def test_any_shape_layout_and_lengths():
@@ -334,10 +325,10 @@ def test_a_nan_of_any_bits_stays_one(bits):
         assert result.isnan().all()
 
 
-@pytest.mark.parametrize("hidden, batch", [(33, 3), (64, 3), (256, 32)])  # whole groups of the mask; sparse
-def test_a_dropped_nan_is_no_zero(hidden, batch):
+@pytest.mark.parametrize("hidden", [33, 64])  # 64: whole groups of the mask
+def test_a_dropped_nan_is_no_zero(hidden):
     """w_hh * mask is NaN there, so a model that has gone wrong shows it."""
-    (x, h0, c0, w_ih, w_hh, *biases), _, _ = lstm_case(torch.float32, 2, batch, 5, hidden)
+    (x, h0, c0, w_ih, w_hh, *biases), _, _ = lstm_case(torch.float32, 2, 3, 5, hidden)
     dropped = uf.dropout_mask(1, w_hh.shape, 0.5)[0] == 0
     w_hh = w_hh.clone()
     w_hh[0, dropped] = float("nan")

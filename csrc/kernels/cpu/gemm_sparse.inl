@@ -1,21 +1,24 @@
 // The sparse tile: products with a weight many of whose elements are zero, as DropConnect leaves W_hh. What
-// is zero is neither stored nor multiplied, so a product takes the time of the weights that are left.
+// is zero is neither stored nor multiplied. For panel_product alone, whose A is written vector by vector.
 //
 // Vectors run along the batch. The columns of a panel are taken in groups of kGroup, whose sums are in
 // registers, and the depths of a group are sorted by which of its columns have a weight there: one loop for
-// each such pattern, in which no branch depends on a weight. The order of a sum follows from the mask alone.
+// each such pattern, in which no branch depends on a weight. The order of a sum follows from which of its
+// group's weights are zero.
 #pragma once
 #include "gemm.inl"
 
 ULMFIT_BEGIN
 
+// kVecs_: vectors of columns in a panel.
+template <int kVecs_>
 struct SparseTile {
   using Compute = float;
   using Packed = float;
   using Element = float;
   static constexpr DType kElement = DType::f32;
   static constexpr int L = kLanes;
-  static constexpr int kVecs = 4;
+  static constexpr int kVecs = kVecs_;
   static constexpr int kCols = kVecs * L;  // of a panel
   static constexpr int kDepth = 1;
   static constexpr bool kPlain = false, kSparse = true;
@@ -26,17 +29,22 @@ struct SparseTile {
   static constexpr int kGroups = (kCols + kGroup - 1) / kGroup;
   static constexpr int kBatchVecs = 4, kBatch = kBatchVecs * L;  // rows that share a block of A
   static constexpr int kRows = kBatch, kRowGroup = kBatch, kBlockRows = 4 * kBatch, kRowsToHide = kBatch;
-  // A block of A, 1152 x 64 floats, 288 KB, stays in an L2 of 1 MB while the weights stream by.
+  // kBatch rows of A, 1152 x 64 floats, 288 KB, stay in an L2 of 1 MB while the weights stream by.
   static constexpr int kBlockDepth = 1152;
 
   struct Session {};
 
-  // Whether the products of a layer are faster so. Sixteen registers, as of AVX2, hold too few sums for it;
-  // fewer rows, or vectors of rows that are not full, waste what is saved, and so does finding what is left
-  // where little is dropped. Measured on Zen 4.
+  // Whether the products of a layer are faster so: where much is dropped and steps have rows enough, most of
+  // which fill their vectors. Sixteen registers, as of AVX2, hold too few sums. Measured on Zen 4.
   static bool pays(const LstmShape& s) {
-    return kLanes == 16 && s.weight_p >= 0.4 && s.H >= kLeastDepth && s.B >= 2 * L &&
-           4 * round_up(s.B, L) <= 5 * s.B;
+    const bool ragged = s.lengths != nullptr;
+    int64_t rows = ragged ? 0 : s.T * s.B, steps = ragged ? 0 : s.T;
+    for (int64_t b = 0; ragged && b < s.B; ++b) {
+      rows += s.lengths[b];
+      if (s.lengths[b] > steps) steps = s.lengths[b];
+    }
+    return kLanes == 16 && s.weight_p >= 0.4 && s.H >= kLeastDepth && s.B >= 2 * L && rows >= 2 * L * steps &&
+           8 * round_up(s.B, L) <= 9 * s.B;
   }
 
   // A: blocks [row / kBatch] of [k][kBatch].
@@ -49,7 +57,8 @@ struct SparseTile {
 
   // A block of a B panel: for each group how many depths each pattern has, then the depths, then the weights,
   // all groups' one after the other. There is room for a weight that has no zeros.
-  static constexpr int64_t kLeastDepth = 256;  // so the counts take at most a float a depth
+  // A float of each depth is for the counts, so a block must be at least that deep.
+  static constexpr int64_t kLeastDepth = 256;
   static_assert(kGroups * kPatterns * sizeof(uint16_t) <= kLeastDepth * sizeof(float));
   static int64_t b_elements(int64_t K) { return K * (1 + (kGroups + 1) / 2 + kCols); }
   static uint16_t* counts_of(float* block) { return reinterpret_cast<uint16_t*>(block); }

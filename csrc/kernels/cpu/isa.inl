@@ -38,11 +38,11 @@ inline void with_tile(DType dtype, bool high, Kernel&& kernel) {
   return kernel(FmaTile<float>());
 }
 
-// The same for the product with W_hh, beside the tile of the others.
-template <class Tile, class Kernel>
+// The same for the product with W_hh, beside the tile of the others. kVecs: of a sparse panel.
+template <int kVecs, class Tile, class Kernel>
 inline void with_recurrent_tile(Tile tile, const LstmShape& shape, Kernel&& kernel) {
   if constexpr (std::is_same_v<Tile, FmaTile<float>>) {
-    if (SparseTile::pays(shape)) return kernel(SparseTile());
+    if (SparseTile<kVecs>::pays(shape)) return kernel(SparseTile<kVecs>());
   }
   kernel(tile);
 }
@@ -50,13 +50,15 @@ inline void with_recurrent_tile(Tile tile, const LstmShape& shape, Kernel&& kern
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
   const bool few = args.shape.T * args.shape.B <= FmaTile<float>::kUnpackedRows && args.shape.weight_p == 0;
   with_tile(args.x.dtype, args.shape.high && !few, [&](auto tile) {
-    with_recurrent_tile(tile, args.shape,
-                        [&](auto h_tile) { lstm_forward<decltype(tile), decltype(h_tile)>(args, parallel); });
+    with_recurrent_tile<4>(tile, args.shape, [&](auto h_tile) {  // the four gates
+      lstm_forward<decltype(tile), decltype(h_tile)>(args, parallel);
+    });
   });
 }
 inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel) {
   with_tile(args.x.dtype, args.shape.high, [&](auto tile) {
-    with_recurrent_tile(tile, args.shape, [&](auto h_tile) {
+    // Narrow panels: as its rows are not cut, a step has few items for many threads otherwise.
+    with_recurrent_tile<2>(tile, args.shape, [&](auto h_tile) {
       lstm_backward<decltype(tile), decltype(h_tile)>(args, parallel);
     });
   });

@@ -81,10 +81,10 @@ inline bool split_by_batch(const Batch& batch, int threads) {
   if (batch.ragged) return false;   // the last rows have less to do
   constexpr int64_t kL2 = 1 << 20;  // of a core: Skylake-SP's and Zen 4's; later ones have more
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
-  // Of the busiest thread, in whole groups: three quarters of that must be the mean.
+  // Of the busiest thread, in whole groups: three quarters of that must be the mean, of large groups more.
   const int64_t groups = ceil_div(s.B, Tile::kRowGroup), rows = ceil_div(groups, threads) * Tile::kRowGroup;
   const int64_t most = rows < s.B ? rows : s.B;
-  return 2 * s.B >= Tile::kRows * threads && 4 * s.B >= 3 * most * threads &&
+  return 2 * s.B >= Tile::kRows * threads && 8 * s.B >= (Tile::kSparse ? 7 : 6) * most * threads &&
          (bytes <= kL2 || s.B >= Tile::kRowsToHide * threads);
 }
 

@@ -31,7 +31,7 @@ class LstmBackwardPass {
         G(4 * s.H),
         depth(padded_depth<Tile>(G)),
         blocks(unit_blocks<T>(s.H)),
-        panels(ceil_div(s.H, kCols)),
+        panels(ceil_div(s.H, HTile::kCols)),
         w_hh(panels * panel_elements<HTile>(G)),
         out_panels(ceil_div(G, kCols)),
         dgates(kPlain ? out_panels * batch.total() * kCols : Tile::a_elements(batch.total(), depth)),
@@ -93,7 +93,7 @@ class LstmBackwardPass {
     [[maybe_unused]] typename HTile::Session session;
     const int64_t count = panel_end - panel_begin;
     const HPacked* w = w_hh + panel_begin * panel_elements<HTile>(G);
-    Scratch<T> sums(count * HTile::kBlockRows * kCols);
+    Scratch<T> sums(count * HTile::kBlockRows * HTile::kCols);
     // Rows that the step after this one hands something down to, and those of this step. Of a row that only
     // the former have, this is where its h0 is reached.
     const int64_t given = batch.rows(time_of(step + 1)), reached = batch.rows(time_of(step));
@@ -107,13 +107,13 @@ class LstmBackwardPass {
         panel_product<HTile>(depth, next, rows, w, count, w, sums.get(), false);
       }
       for (int64_t panel = 0; panel < count; ++panel)
-        for (int v = 0; v < Tile::kVecs; ++v) {
-          const int64_t block = (panel_begin + panel) * Tile::kVecs + v;
+        for (int v = 0; v < HTile::kVecs; ++v) {
+          const int64_t block = (panel_begin + panel) * HTile::kVecs + v;
           if (block >= blocks) break;
           for (int64_t row = b0; row < b1; ++row) {
             const int64_t r = row - b0, at = (block * s.B + row) * L;
             V dh_total = load(dh + at);
-            if (r < rows) dh_total += load(sums + (panel * rows + r) * kCols + v * L);
+            if (r < rows) dh_total += load(sums + (panel * rows + r) * HTile::kCols + v * L);
             if (row < reached) {
               cell_back(step, row, block, dh_total, row >= before);
             } else {
