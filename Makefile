@@ -68,7 +68,7 @@ run-amx-on-cpu:
 	cd build/amx-on-cpu && ULMFIT_FAST_CUDA=0 CFLAGS="-DULMFIT_AMX_ON_CPU -I$$PWD/tests/cpp" \
 	  $(FULL_PY) setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 60 build.log; exit 1; }
 	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider $(OP_TESTS) \
-	  tests/test_kernels.py tests/test_nn.py tests/test_precision.py
+	  tests/test_lstm_sparse.py tests/test_kernels.py tests/test_nn.py tests/test_precision.py
 
 # the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
 # the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
