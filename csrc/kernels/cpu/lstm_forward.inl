@@ -16,6 +16,7 @@ ULMFIT_BEGIN
 // HTile: of the recurrent product.
 template <class Tile, class HTile>
 class LstmForwardPass {
+  static_assert(HTile::kCols == Tile::kCols, "a panel of either is a block's four gates");
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   using HPacked = typename HTile::Packed;
