@@ -76,7 +76,7 @@ def as_list(values, argument, what="texts"):
             f"{argument} must be a list of {what}, got one {type(values).__name__}: {values[:40]!r}"
         )
     if isinstance(values, Mapping) or hasattr(values, "columns"):
-        hint = ": give one column of it, for example df['text']" if what == "texts" else ""
+        hint = ": give one column of it, for example df['text']" if what.startswith("texts") else ""
         raise TypeError(f"{argument} must be a list of {what}, got a {type(values).__name__}{hint}")
     try:
         return list(values)
