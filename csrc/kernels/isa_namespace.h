@@ -21,3 +21,4 @@
 #else
 #define ULMFIT_HD inline __attribute__((always_inline))
 #endif
+#define ULMFIT_INLINE __attribute__((always_inline))  // of a lambda: stands behind its parameters

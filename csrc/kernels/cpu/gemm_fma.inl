@@ -27,7 +27,7 @@ struct FmaTile {
   // With AVX-512 a block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in an L2 of
   // 1 MB together, and a B block is used for so many rows that fetching it from memory does not show. AVX2's
   // take 312 KB; doubles, which serve as references, take twice as much.
-  static constexpr int kBlockRows = 48 * kRows, kBlockDepth = 384;
+  static constexpr int kBlockRows = (kLanes == 16 ? 48 : 32) * kRows, kBlockDepth = 384;
   static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
   // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
   static constexpr int kRowsToHide = 8 * kRows;
@@ -84,68 +84,94 @@ struct FmaTile {
     // kRows at a time, B would come from L2 two or three times, and the calls be over before `next` is here.
     // Twice the rows by half a panel take B from L2 once, and half a panel stays in L1 for the others.
     if (rows <= kRows || rows > 3 * kRows) {
-      multiply<kVecs, 1>(kc, a, lda, rows, b, next, c, accumulate);
-    } else if (rows <= 2 * kRows) {  // two calls for, with AVX-512, four lines of each of B's rows
-      multiply<kVecs / 2, kLanes == 16 ? 2 : 1>(kc, a, lda, rows, b, next, c, accumulate);
+      multiply<kVecs>(kc, a, lda, rows, b, next, c, accumulate);
     } else {
-      multiply<kVecs / 2, 1>(kc, a, lda, rows, b, next, c, accumulate);
+      multiply<kVecs / 2>(kc, a, lda, rows, b, next, c, accumulate);
     }
   }
 
  private:
+  // Depths of a micro-kernel's loop. With 16 registers a depth is 12 multiply-adds, beside which the loop's
+  // own instructions and one to prefetch would show.
+  static constexpr int kUnroll = kLanes == 16 ? 1 : 4;
+
   // kN vectors of the panel at a time, by even numbers of rows: a call for few rows waits for B as long as
-  // one for many. Each call fetches kLines lines of `next` for each k, until it is here.
-  template <int kN, int kLines>
+  // one for many.
+  template <int kN>
   static void multiply(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
                        bool accumulate) {
     constexpr int kMost = kRows * kVecs / kN, kLeast = kN == kVecs ? 1 : kRows;
-    const int64_t bytes = kc * kCols * static_cast<int64_t>(sizeof(T));
-    int64_t ahead = 0;
+    constexpr int kLine = 64 / sizeof(T);
+    const int calls = (rows + kMost - 1) / kMost;
+    // The calls fetch as few lines a turn of their loops as bring all of `next`: in a hurry they wait.
+    const T* const end = next + kc * kCols;
+    const int lines = (kUnroll * kCols / kLine + calls * (kVecs / kN) - 1) / (calls * (kVecs / kN));
     for (int v = 0; v < kVecs; v += kN)
-      for (int r = 0, calls = (rows + kMost - 1) / kMost; calls > 0; --calls) {
-        const int m = (rows - r + calls - 1) / calls;
-        const char* from = reinterpret_cast<const char*>(ahead < bytes ? next : b);  // b: here already
-        micro<kMost, kLeast, kN, kLines>(m, kc, a + r * lda, lda, b + v * L, c + r * kCols + v * L,
-                                         accumulate, from + (ahead < bytes ? ahead : 0));
-        ahead += kc * kLines * 64;
+      for (int r = 0, left = calls; left > 0; --left) {
+        const int m = (rows - r + left - 1) / left;
+        const auto call = [&](auto ahead) {
+          micro<kMost, kLeast, kN, ahead>(m, kc, a + r * lda, lda, b + v * L, c + r * kCols + v * L, accumulate,
+                                          next, lines);
+        };
+        if (next < end) {
+          call(std::true_type());
+          next += kc / kUnroll * lines * kLine;
+        } else {
+          call(std::false_type());
+        }
         r += m;
       }
   }
   // M and fewer rows, but no fewer than kLeast.
-  template <int M, int kLeast, int kN, int kLines>
+  template <int M, int kLeast, int kN, bool kAhead>
   static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
-                    const char* ahead) {
+                    const T* next, int lines) {
     if constexpr (M > kLeast) {
-      if (m < M) return micro<M - 1, kLeast, kN, kLines>(m, kc, a, lda, b, c, accumulate, ahead);
+      if (m < M) return micro<M - 1, kLeast, kN, kAhead>(m, kc, a, lda, b, c, accumulate, next, lines);
     }
-    micro_m<M, kN, kLines>(kc, a, lda, b, c, accumulate, ahead);
+    micro_m<M, kN, kAhead>(kc, a, lda, b, c, accumulate, next, lines);
   }
   // Not inlined: with a copy in each caller GCC reaches the limit of what inlining may add to a file, and
   // leaves small functions of inner loops as calls.
-  template <int M, int kN, int kLines>
+  template <int M, int kN, bool kAhead>
   __attribute__((noinline)) static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c,
-                                                bool accumulate, const char* ahead) {
+                                                bool accumulate, const T* next, int lines) {
     if (accumulate)  // in the recurrence C is the projected inputs, which are in L3
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kN; ++v) __builtin_prefetch(c + m * kCols + v * L, 1);
     // From zero, and c added at the end: a sum over a whole vocabulary keeps more of its low bits in blocks.
-    Vec<T> acc[M][kN];  // `= {}` would clear memory as well, which they never lie in
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
-    for (int64_t k = 0; k < kc; ++k, b += kCols) {
-      for (int i = 0; i < kLines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      Vec<T> bv[kN];
-      for (int v = 0; v < kN; ++v) bv[v] = load(b + v * L);
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> av = broadcast(a[m * lda + k]);
-        for (int v = 0; v < kN; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
+    Vec<T> acc[M][kN];
+    unrolled<M>([&](auto m) ULMFIT_INLINE { unrolled<kN>([&](auto v) ULMFIT_INLINE { acc[m][v] = Vec<T>{}; }); });
+    const auto depth = [&](const T* a_k, const T* b_k) ULMFIT_INLINE {
+      // Of A and B the one with fewer vectors is held: the sums and these fit the registers.
+      if constexpr (M < kN) {
+        Vec<T> av[M];
+        unrolled<M>([&](auto m) ULMFIT_INLINE { av[m] = broadcast(a_k[m * lda]); });
+        unrolled<kN>([&](auto v) ULMFIT_INLINE {
+          const Vec<T> bv = load(b_k + v * L);
+          unrolled<M>([&](auto m) ULMFIT_INLINE { acc[m][v] = fma(av[m], bv, acc[m][v]); });
+        });
+      } else {
+        Vec<T> bv[kN];
+        unrolled<kN>([&](auto v) ULMFIT_INLINE { bv[v] = load(b_k + v * L); });
+        unrolled<M>([&](auto m) ULMFIT_INLINE {
+          const Vec<T> av = broadcast(a_k[m * lda]);
+          unrolled<kN>([&](auto v) ULMFIT_INLINE { acc[m][v] = fma(av, bv[v], acc[m][v]); });
+        });
       }
+    };
+    int64_t k = 0;
+    for (; k + kUnroll <= kc; k += kUnroll) {
+      for (int i = 0; kAhead && i < lines; ++i, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
+      unrolled<kUnroll>([&](auto i) ULMFIT_INLINE { depth(a + k + i, b + (k + i) * kCols); });
     }
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kN; ++v) {
+    for (; k < kc; ++k) depth(a + k, b + k * kCols);
+    unrolled<M>([&](auto m) ULMFIT_INLINE {
+      unrolled<kN>([&](auto v) ULMFIT_INLINE {
         T* to = c + m * kCols + v * L;
         store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
-      }
+      });
+    });
   }
 };
 

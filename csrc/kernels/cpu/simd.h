@@ -13,6 +13,15 @@ ULMFIT_BEGIN
 
 constexpr int kLanes = ULMFIT_LANES;  // floats in a vector; doubles: half as many
 
+// f(0), ..., f(N - 1) with constants. GCC keeps an array of vectors in registers only where every index is a
+// constant from the first, not where a loop turns out to be unrolled later.
+template <int N, class F>
+ULMFIT_HD void unrolled(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) ULMFIT_INLINE {
+    (f(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
 template <class T, int N>
 struct VectorOf {
   typedef T type __attribute__((vector_size(N * sizeof(T))));
