@@ -17,17 +17,19 @@ struct FmaTile {
   static constexpr int kDepth = 1;      // K is padded to a multiple of this
   static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
   static constexpr bool kSparse = false;
-  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: 32 with AVX-512, otherwise
-  // 16; 32 on aarch64 too, where GCC holds a scalar of each row besides.
+  // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: AVX-512 and aarch64 have
+  // 32, but there GCC holds a scalar of each row besides; others have 16, and hold 3 broadcasts and a vector
+  // of B.
 #if defined(__aarch64__)
-  static constexpr int kRows = 5;
+  static constexpr int kRegisters = 32, kRows = 5;
 #else
-  static constexpr int kRows = kLanes == 16 ? 6 : 3;
+  static constexpr int kRegisters = kLanes == 16 ? 32 : 16, kRows = kRegisters == 32 ? 6 : 3;
 #endif
   // With AVX-512 a block of A (288 x 384 floats, 432 KB) and two of a B panel (96 KB each) stay in an L2 of
   // 1 MB together, and a B block is used for so many rows that fetching it from memory does not show. AVX2's
-  // take 312 KB; doubles, which serve as references, take twice as much.
-  static constexpr int kBlockRows = (kLanes == 16 ? 48 : 32) * kRows, kBlockDepth = 384;
+  // (96 x 384, 144 KB, and 48 KB each) leave room for C in the 512 KB of Zen 2 and 3; doubles, which serve as
+  // references, take twice as much.
+  static constexpr int kBlockRows = (kRegisters == 32 ? 48 : 32) * kRows, kBlockDepth = 384;
   static constexpr int kMostRows = 64 * kRows;  // of a block that is not as deep
   // Rows a thread needs for a stream of B from L3 to come in behind the multiplying.
   static constexpr int kRowsToHide = 8 * kRows;
@@ -82,8 +84,9 @@ struct FmaTile {
   static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
                             bool accumulate, int /*columns*/ = kCols) {
     // kRows at a time, B would come from L2 two or three times, and the calls be over before `next` is here.
-    // Twice the rows by half a panel take B from L2 once, and half a panel stays in L1 for the others.
-    if (rows <= kRows || rows > 3 * kRows) {
+    // Twice the rows by half a panel take B from L2 once, and half a panel stays in L1 for the others. With
+    // 16 registers that costs more instructions than it saves.
+    if (kRegisters == 16 || rows <= kRows || rows > 3 * kRows) {
       multiply<kVecs>(kc, a, lda, rows, b, next, c, accumulate);
     } else {
       multiply<kVecs / 2>(kc, a, lda, rows, b, next, c, accumulate);
@@ -91,9 +94,9 @@ struct FmaTile {
   }
 
  private:
-  // Depths of a micro-kernel's loop. With 16 registers a depth is 12 multiply-adds, beside which the loop's
-  // own instructions and one to prefetch would show.
-  static constexpr int kUnroll = kLanes == 16 ? 1 : 4;
+  // Depths of a turn of a micro-kernel's loop. With 16 registers a depth is 12 multiply-adds, beside which
+  // what else a turn has would show.
+  static constexpr int kUnroll = kRegisters == 16 ? 4 : 1;
 
   // kN vectors of the panel at a time, by even numbers of rows: a call for few rows waits for B as long as
   // one for many.
@@ -101,47 +104,48 @@ struct FmaTile {
   static void multiply(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
                        bool accumulate) {
     constexpr int kMost = kRows * kVecs / kN, kLeast = kN == kVecs ? 1 : kRows;
-    constexpr int kLine = 64 / sizeof(T);
     const int calls = (rows + kMost - 1) / kMost;
-    // The calls fetch as few lines a turn of their loops as bring all of `next`: in a hurry they wait.
-    const T* const end = next + kc * kCols;
-    const int lines = (kUnroll * kCols / kLine + calls * (kVecs / kN) - 1) / (calls * (kVecs / kN));
+    // All turns fetch as much of `next`: those that fetched more would wait, as memory has no pauses. Few
+    // rows are done before it can be here.
+    constexpr int64_t kMostAhead = 64 * kUnroll * kVecs / kN;
+    const int64_t turns = calls * (kVecs / kN) * (kc / kUnroll), bytes = kc * kCols * int64_t{sizeof(T)};
+    const int64_t even = turns > 0 ? (bytes + turns - 1) / turns : 0,
+                  step = even < kMostAhead ? even : kMostAhead;
+    const char* ahead = reinterpret_cast<const char*>(next);
     for (int v = 0; v < kVecs; v += kN)
       for (int r = 0, left = calls; left > 0; --left) {
         const int m = (rows - r + left - 1) / left;
-        const auto call = [&](auto ahead) {
-          micro<kMost, kLeast, kN, ahead>(m, kc, a + r * lda, lda, b + v * L, c + r * kCols + v * L, accumulate,
-                                          next, lines);
+        const auto with_lines = [&](auto many) {
+          micro<kMost, kLeast, kN, many>(m, kc, a + r * lda, lda, b + v * L, c + r * kCols + v * L,
+                                         accumulate, ahead, step);
         };
-        if (next < end) {
-          call(std::true_type());
-          next += kc / kUnroll * lines * kLine;
-        } else {
-          call(std::false_type());
-        }
+        step > 64 ? with_lines(std::true_type()) : with_lines(std::false_type());
+        ahead += kc / kUnroll * step;
         r += m;
       }
   }
   // M and fewer rows, but no fewer than kLeast.
-  template <int M, int kLeast, int kN, bool kAhead>
+  template <int M, int kLeast, int kN, bool kMany>
   static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
-                    const T* next, int lines) {
+                    const char* ahead, int64_t step) {
     if constexpr (M > kLeast) {
-      if (m < M) return micro<M - 1, kLeast, kN, kAhead>(m, kc, a, lda, b, c, accumulate, next, lines);
+      if (m < M) return micro<M - 1, kLeast, kN, kMany>(m, kc, a, lda, b, c, accumulate, ahead, step);
     }
-    micro_m<M, kN, kAhead>(kc, a, lda, b, c, accumulate, next, lines);
+    micro_m<M, kN, kMany>(kc, a, lda, b, c, accumulate, ahead, step);
   }
+  // In each turn of the loop `step` bytes from `ahead` on are fetched into L2: kMany lines, or part of one.
   // Not inlined: with a copy in each caller GCC reaches the limit of what inlining may add to a file, and
   // leaves small functions of inner loops as calls.
-  template <int M, int kN, bool kAhead>
+  template <int M, int kN, bool kMany>
   __attribute__((noinline)) static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c,
-                                                bool accumulate, const T* next, int lines) {
+                                                bool accumulate, const char* ahead, int64_t step) {
     if (accumulate)  // in the recurrence C is the projected inputs, which are in L3
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kN; ++v) __builtin_prefetch(c + m * kCols + v * L, 1);
     // From zero, and c added at the end: a sum over a whole vocabulary keeps more of its low bits in blocks.
     Vec<T> acc[M][kN];
-    unrolled<M>([&](auto m) ULMFIT_INLINE { unrolled<kN>([&](auto v) ULMFIT_INLINE { acc[m][v] = Vec<T>{}; }); });
+    unrolled<M>([&](auto m)
+                    ULMFIT_INLINE { unrolled<kN>([&](auto v) ULMFIT_INLINE { acc[m][v] = Vec<T>{}; }); });
     const auto depth = [&](const T* a_k, const T* b_k) ULMFIT_INLINE {
       // Of A and B the one with fewer vectors is held: the sums and these fit the registers.
       if constexpr (M < kN) {
@@ -162,7 +166,9 @@ struct FmaTile {
     };
     int64_t k = 0;
     for (; k + kUnroll <= kc; k += kUnroll) {
-      for (int i = 0; kAhead && i < lines; ++i, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(ahead, 0, 2);
+      for (int64_t i = 64; kMany && i < step; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+      ahead += step;
       unrolled<kUnroll>([&](auto i) ULMFIT_INLINE { depth(a + k + i, b + (k + i) * kCols); });
     }
     for (; k < kc; ++k) depth(a + k, b + k * kCols);

@@ -17,9 +17,8 @@ constexpr int kLanes = ULMFIT_LANES;  // floats in a vector; doubles: half as ma
 // constant from the first, not where a loop turns out to be unrolled later.
 template <int N, class F>
 ULMFIT_HD void unrolled(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) ULMFIT_INLINE {
-    (f(std::integral_constant<int, i>()), ...);
-  }(std::make_integer_sequence<int, N>());
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      ULMFIT_INLINE { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, N>());
 }
 
 template <class T, int N>
