@@ -35,6 +35,7 @@ using VF = Vec<float>;
 using VD = Vec<double>;
 using VU = Vec<uint32_t>;
 using VI = Vec<int32_t>;
+using VW = Vec<uint64_t>;
 using VH = typename VectorOf<uint16_t, kLanes>::type;  // 16-bit storage of one VF
 
 template <class T>
@@ -126,30 +127,30 @@ ULMFIT_HD VF min_(VF a, VF b) { return a < b ? a : b; }
 ULMFIT_HD VF max_(VF a, VF b) { return a > b ? a : b; }
 #endif
 
-// 32 x 32 -> 64 bit products of every lane: the hardware multiplies half of the lanes, so twice and merge.
-ULMFIT_HD void mul_hi_lo(VU a, uint32_t b, VU& hi, VU& lo) {
+// The 32-bit numbers that Philox computes with, kLanes of them: each in a lane of 64 bits, as the hardware
+// has products, with noise above it. Two vectors take turns, as one alone would wait for its own results.
+struct Words {
+  VW even, odd;
+};
+ULMFIT_HD Words operator^(Words a, Words b) { return {a.even ^ b.even, a.odd ^ b.odd}; }
+ULMFIT_HD Words operator^(Words a, uint32_t b) { return {a.even ^ b, a.odd ^ b}; }
+ULMFIT_HD VU in_order(Words w) { return (VU)((w.even & 0xFFFFFFFFu) | (w.odd << 32)); }
+ULMFIT_HD VW mul_low_halves(VW a, uint32_t b) {
 #if ULMFIT_LANES == 16
-  const __m512i va = (__m512i)a, vb = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32(va, vb), odd = _mm512_mul_epu32(_mm512_srli_epi64(va, 32), vb);
-  hi = (VU)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  lo = (VU)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  return (VW)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif ULMFIT_LANES == 8
-  const __m256i va = (__m256i)a, vb = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
-  hi = (VU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  lo = (VU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  return (VW)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__x86_64__)
+  return (VW)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #elif defined(__aarch64__)
-  const uint32x4_t va = (uint32x4_t)a, low = (uint32x4_t)vmull_n_u32(vget_low_u32(va), b),
-                   high = (uint32x4_t)vmull_high_n_u32(va, b);
-  hi = (VU)vuzp2q_u32(low, high);
-  lo = (VU)vuzp1q_u32(low, high);
+  return (VW)vmull_n_u32(vmovn_u64((uint64x2_t)a), b);
 #else
-  for (int l = 0; l < kLanes; ++l) {
-    const uint64_t product = static_cast<uint64_t>(a[l]) * b;
-    hi[l] = static_cast<uint32_t>(product >> 32);
-    lo[l] = static_cast<uint32_t>(product);
-  }
+  return (a & 0xFFFFFFFFu) * b;
 #endif
+}
+ULMFIT_HD void mul_hi_lo(Words a, uint32_t b, Words& hi, Words& lo) {
+  lo = {mul_low_halves(a.even, b), mul_low_halves(a.odd, b)};
+  hi = {lo.even >> 32, lo.odd >> 32};
 }
 
 ULMFIT_END

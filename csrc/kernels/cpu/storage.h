@@ -9,11 +9,22 @@
 
 ULMFIT_BEGIN
 
-// 16 bits to 32 in a lane, zeros above. Of the compiler's own conversion GCC makes two halves.
+// 16 bits to 32 in a lane, zeros above, and back. Of the compiler's own conversions GCC makes two halves, and
+// a mask of what is zero.
 #if ULMFIT_LANES == 16
 ULMFIT_HD VU widened(VH h) { return (VU)_mm512_cvtepu16_epi32((__m256i)h); }
+#elif ULMFIT_LANES == 8
+ULMFIT_HD VU widened(VH h) { return (VU)_mm256_cvtepu16_epi32((__m128i)h); }
 #else
 ULMFIT_HD VU widened(VH h) { return __builtin_convertvector(h, VU); }
+#endif
+#if ULMFIT_LANES == 8
+ULMFIT_HD VH narrowed(VU u) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // of each half of u, twice
+  return (VH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8));
+}
+#else
+ULMFIT_HD VH narrowed(VU u) { return __builtin_convertvector(u, VH); }
 #endif
 
 ULMFIT_HD VF from_bf16(VH h) { return (VF)(widened(h) << 16); }
@@ -27,7 +38,7 @@ ULMFIT_HD VU bf16_bits(VF v) {
 #ifdef ULMFIT_BF16  // rounds in one instruction; subnormals become zero
 ULMFIT_HD VH to_bf16(VF v) { return (VH)_mm512_cvtneps_pbh((__m512)v); }
 #else
-ULMFIT_HD VH to_bf16(VF v) { return __builtin_convertvector(bf16_bits(v), VH); }
+ULMFIT_HD VH to_bf16(VF v) { return narrowed(bf16_bits(v)); }
 #endif
 
 #if ULMFIT_LANES == 16
@@ -59,7 +70,7 @@ ULMFIT_HD VH to_f16(VF v) {
   VU bits = magnitude < 0x38800000u ? subnormal : normal;
   bits = magnitude >= 0x477FF000u ? VU{} + 0x7C00u : bits;
   bits = magnitude > 0x7F800000u ? VU{} + 0x7E00u : bits;
-  return __builtin_convertvector(bits | (sign >> 16), VH);
+  return narrowed(bits | (sign >> 16));
 }
 #endif
 

@@ -17,12 +17,14 @@ inline void variational_dropout_as(const VariationalDropout& a, const Parallel& 
       const void* in = a.in.row(t, b);
       void* out = a.out.row(t, b);
       const T* factor = mask + b * a.F;
+      const int64_t F = a.F;  // in registers, as the stores below might be to `a` for all the compiler knows
+      const DType in_type = a.in.dtype, out_type = a.out.dtype;
       int64_t j = 0;
-      for (; j + L <= a.F; j += L)
-        store_as<T>(a.out.dtype, out, j, load_as<T>(a.in.dtype, in, j, L) * load(factor + j), L);
-      if (const int rest = static_cast<int>(a.F - j)) {
-        const Vec<T> value = load_as<T>(a.in.dtype, in, j, rest) * load_n(factor + j, rest);
-        store_as<T>(a.out.dtype, out, j, value, rest);
+      for (; j + L <= F; j += L)
+        store_as<T>(out_type, out, j, load_as<T>(in_type, in, j, L) * load(factor + j), L);
+      if (const int rest = static_cast<int>(F - j)) {
+        const Vec<T> value = load_as<T>(in_type, in, j, rest) * load_n(factor + j, rest);
+        store_as<T>(out_type, out, j, value, rest);
       }
     }
   });
