@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+import ulmfit_fast as uf
+
 from . import gpu
 from .record import RESULTS
 
@@ -24,11 +26,13 @@ def options(doc, on_gpu, **defaults):
     )
     p.add_argument("--preset", choices=["ulmfit", "small", "tiny"], default="ulmfit", help="model sizes")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    # without AMX "high" is computed by the kernels of fp32
+    ours = [precision for precision in ON_CPU if precision != "high" or uf.info().isa == "amx"]
     p.add_argument(
         "--precision",
         nargs="+",
         choices=dict.fromkeys([*ON_CPU, *on_gpu]),
-        default=list(ON_CPU),
+        default=ours,
         help=f"of ours and the peers; on a GPU the default is {' '.join(on_gpu)}",
     )
     p.add_argument("--batch", nargs="+", type=positive, default=[64], help="sequences")

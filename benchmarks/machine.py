@@ -7,7 +7,11 @@ from pathlib import Path
 _FIELDS = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
 _SAID_OF_ALL = {"r", "tm", "cpu", "processor", *_FIELDS}  # words that tell no processor from another
 # what a hypervisor's "AMD EPYC" leaves out
-_MICROARCHITECTURES = {"(family 25, model 17)": "Zen 4", "(family 26, model 2)": "Zen 5"}
+_MICROARCHITECTURES = {
+    "(family 25, model 1)": "Zen 3",
+    "(family 25, model 17)": "Zen 4",
+    "(family 26, model 2)": "Zen 5",
+}
 
 
 def cpu_name():
