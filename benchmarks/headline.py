@@ -1,4 +1,7 @@
-"""README.md's tables: a training step of both models, on the machine measured last and on the others."""
+"""README.md's tables: a training step of both models, on one machine, and the factors on the others.
+
+The one is the machine measured last, of those where stock torch has every precision.
+"""
 
 from .harness import ratio
 from .machine import title
@@ -19,13 +22,19 @@ def headline(records, folder=""):
     found = {name: (steps, wrong) for name, (steps, wrong) in found.items() if steps}
     if not found:
         return NOTHING
-    machine, *others = found
+    # in their order, but for machines that lack a peer
+    machine, *others = sorted(found, key=lambda name: not _has_peers(found[name][0]))
     steps, wrong = found[machine]
     table = _table(HEAD, [row for record in steps for row in _rows(record, wrong)])
     where = [_places(steps), *([OLD] if any(map(timed_single_calls, steps)) else [])]
     elsewhere = _elsewhere([found[other] for other in others], {_sizes(record) for record in steps})
     picture = f"![The peer's time over ours in each benchmark]({folder}speed-{machine}.png)"
     return "\n\n".join([table, *where, *elsewhere, picture])
+
+
+def _has_peers(steps):
+    sides = [_sides(record, precision) for record in steps for precision in PRECISIONS]
+    return all(torch for ours, torch, _ in sides if ours)
 
 
 def _steps(records):

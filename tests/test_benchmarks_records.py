@@ -121,6 +121,15 @@ def test_the_headline_has_a_row_for_every_other_machine():
     assert headline.OTHERS not in headline.headline([first, step_record(device="another", quick=True)])
 
 
+def test_the_headline_is_of_a_machine_where_torch_has_every_precision():
+    last, before = step_record(device="no bf16", date="2000-01-03"), step_record(date="2000-01-02")
+    del last["cases"]["step"]["sides"]["torch bf16"]
+    shown = headline.headline([last, before])
+    assert "Measured on a processor (family 6)" in shown
+    assert "| no bf16, avx2, 2 threads | **2.50×** | - |" in shown
+    assert "Measured on no bf16" in headline.headline([last])
+
+
 def test_a_peer_whose_gradients_are_wrong_is_no_peer():
     """The language model's step tells; the classifier's, which has the same LSTM, is not compared itself."""
     lm, classifier = step_record(), step_record("train_step-classifier")
