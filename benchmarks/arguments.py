@@ -27,12 +27,12 @@ def options(doc, on_gpu, **defaults):
     p.add_argument("--preset", choices=["ulmfit", "small", "tiny"], default="ulmfit", help="model sizes")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     # without AMX "high" is computed by the kernels of fp32
-    ours = [precision for precision in ON_CPU if precision != "high" or uf.info().isa == "amx"]
+    on_cpu = [precision for precision in ON_CPU if precision != "high" or uf.info().isa == "amx"]
     p.add_argument(
         "--precision",
         nargs="+",
         choices=dict.fromkeys([*ON_CPU, *on_gpu]),
-        default=ours,
+        default=on_cpu,
         help=f"of ours and the peers; on a GPU the default is {' '.join(on_gpu)}",
     )
     p.add_argument("--batch", nargs="+", type=positive, default=[64], help="sequences")

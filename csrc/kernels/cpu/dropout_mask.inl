@@ -21,6 +21,7 @@ ULMFIT_HD void mask_words(const Dropout& drop, uint64_t group, VU (&words)[kMask
     words[part + 3 * kParts] = in_order(c3);
   }
 }
+
 // Multiplies values[0..n) by the mask of elements first .. first + n; n is at most one group's rest.
 template <class T>
 inline void apply_mask_group(const Dropout& drop, uint64_t first, int n, T* values) {

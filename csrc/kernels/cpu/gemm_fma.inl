@@ -18,8 +18,8 @@ struct FmaTile {
   static constexpr bool kPlain = true;  // rows of elements are packed panels as they are
   static constexpr bool kSparse = false;
   // kRows x 4 accumulators, 4 vectors of B and a broadcast must fit the registers: AVX-512 and aarch64 have
-  // 32, but there GCC holds a scalar of each row besides; others have 16, and hold 3 broadcasts and a vector
-  // of B.
+  // 32, but on aarch64 GCC holds a scalar of each row besides; others have 16, where 3 broadcasts and one
+  // vector of B are held.
 #if defined(__aarch64__)
   static constexpr int kRegisters = 32, kRows = 5;
 #else

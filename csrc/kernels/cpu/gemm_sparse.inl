@@ -166,51 +166,41 @@ struct SparseTile {
       }
   }
 
-  // The sums of a group: column c, vector v. No loop below runs over them: GCC keeps an array in registers
-  // only where every index is a constant from the first, and else stores all of it after each pattern.
+  // The sums of a group: column c, vector v.
   template <int V>
   using Sums = VF[kGroup][V];
-  template <int... i>
-  using Indices = std::integer_sequence<int, i...>;
-  template <int n>
-  using Upto = std::make_integer_sequence<int, n>;
 
   // sums[column][kBatch], of V vectors of rows
   template <int V>
   __attribute__((noinline)) static Stream group_product(const uint16_t* counts, Stream stream, const float* a,
                                                         float* sums) {
     Sums<V> acc;
-    each_sum(acc, Upto<kGroup * V>(), [](VF& sum, int, int) { sum = VF{}; });
+    unrolled<kGroup * V>([&](auto i) ULMFIT_INLINE { acc[i / V][i % V] = VF{}; });
     patterns<1>(counts, stream, a, acc);
-    each_sum(acc, Upto<kGroup * V>(), [&](VF& sum, int c, int v) { store(sums + c * kBatch + v * L, sum); });
+    unrolled<kGroup * V>([&](auto i)
+                             ULMFIT_INLINE { store(sums + i / V * kBatch + i % V * L, acc[i / V][i % V]); });
     return stream;
-  }
-  template <int V, int... i, class F>
-  ULMFIT_HD static void each_sum(Sums<V>& acc, Indices<i...>, F&& f) {
-    (f(acc[i / V][i % V], i / V, i % V), ...);
   }
   template <int kBits, int V>
   ULMFIT_HD static void patterns(const uint16_t* counts, Stream& stream, const float* a, Sums<V>& acc) {
     if constexpr (kBits < kPatterns) {
       Stream at = stream;
       for (const uint16_t* end = at.depths + counts[kBits]; at.depths != end; ++at.depths)
-        one_depth<kBits>(a + size_t{*at.depths} * kBatch, at.weights, acc, Upto<V>(), Upto<kGroup>());
+        one_depth<kBits>(a + size_t{*at.depths} * kBatch, at.weights, acc);
       stream = at;
       patterns<kBits + 1>(counts, stream, a, acc);
     }
   }
-  template <int kBits, int V, int... v, int... c>
-  ULMFIT_HD static void one_depth(const float* a, const float*& w, Sums<V>& acc, Indices<v...>,
-                                  Indices<c...>) {
-    const VF x[V] = {load(a + v * L)...};
-    (one_column<(kBits >> c & 1) != 0, c>(x, w, acc, Indices<v...>()), ...);
-  }
-  template <bool kThere, int c, int V, int... v>
-  ULMFIT_HD static void one_column(const VF (&x)[V], const float*& w, Sums<V>& acc, Indices<v...>) {
-    if constexpr (kThere) {
-      const VF weight = broadcast(*w++);
-      ((acc[c][v] = fma(weight, x[v], acc[c][v])), ...);
-    }
+  template <int kBits, int V>
+  ULMFIT_HD static void one_depth(const float* a, const float*& w, Sums<V>& acc) {
+    VF x[V];
+    unrolled<V>([&](auto v) ULMFIT_INLINE { x[v] = load(a + v * L); });
+    unrolled<kGroup>([&](auto c) ULMFIT_INLINE {
+      if constexpr ((kBits >> c & 1) != 0) {
+        const VF weight = broadcast(*w++);
+        unrolled<V>([&](auto v) ULMFIT_INLINE { acc[c][v] = fma(weight, x[v], acc[c][v]); });
+      }
+    });
   }
 };
 
