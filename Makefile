@@ -3,6 +3,7 @@
 #   USE_ACTIVE=1          use the active environment, which has torch, instead of ./.venv
 #   PYTHON=python3        the interpreter that makes ./.venv
 #   QUICK=1               make bench: small sizes, two rounds
+#   WORKERS=2             how many processes share the tests
 #   PTX=90, FULL=1        make ptx-on-cpu: of which architecture; all persistent kernels, not bfloat16's alone
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -22,13 +23,17 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
+# Waiting threads sleep: those of one process would else spin on the cores of another.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST = OMP_WAIT_POLICY=passive $(1) -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: demo test bench lint cpp-test asan amx-on-cpu run-amx-on-cpu cuda-on-cpu ptx-on-cpu cuda-check readme wheel clean
 
 demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
 
 test: $(STAMPS)/built $(STAMPS)/fastai
-	$(PY) -m pytest
+	$(call PYTEST,$(PY))
 
 # the speed programs and their report, into benchmarks/results; QUICK=1: small sizes, minutes;
 # the quality of the stages takes hours: benchmarks/README.md
@@ -49,12 +54,12 @@ lint: $(STAMPS)/lint-tools
 cpp-test: build/cmake-tool
 	$(CMAKE_BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
 	$(CMAKE_BIN)/cmake --build build/cmake -j "$$(nproc)"
-	cd build/cmake && $(CMAKE_BIN)/ctest --output-on-failure
+	cd build/cmake && $(CMAKE_BIN)/ctest --output-on-failure -j "$$(nproc)"
 
 asan: build/cmake-tool
 	$(CMAKE_BIN)/cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=Debug -DULMFIT_FAST_SANITIZE=ON
 	$(CMAKE_BIN)/cmake --build build/asan -j "$$(nproc)"
-	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure
+	cd build/asan && $(CMAKE_BIN)/ctest --output-on-failure -j "$$(nproc)"
 
 # the kernels for AMX on a CPU that has AVX-512's bf16 products alone, with tile registers in memory
 amx-on-cpu: $(STAMPS)/built
@@ -67,8 +72,8 @@ run-amx-on-cpu:
 	cp -rp csrc ulmfit_fast tests tools setup.py pyproject.toml README.md LICENSE build/amx-on-cpu
 	cd build/amx-on-cpu && ULMFIT_FAST_CUDA=0 CFLAGS="-DULMFIT_AMX_ON_CPU -I$$PWD/tests/cpp" \
 	  $(FULL_PY) setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 60 build.log; exit 1; }
-	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider $(OP_TESTS) \
-	  tests/test_lstm_sparse.py tests/test_kernels.py tests/test_nn.py tests/test_precision.py
+	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(call PYTEST,$(FULL_PY)) -p no:cacheprovider \
+	  --dist worksteal $(OP_TESTS) tests/test_lstm_sparse.py tests/test_kernels.py tests/test_nn.py tests/test_precision.py
 
 # the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
 # the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
@@ -82,7 +87,7 @@ define build_on_cpu  # into the directory $(1), with the options $(2) of cmake
 	rm -rf $(1)/site && mkdir $(1)/site && cp -r ulmfit_fast tests pyproject.toml $(1)/site
 	rm -f $(1)/site/ulmfit_fast/*.so && cp $(1)/_C.abi3.so $(1)/site/ulmfit_fast
 endef
-TEST_ON_CPU = PYTHONPATH=. $(FULL_PY) -m pytest -p no:cacheprovider --cuda-on-cpu
+TEST_ON_CPU = PYTHONPATH=. $(call PYTEST,$(FULL_PY)) -p no:cacheprovider --dist worksteal --cuda-on-cpu
 cuda-on-cpu: $(STAMPS)/built build/cmake-tool
 	$(call build_on_cpu,build/$@)
 	cd build/$@/site && $(TEST_ON_CPU) $(OP_TESTS)

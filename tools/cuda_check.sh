@@ -23,9 +23,10 @@ trap cleanup EXIT
 
 python3 -m venv .venv-cuda
 cuda_python=$PWD/.venv-cuda/bin/python
-"$cuda_python" -m pip install --quiet --upgrade setuptools ninja numpy pytest hypothesis "$torch"
+"$cuda_python" -m pip install --quiet --upgrade setuptools ninja numpy pytest pytest-xdist hypothesis "$torch"
 
-# a copy of the sources, so that the package built in place here is left alone
+# The CUDA build is of a copy of the sources, so that the package built in place here is left alone; the other takes
+# the objects that lie here from that very build.
 list_sources() {
   if git rev-parse --git-dir >/dev/null 2>&1; then
     git ls-files -z --cached --others --exclude-standard
@@ -38,8 +39,13 @@ list_sources | xargs -0 cp --parents -t "$work"
 export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
 for python in "$cuda_python" "$cpu_python"; do
   name=$("$python" -c "import torch; print(torch.__version__)")
-  (cd "$work" && rm -rf build && "$python" -m pip wheel -v --no-build-isolation --no-deps -w "dist/$name" . \
-    >build.log 2>&1) || { tail -n 60 "$work/build.log"; exit 1; }
+  sources=$work
+  if [ "$python" = "$cpu_python" ]; then
+    sources=$root
+    rm -rf build/lib.* build/bdist.*
+  fi
+  (cd "$sources" && "$python" -m pip wheel -v --no-build-isolation --no-deps -w "$work/dist/$name" . \
+    >"$work/build.log" 2>&1) || { tail -n 60 "$work/build.log"; exit 1; }
   grep 'ulmfit_fast: building' "$work/build.log"
   if [ "$python" = "$cuda_python" ]; then
     "$python" "$work/tools/resource_report.py" "$work/build.log" benchmarks/results/cuda-resources.md
@@ -77,7 +83,7 @@ except RuntimeError as error:
     fi
     if [ "$(basename "$built")" != "$running" ] || [ "$python" = "$cuda_python" ]; then
       # shellcheck disable=SC2086
-      PYTHONPATH=. "$python" -m pytest -p no:cacheprovider -k "$choice" $tests
+      OMP_WAIT_POLICY=passive PYTHONPATH=. "$python" -m pytest -n "$(nproc)" -p no:cacheprovider -k "$choice" $tests
     fi
     cd - >/dev/null
   done

@@ -5,6 +5,7 @@
 #define ULMFIT_AMX
 #define ULMFIT_BF16
 #define ULMFIT_ISA amx
+#define ULMFIT_PARENT avx512
 #define ULMFIT_LANES 16
 #ifdef __clang__
 #pragma clang attribute push(                                                                      \

@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #define ULMFIT_BF16
 #define ULMFIT_ISA avx512bf16
+#define ULMFIT_PARENT avx512
 #define ULMFIT_LANES 16
 #ifdef __clang__
 #pragma clang attribute push(                                                               \
