@@ -261,7 +261,7 @@ def test_a_classifier_from_scratch_has_a_direction_of_its_own(forward, tmp_path,
         forward[0], TEXTS, LABELS, tmp_path / "a", from_scratch=True, backwards=True, **options
     )
     assert clf.backwards and clf.tokenizer.itos == forward[0].tokenizer.itos
-    assert "reads forwards" in capsys.readouterr().err
+    assert "the classifier from scratch reads backwards" in capsys.readouterr().err
     assert not uf.train_classifier(
         forward[0], TEXTS, LABELS, tmp_path / "b", from_scratch=True, **ONE
     ).backwards

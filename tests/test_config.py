@@ -72,6 +72,8 @@ def test_unknown_key_names_the_nearest():
         make_config("pretrain", "tiny", overrides=dict(batchsize=3))
     with pytest.raises(ValueError, match=r"unknown preset 'smal'; did you mean 'small'\?"):
         make_config("pretrain", "smal")
+    with pytest.raises(ValueError, match=r"unknown FinetuneConfig option 'backwards'\. Valid: alpha"):
+        make_config("finetune", "tiny", overrides=dict(backwards=True))  # nothing is near
 
 
 @pytest.mark.parametrize(

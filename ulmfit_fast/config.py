@@ -31,7 +31,7 @@ def _f(default, help, *, low=None, high=None, choices=None, probability=False):
 
 def unknown_key_message(kind, key, valid):
     """'unknown option lrr; did you mean lr?' with all valid names after it."""
-    near = difflib.get_close_matches(str(key), list(valid), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(key), list(valid), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
 

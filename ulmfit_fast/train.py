@@ -192,7 +192,8 @@ def train_classifier(
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
     if base:
-        announce(f"{base.source} reads {way(base.backwards)}", progress)
+        reader = "the classifier from scratch" if scratch else base.source
+        announce(f"{reader} reads {way(backwards)}", progress)
         tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
