@@ -23,9 +23,10 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py tools/build_plan.py pyproject.toml
 CMAKE_BIN = $(shell dirname "$$(command -v cmake || echo $(CURDIR)/.venv/bin/cmake)")
 
-# Waiting threads sleep: those of one process would else spin on the cores of another.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-PYTEST = OMP_WAIT_POLICY=passive $(1) -m pytest -n $(WORKERS) --dist loadfile
+# by the Python $(1), the tests dealt out by the rule $(2); waiting threads sleep, or those of one process would
+# spin on the cores of another
+PYTEST = OMP_WAIT_POLICY=passive $(1) -m pytest -n $(WORKERS) --dist $(2)
 
 .PHONY: demo test bench lint cpp-test asan amx-on-cpu run-amx-on-cpu cuda-on-cpu ptx-on-cpu cuda-check readme wheel clean
 
@@ -33,7 +34,7 @@ demo: $(STAMPS)/built
 	$(PY) -m ulmfit_fast.cli demo
 
 test: $(STAMPS)/built $(STAMPS)/fastai
-	$(call PYTEST,$(PY))
+	$(call PYTEST,$(PY),loadfile)
 
 # the speed programs and their report, into benchmarks/results; QUICK=1: small sizes, minutes;
 # the quality of the stages takes hours: benchmarks/README.md
@@ -72,8 +73,8 @@ run-amx-on-cpu:
 	cp -rp csrc ulmfit_fast tests tools setup.py pyproject.toml README.md LICENSE build/amx-on-cpu
 	cd build/amx-on-cpu && ULMFIT_FAST_CUDA=0 CFLAGS="-DULMFIT_AMX_ON_CPU -I$$PWD/tests/cpp" \
 	  $(FULL_PY) setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 60 build.log; exit 1; }
-	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(call PYTEST,$(FULL_PY)) -p no:cacheprovider \
-	  --dist worksteal $(OP_TESTS) tests/test_lstm_sparse.py tests/test_kernels.py tests/test_nn.py tests/test_precision.py
+	cd build/amx-on-cpu && ULMFIT_FAST_ISA=amx PYTHONPATH=. $(call PYTEST,$(FULL_PY),worksteal) \
+	  -p no:cacheprovider $(OP_TESTS) tests/test_lstm_sparse.py tests/test_kernels.py tests/test_nn.py tests/test_precision.py
 
 # the CUDA ops without a GPU: built for CPU tensors, their kernels run one thread block after the other (those of
 # the persistent recurrence in turn), and put through the tests of the ops; what reads threads, instruction sets or
@@ -87,7 +88,7 @@ define build_on_cpu  # into the directory $(1), with the options $(2) of cmake
 	rm -rf $(1)/site && mkdir $(1)/site && cp -r ulmfit_fast tests pyproject.toml $(1)/site
 	rm -f $(1)/site/ulmfit_fast/*.so && cp $(1)/_C.abi3.so $(1)/site/ulmfit_fast
 endef
-TEST_ON_CPU = PYTHONPATH=. $(call PYTEST,$(FULL_PY)) -p no:cacheprovider --dist worksteal --cuda-on-cpu
+TEST_ON_CPU = PYTHONPATH=. $(call PYTEST,$(FULL_PY),worksteal) -p no:cacheprovider --cuda-on-cpu
 cuda-on-cpu: $(STAMPS)/built build/cmake-tool
 	$(call build_on_cpu,build/$@)
 	cd build/$@/site && $(TEST_ON_CPU) $(OP_TESTS)
@@ -110,7 +111,7 @@ endif
 
 # builds, links and imports the CUDA part, with no GPU needed; runs the CPU tests with that torch
 cuda-check: $(STAMPS)/built
-	tools/cuda_check.sh $(PY)
+	WORKERS=$(WORKERS) tools/cuda_check.sh $(PY)
 
 # the tables of benchmarks/results into README.md and benchmarks/README.md
 readme: $(STAMPS)/built

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CUDA part compiles, links and imports, and one wheel runs under both torches; no GPU is needed.
 #   tools/cuda_check.sh PYTHON     PYTHON: the CPU torch's, with the package built in place (make cuda-check)
+#   WORKERS                        how many processes share the tests; one for each core where it is not set
 #   TORCH_CUDA                     what pip installs as CUDA torch; its CUDA major must be nvcc's
 # Makes .venv-cuda (about 5 GB) and removes it; KEEP=1 keeps it.
 set -euo pipefail
@@ -83,7 +84,7 @@ except RuntimeError as error:
     fi
     if [ "$(basename "$built")" != "$running" ] || [ "$python" = "$cuda_python" ]; then
       # shellcheck disable=SC2086
-      OMP_WAIT_POLICY=passive PYTHONPATH=. "$python" -m pytest -n "$(nproc)" -p no:cacheprovider -k "$choice" $tests
+      OMP_WAIT_POLICY=passive PYTHONPATH=. "$python" -m pytest -n "${WORKERS:-$(nproc)}" -p no:cacheprovider -k "$choice" $tests
     fi
     cd - >/dev/null
   done

@@ -1,7 +1,8 @@
 // Everything one instruction set needs: an ISA file defines ULMFIT_ISA and ULMFIT_LANES, opens its target
 // region and includes this. ULMFIT_BF16 says that it has AVX-512's bf16 instructions, ULMFIT_AMX that it has
 // AMX tiles besides. ULMFIT_PARENT names the instruction set that it only adds to: products by the same tile
-// are taken from there, as compiling them again would make the build half as long again.
+// are taken from there, as compiling them again would double what such an instruction set adds to the
+// library.
 #pragma once
 #include "lstm_forward.inl"
 #include "lstm_backward.inl"
@@ -46,7 +47,7 @@ constexpr bool kHasParent = true;
 inline const Kernels& parent() { return ULMFIT_TABLE(ULMFIT_PARENT)(); }
 #else
 constexpr bool kHasParent = false;
-inline const Kernels& parent() { return table(); }
+inline const Kernels& parent() { return table(); }  // never asked
 #endif
 // Whether the parent multiplies by the same tile.
 template <class Tile>
