@@ -209,7 +209,7 @@ def _boolean(text):
 
 
 def _train(a, stage):
-    from . import train
+    from . import team, train
 
     options = {k.removeprefix("option_"): v for k, v in vars(a).items() if k.startswith("option_")}
     result = stage(
@@ -224,7 +224,7 @@ def _train(a, stage):
             **options,
         ),
     )
-    if not a.quiet:
+    if not a.quiet and team.is_first_process():
         figures = result.metrics
         names = ("perplexity", "accuracy")
         said = [f"training {name} {figures[name]:.4g}" for name in names if name in figures]

@@ -17,14 +17,16 @@ from .progress import check_show
 from .results import TrainedClassifier, TrainedLM, document_logits, stream_loss
 from .runs import RunDirectory
 from .schedules import gradual_unfreezing_plan
+from .team import Team
 
 Show = bool | Literal["lines"] | None
 Callback = Callable[[dict[str, Any]], object] | None
 
 
 class Job(NamedTuple):
-    """Where a stage trains, and whom it tells."""
+    """Who trains a stage, where, and whom it tells."""
 
+    team: Team
     run: RunDirectory
     device: torch.device
     progress: Show
@@ -45,12 +47,12 @@ def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
             "accuracy": (logits.argmax(1) == wanted).double().mean(),
         }
 
-    def loss_of(batch):
+    def loss_of(model, batch):
         ids, lengths, wanted = batch
         wanted = to_device(wanted, device)
         logits = model(to_device(ids, device), lengths).float()
         loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
-        return loss, measures(logits, wanted), int(batch[1].sum())
+        return loss, measures(logits, wanted)
 
     validate = None
     if held_out:
@@ -68,8 +70,10 @@ def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
             gradual_unfreezing_plan(config.epochs, len(groups), config.gradual_unfreezing),
             config,
             job.run,
+            team=job.team,
             batches=lambda epoch: DocumentBatches(docs, targets, config.batch_size, config.seed, epoch),
             loss_of=loss_of,
+            tokens_of=lambda batch: int(batch[1].sum()),
             validate=validate,
             title="classifier",
             progress=job.progress,
@@ -90,10 +94,10 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
         raise ValueError("valid is too short: 1 token, a perplexity needs at least 2")
     model.to(device)
 
-    def loss_of(batch):
+    def loss_of(model, batch):
         ids, targets = (to_device(x, device) for x in batch)
         loss, entropy = model(ids, targets, alpha=config.alpha, beta=config.beta)
-        return loss, {"loss": entropy}, ids.numel()
+        return loss, {"loss": entropy}
 
     def validate(between):
         loss = stream_loss(model, valid_docs, config.batch_size, config.bptt, between)
@@ -110,10 +114,12 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
             plan,
             config,
             job.run,
+            team=job.team,
             batches=lambda epoch: epoch_stream(
                 docs, config.batch_size, config.bptt, config.seed, epoch, shuffle
             ),
             loss_of=loss_of,
+            tokens_of=lambda batch: batch[0].numel(),
             validate=validate if valid_docs else None,
             validate_first=finetune and bool(valid_docs),
             before_epoch=model.reset,
@@ -134,9 +140,13 @@ def prepare(config, out, resume, overwrite, device, progress, callback):
     device = pick_device(device)
     if getattr(config, "cuda_graph", False) and device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
+    team = Team(device)
+    if getattr(config, "cuda_graph", False) and team.size > 1:
+        raise ValueError(f"cuda_graph=True is for one process, and {team.size} train here")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of a metrics line, got {callback!r}")
-    return Job(RunDirectory(out, resume, overwrite), device, progress, callback)
+    run = team.directory(out, resume, overwrite)
+    return Job(team, run, team.device, progress if team.is_first else False, callback)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ WARM_UPS = 3  # steps of a shape before its capture: libraries make their plans,
 
 
 class GraphedStep:
-    """`step(batch) -> (figures, tokens)`, replayed from a graph once WARM_UPS batches of a shape were seen.
+    """`step(batch) -> figures`, replayed from a graph once WARM_UPS batches of a shape were seen.
 
     The numbers are the step's own: every call is one step, captured or not.  The first shape seen so often is
     captured; batches of another shape (an epoch's last window) are stepped as before, kernel by kernel.
@@ -41,7 +41,7 @@ class GraphedStep:
             return self.step(batch)
         self._load(batch)
         self.graph.replay()
-        return {name: value.clone() for name, value in self.figures.items()}, self.tokens
+        return {name: value.clone() for name, value in self.figures.items()}
 
     def _aside(self, function):
         """On a stream of its own, as capture wants its warm-ups."""
@@ -61,7 +61,7 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(self.graph):  # records, runs nothing
             self.set_hidden([tuple(layer) for layer in self.hidden])
-            self.figures, self.tokens = self.step(self.batch)
+            self.figures = self.step(self.batch)
             for layer, new_layer in zip(self.hidden, self.get_hidden(), strict=True):
                 for state, new_state in zip(layer, new_layer, strict=True):
                     state.copy_(new_state)

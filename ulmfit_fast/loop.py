@@ -1,15 +1,13 @@
 """The one training loop of all three stages: phases, schedules, logging, saving, stopping and going on."""
 
-import contextlib
 import math
-import signal
-import threading
 import time
 
 import torch
 
 from . import schedules
 from .graphed import GraphedStep
+from .interrupts import DelayedInterrupt
 from .progress import Progress
 
 
@@ -19,11 +17,12 @@ class Loop:
     groups: lists of parameters, first layer group to last.      plan: list of schedules.Phase.
     batches(epoch): a sequence of the epoch's batches, tuples of tensors, the last of which holds the targets;
     a function of the epoch alone.
-    loss_of(batch): (loss to minimise, {name: detached mean over the batch}, tokens in the batch).
+    loss_of(model, batch): (loss to minimise, {name: mean over the batch's rows}), by `model` or its wrapper.
+    tokens_of(batch): how many tokens a batch has.
     validate(between): figures of the validation set; it calls between(), if not None, after each batch.
     validate_first: it is also measured before the first step.
     before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
-    steps.
+    steps.                                                       team: the processes that train together.
     """
 
     def __init__(
@@ -34,8 +33,10 @@ class Loop:
         config,
         run,
         *,
+        team,
         batches,
         loss_of,
+        tokens_of,
         validate=None,
         validate_first=False,
         before_epoch=None,
@@ -46,11 +47,12 @@ class Loop:
         callback=None,
     ):
         self.model, self.groups, self.plan, self.config, self.run = model, groups, plan, config, run
-        self.batches, self.loss_of, self.validate = batches, loss_of, validate
+        self.team, self.batches, self.loss_of, self.tokens_of = team, batches, loss_of, tokens_of
+        self.validate = validate
         self.validate_first = validate_first
         self.before_epoch = before_epoch or (lambda: None)
         self.get_hidden, self.set_hidden = get_hidden, set_hidden
-        self.title, self.progress, self.callback = title, progress, callback
+        self.title, self.progress, self.callback = title, progress, callback or (lambda line: None)
         self.device = groups[0][0].device
         graphed = getattr(config, "cuda_graph", False)
         factor = getattr(config, "discriminative", 1.0)
@@ -84,9 +86,11 @@ class Loop:
         self.model.train()
         if state is not None:
             self._restore(state)
-        elif self.validate_first:
-            self._log_valid(0, self.validate(None))
-        with _DelayedInterrupt() as self.interrupt:
+        else:
+            self.team.own_randomness(self.config.seed)
+            if self.validate_first:
+                self._log_valid(0, self.validate(None))
+        with DelayedInterrupt(self.team) as self.interrupt:
             self.bar = None
             try:
                 while self.epoch < self.epochs:
@@ -128,11 +132,12 @@ class Loop:
             self.bar.step(self.epoch + 1, line)
             if self.config.save_every and self.step % self.config.save_every == 0:
                 self.save()
-            if line and self.callback:
-                self.callback(line)
+            if line:
+                self._tell(line)
             self.interrupt.check()
         if self.since_line.targets:  # interrupted after the last step, before its line was written
             self._log()
+        self.team.equalise(self.model)
         # may be interrupted: nothing is logged before
         figures = self.validate(self.interrupt.check) if self.validate else None
         line = self._line("epoch", self.in_epoch)
@@ -158,8 +163,10 @@ class Loop:
         for position, group in enumerate(self.groups):
             for parameter in group:
                 parameter.requires_grad_(position >= len(self.groups) - n_trainable)
-        if isinstance(self.take_step, GraphedStep) and n_trainable != self.n_trainable:
-            self.take_step.forget()
+        if n_trainable != self.n_trainable:
+            self.wrapped = self.team.wrap(self.model)
+            if isinstance(self.take_step, GraphedStep):
+                self.take_step.forget()
         self.n_trainable = n_trainable
 
     def _set_rate(self, t, steps):
@@ -186,26 +193,28 @@ class Loop:
     def _take_step(self, batch):
         """One update. Nothing here waits for the device, or a graph could not hold it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            loss, figures, tokens = self.loss_of(batch)
+            loss, figures = self.loss_of(self.wrapped, batch)
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss * self.weight).backward()
         if self.config.clip:
             trainable = [p for group in self.groups for p in group if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trainable, self.config.clip)
         self.optimizer.step()
-        return {name: value.detach() for name, value in figures.items()}, tokens
+        return {name: value.detach() for name, value in figures.items()}
 
     def _account(self, batch):
         start = time.perf_counter()
-        figures, tokens = self.take_step(batch)
-        targets = batch[-1].numel()
-        self.since_line.add({name: x.double() * targets for name, x in figures.items()}, targets, tokens)
-        self.since_line.seconds += time.perf_counter() - start
+        mine, self.weight = self.team.share(batch)
+        targets, tokens = batch[-1].numel(), self.tokens_of(batch)
+        part = targets * self.weight / self.team.size
+        totals = {name: x.double() * part for name, x in self.take_step(mine).items()}
+        self.since_line.add(totals, targets, tokens, time.perf_counter() - start)
 
     def _log(self):
         """Logs the means since the last line; counts them into the epoch's."""
         start = time.perf_counter()
-        sums = _Sums(*self.since_line.numbers())  # waits for the device
+        totals, *counts = self.since_line.numbers()  # waits for the device
+        sums = _Sums(self.team.sum(totals), *counts)
         sums.seconds += time.perf_counter() - start
         loss = sums.totals["loss"] / sums.targets
         if not math.isfinite(loss):
@@ -224,6 +233,12 @@ class Loop:
         place = {"kind": kind, "step": self.step, "epoch": self.epoch + 1}
         speed = sums.tokens / max(sums.seconds, 1e-9)
         return {**place, **means, "lr": self.rate, "tokens_per_s": round(speed, 1)}
+
+    def _tell(self, line):
+        def call():
+            self.callback(line)
+
+        self.team.first(call)
 
     def _log_valid(self, epoch, figures):
         line = {"kind": "valid", "step": self.step, "epoch": epoch, **figures}
@@ -253,26 +268,39 @@ class Loop:
                 "rate": self.rate,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "hidden": [tuple(pair) for pair in self.get_hidden()],
-                "random": torch.get_rng_state(),
-                "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                "since_line": self.since_line.numbers(),
                 "in_epoch": self.in_epoch.numbers(),
+                "processes": self.team.gather(self._own_state()),
             }
         )
         self.saved = self.step
 
+    def _own_state(self):
+        """What each process has of its own."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "hidden": [tuple(state.cpu() for state in pair) for pair in self.get_hidden()],
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "since_line": self.since_line.numbers(),
+        }
+
     def _restore(self, state):
+        if len(state["processes"]) != self.team.size:
+            raise ValueError(
+                f"resume needs as many processes as the run in {self.run.path} was started with: "
+                f"{len(state['processes'])}, not {self.team.size}"
+            )
+        own = state["processes"][self.team.rank]
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.rate, self.saved = state["rate"], self.step
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._place_rates()
-        self.set_hidden([(h.to(self.device), c.to(self.device)) for h, c in state["hidden"]])
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["cuda_random"] is not None:  # None: saved on a CPU
-            torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        self.since_line, self.in_epoch = _Sums(*state["since_line"]), _Sums(*state["in_epoch"])
+        self.set_hidden([(h.to(self.device), c.to(self.device)) for h, c in own["hidden"]])
+        torch.set_rng_state(own["random"])
+        if self.device.type == "cuda" and own["cuda_random"] is not None:  # None: saved on a CPU
+            torch.cuda.set_rng_state(own["cuda_random"], self.device)
+        self.since_line, self.in_epoch = _Sums(*own["since_line"]), _Sums(*state["in_epoch"])
         self.run.keep_lines(state["metric_lines"])
 
 
@@ -291,34 +319,3 @@ class _Sums:
     def numbers(self):
         """What makes an equal one: numbers of the host in place of the device's."""
         return {name: float(x) for name, x in self.totals.items()}, self.targets, self.tokens, self.seconds
-
-
-class _DelayedInterrupt(contextlib.AbstractContextManager):
-    """Lets a first Ctrl-C or a SIGTERM wait for `check`: a step is never torn. A second Ctrl-C acts at once.
-
-    A signal that the program ignores, or a SIGTERM that it handles, is left to it. Signals reach the main
-    thread alone: elsewhere this does nothing.
-    """
-
-    def __enter__(self):
-        self.pending, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                if handler == signal.SIG_DFL or (number == signal.SIGINT and callable(handler)):
-                    self.before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number, frame):
-        if self.pending and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.pending = True
-
-    def check(self):
-        if self.pending:
-            self.pending = False
-            raise KeyboardInterrupt
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

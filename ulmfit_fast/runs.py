@@ -26,7 +26,7 @@ from .checkpoints import atomic_write, load_model, name_file, save_model
 from .config import STAGES, ModelConfig, unknown_key_message
 from .locks import locked
 
-FORMAT, STATE_FORMAT = 1, 2
+FORMAT, STATE_FORMAT = 1, 3
 CONFIG, TOKENIZER, MODEL, METRICS = "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl"
 CURVES, STATE, LOCK = "curves.png", "state.pt", ".lock"
 FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)

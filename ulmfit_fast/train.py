@@ -67,7 +67,7 @@ def pretrain_lm(
     record |= dict(backwards=config.backwards, data=fingerprint(texts, held_out))
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
-    announce(f"counting and encoding the words of {len(texts):,} texts", progress)
+    announce(f"counting and encoding the words of {len(texts):,} texts", job.progress)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, config.backwards)
     docs = tokenizer.encode(texts)
     del texts  # training needs its indices alone, and a corpus is large
@@ -116,7 +116,7 @@ def finetune_lm(
     record |= dict(backwards=base.backwards, data=fingerprint(texts, held_out, words, base.state))
     if job.run.holds_finished(record):
         return load(job.run.path, job.device)
-    announce(f"counting and encoding the words of {len(texts):,} texts", progress)
+    announce(f"counting and encoding the words of {len(texts):,} texts", job.progress)
     itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos, base.backwards)
     docs = tokenizer.encode(texts)
@@ -126,7 +126,7 @@ def finetune_lm(
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
         known = f"{moved.known:,} of {len(itos):,} words are known to {base.source}"
-        announce(f"{known}, which reads {way(base.backwards)}", progress)
+        announce(f"{known}, which reads {way(base.backwards)}", job.progress)
         plan = head_first_plan(config.head_epochs, config.epochs, len(layer_groups(model)))
         record["vocabulary"] = {"words": len(itos), "known": moved.known}
         return fit_lm(job, record, model, tokenizer, docs, held_out, plan)
@@ -193,7 +193,7 @@ def train_classifier(
         return load(job.run.path, job.device)
     if base:
         reader = "the classifier from scratch" if scratch else base.source
-        announce(f"{reader} reads {way(backwards)}", progress)
+        announce(f"{reader} reads {way(backwards)}", job.progress)
         tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
