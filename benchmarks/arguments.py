@@ -11,7 +11,11 @@ import ulmfit_fast as uf
 from . import gpu
 from .record import RESULTS
 
-ON_CPU = ("fp32", "high", "bf16")  # the precisions measured there
+ON_CPU = {  # the precisions measured there: for which instruction sets by default, None being all
+    "fp32": None,
+    "high": ("amx",),  # the others compute it by the kernels of fp32
+    "bf16": ("amx", "avx512bf16"),  # the others multiply it as float32, and torch takes minutes
+}
 QUICK = {"preset": "small", "batch": [16], "repeats": 2}
 GPU_REPEATS = 11  # rounds; each is the median of several calls
 
@@ -26,8 +30,7 @@ def options(doc, on_gpu, **defaults):
     )
     p.add_argument("--preset", choices=["ulmfit", "small", "tiny"], default="ulmfit", help="model sizes")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    # without AMX "high" is computed by the kernels of fp32
-    on_cpu = [precision for precision in ON_CPU if precision != "high" or uf.info().isa == "amx"]
+    on_cpu = [precision for precision, isas in ON_CPU.items() if isas is None or uf.info().isa in isas]
     p.add_argument(
         "--precision",
         nargs="+",
@@ -39,7 +42,7 @@ def options(doc, on_gpu, **defaults):
     p.add_argument("--bptt", type=positive, default=72, help="time steps")
     p.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
     p.add_argument(
-        "--repeats", type=positive, default=4, help=f"counted rounds; on a GPU the default is {GPU_REPEATS}"
+        "--repeats", type=positive, default=3, help=f"counted rounds; on a GPU the default is {GPU_REPEATS}"
     )
     p.add_argument(
         "--keep-l2", action="store_true", help="on a GPU: do not write over its L2 cache before each call"

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
-from benchmarks import clocks, harness, machine, memory, report, roof, steps  # noqa: E402
+from benchmarks import arguments, clocks, harness, machine, memory, report, roof, steps  # noqa: E402
 from benchmarks.harness import Side  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the programs measure the CPU")
 TINY = ["--quick", "--preset", "tiny", "--batch", "3", "--bptt", "5", "--threads", "1"]
+ALL = ["--precision", "fp32", "high", "bf16"]
 PROGRAMS = {
     "lstm": ["--slow-peers"],
     "linear_cross_entropy": ["--vocab", "50"],
@@ -44,7 +46,7 @@ def results(tmp_path_factory):
     """The folder that all programs wrote into."""
     folder = tmp_path_factory.mktemp("results")
     for program, options in PROGRAMS.items():
-        done = run(program, *TINY, *options, "--results", str(folder))
+        done = run(program, *TINY, *ALL, *options, "--results", str(folder))
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -70,12 +72,11 @@ def test_records_say_where_and_what(results):
 
 
 def test_profile_counts_what_our_ops_must_do(tmp_path):
-    done = run("profile_ops", *TINY, "--vocab", "50", "--results", str(tmp_path))
+    done = run("profile_ops", *TINY, *ALL, "--vocab", "50", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.iterdir()).read_text())
     peers = {"torch fp32", "torch bf16"} if roof.torch_has_bf16() else {"torch fp32"}
-    high = {"ours high"} if uf.info().isa == "amx" else set()  # elsewhere it is fp32
-    assert set(record["sides"]) == {"ours fp32", "ours bf16", *high, *peers}
+    assert set(record["sides"]) == {"ours fp32", "ours high", "ours bf16", *peers}
     for name, side in record["sides"].items():
         ops = {row["op"]: row for row in side["top"]}
         assert sum(row["share"] for row in side["top"]) <= 1.001
@@ -107,6 +108,17 @@ def test_report_shows_every_benchmark(results):
     for shown in ("torch bf16 without oneDNN", "embedding_dropout", "all layers", "tokens/s", "--quick"):
         assert shown in text
     assert not list(results.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "isa, precisions",
+    [("amx", ["fp32", "high", "bf16"]), ("avx512bf16", ["fp32", "bf16"]), ("avx2", ["fp32"])],
+)
+def test_default_precisions_are_those_with_kernels_of_their_own(isa, precisions, monkeypatch):
+    monkeypatch.setattr(uf, "info", lambda: types.SimpleNamespace(isa=isa))
+    parser = arguments.options("About.", on_gpu=("fp16",))
+    assert arguments.parse(parser, []).precision == precisions
+    assert arguments.parse(parser, ["--precision", "bf16", "high"]).precision == ["bf16", "high"]
 
 
 def test_report_without_records(tmp_path):

@@ -60,16 +60,16 @@ class Team:
         """call() in the first process. What it returns, or raises, every process returns or raises."""
         if self.size == 1:
             return call()
-        outcome = [None]
+        outcome, caught = [None], None
         if self.is_first:
             try:
                 outcome = [(call(), None)]
             except BaseException as error:  # KeyboardInterrupt too: the others must not wait for ever
-                outcome = [(None, _sendable(error))]
+                outcome, caught = [(None, _sendable(error))], error
         dist.broadcast_object_list(outcome, 0, self._host)
         result, error = outcome[0]
         if error is not None:
-            raise error
+            raise caught or error
         return result
 
     def gather(self, value):
