@@ -57,6 +57,8 @@ def pretrain_lm(
     device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
     callback: called with each metrics line (a dict) of training: every `log_every` steps and at the end of an
     epoch. A KeyboardInterrupt that it raises stops the run with its state saved.
+    Processes that torchrun started share the run: each calls the stage, with the same arguments, and gets the
+    result; the first alone writes, shows progress and calls the callback. See team.py.
 
     The caller's random state is left as it was: everything follows from the option `seed`.
     """
