@@ -14,7 +14,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +27,7 @@
 #include <vector>
 
 #include "card_on_cpu.h"
+#include "float16_on_cpu.h"
 #ifdef ULMFIT_PTX_ON_CPU
 #include "ptx_kernels.h"
 #endif
@@ -51,26 +51,6 @@ struct dim3 {
   dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-inline float __bfloat162float(__nv_bfloat16 v) { return std::bit_cast<float>(uint32_t{v.bits} << 16); }
-inline __nv_bfloat16 __float2bfloat16_rn(float v) {
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
-  if (v != v) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
-#if defined(__aarch64__)  // whose GCC has _Float16 in C++ from 13 on
-using Float16 = __fp16;
-#else
-using Float16 = _Float16;
-#endif
-struct __half {
-  Float16 value;
-};
-inline float __half2float(__half v) { return static_cast<float>(v.value); }
-inline __half __float2half_rn(float v) { return {static_cast<Float16>(v)}; }
 
 namespace ulmfit_fast::cuda {
 
@@ -186,6 +166,8 @@ class BlocksOnCpu {
   enum State { kReady, kAtWarp, kAtBlock, kAtFlag, kAtCluster, kDone };
   struct Fiber {
     ucontext_t context;
+    void* point[5];  // where it goes on
+    bool begun;
     State state;
     unsigned round;
     char slot[2][32];
@@ -208,11 +190,11 @@ class BlocksOnCpu {
 
   void start(Fiber& fiber, char* stack) {
     fiber.state = kReady;
+    fiber.begun = false;
     fiber.round = fiber.arrived = fiber.waited = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stack;
     fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, &BlocksOnCpu::enter, 0);
   }
 
@@ -225,13 +207,31 @@ class BlocksOnCpu {
     } catch (...) {
       blocks.error = std::current_exception();
     }
-    blocks.fibers[blocks.running].state = kDone;
+    blocks.stop(kDone);
   }
 
   void stop(State state) {
     fibers[running].state = state;
-    swapcontext(&fibers[running].context, &scheduler);
+    leave(fibers[running]);
   }
+
+  // From the scheduler to a fiber, and back. swapcontext makes a system call each time, which took most of a
+  // test's time; but the address sanitizer does not follow jumps from stack to stack.
+#ifdef __SANITIZE_ADDRESS__
+  void go_on(Fiber& fiber) { swapcontext(&scheduler, &fiber.context); }
+  void leave(Fiber& fiber) { swapcontext(&fiber.context, &scheduler); }
+#else
+  void go_on(Fiber& fiber) {
+    if (__builtin_setjmp(scheduler_point) != 0) return;
+    if (std::exchange(fiber.begun, true)) jump(fiber.point);
+    setcontext(&fiber.context);
+  }
+  void leave(Fiber& fiber) {
+    if (__builtin_setjmp(fiber.point) == 0) jump(scheduler_point);
+  }
+  [[gnu::noinline, noreturn]] static void jump(void** point) { __builtin_longjmp(point, 1); }
+  void* scheduler_point[5];
+#endif
 
   // Runs what threads of a block can run, and opens its complete barriers; false when there was nothing to
   // do.
@@ -250,7 +250,7 @@ class BlocksOnCpu {
       moved = blocks[block].started = true;
       running = first + i;
       threadIdx = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
-      swapcontext(&scheduler, &fiber.context);
+      go_on(fiber);
       if (error) std::rethrow_exception(std::exchange(error, nullptr));
       if (fiber.state == kDone && ++blocks[block].ended == threads) blocks[block].poison();
     }
