@@ -54,6 +54,10 @@ def test_extras_are_those_of_pyproject():
         (["9.0+PTX"], (8, 0), False),
         (["9.0a"], (9, 0), True),
         (["9.0a"], (10, 0), False),
+        (["9.0a+PTX"], (10, 0), False),
+        (["8.0", "10.3"], (10, 3), True),
+        (["8.0 9.0+PTX"], (9, 0), False),  # what an earlier version wrote down is no error
+        (["Ampere", "9.0"], (9, 0), True),
         ([], (9, 0), False),
     ],
 )

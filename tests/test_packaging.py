@@ -117,6 +117,27 @@ def test_architectures_and_jobs_can_be_set(build_plan, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("8.0 9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("9.0a;12.0", ["12.0", "9.0a"]),
+        ("Ampere", ["8.0", "8.6+PTX"]),
+        ("Turing Hopper", ["7.5+PTX", "9.0+PTX"]),
+    ],
+)
+def test_architectures_are_what_torch_makes_of_the_variable(build_plan, monkeypatch, words, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", words)
+    assert sorted(build_plan.compiled_for()) == expected
+
+
+def test_an_architecture_that_torch_does_not_know_stops_the_build(build_plan, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;sm90")
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST=8.0;sm90: Unknown CUDA arch \(sm90\)"):
+        build_plan.compiled_for()
+
+
+@pytest.mark.parametrize(
     "macros, message",
     [
         ("#define __GNUC__ 10", "`c\\+\\+` is GCC 10, and >= 11 is needed"),

@@ -102,6 +102,21 @@ def architectures(torch) -> str:
     return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
 
 
+def compiled_for() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as torch reads it, which also takes spaces and names: ["8.0", "9.0+PTX"]."""
+    # torch's own words for nvcc: its table of names ("Ampere") changes with its version
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    try:
+        flags = _get_cuda_arch_flags()
+    except ValueError as error:
+        stop(f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']}: {error}")
+    kinds = {}  # "9.0": {"sm", "compute"}; the latter is PTX
+    for kind, major, minor in re.findall(r"code=(sm|compute)_(\d+)(\d[a-z]?)\b", " ".join(flags)):
+        kinds.setdefault(f"{major}.{minor}", set()).add(kind)
+    return [number + "+PTX" * ("compute" in found) for number, found in kinds.items()]
+
+
 def plan_cuda(root: str, torch) -> tuple[str, str]:
     """(toolkit version or "", what the build line says about CUDA)."""
     wish = os.environ.get("ULMFIT_FAST_CUDA", "")
@@ -160,7 +175,7 @@ def make(root: str) -> Plan:
             "torch_cuda": torch.version.cuda,
             "cuda": toolkit or None,
             "cuda_why": cuda_says,
-            "architectures": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if toolkit else [],
+            "architectures": compiled_for() if toolkit else [],
             "compiler": compiler,
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import re
 
 import torch
 
@@ -24,7 +25,7 @@ class Info:
     torch_running: str
     cuda_built: str | None  # toolkit that compiled our CUDA kernels; None: there are none in this build
     cuda_running: str | None  # CUDA of the running torch; None: torch is a CPU build
-    architectures: tuple[str, ...]  # of our CUDA kernels, as TORCH_CUDA_ARCH_LIST writes them
+    architectures: tuple[str, ...]  # of our CUDA kernels: "8.0", "9.0a", "9.0+PTX"
     gpus: tuple[str, ...]
     isa: str  # CPU instruction set in use; ULMFIT_FAST_ISA names another
     isas: tuple[str, ...]  # those this machine can run, newest first
@@ -108,13 +109,15 @@ def runs_on(architectures: tuple[str, ...] | list[str], capability: tuple[int, i
     "9.0a" is for exactly that card (CUDA C++ Programming Guide, section 'Binary compatibility').
     """
     for name in architectures:
-        number = name.removesuffix("+PTX").rstrip("abcdefghijklmnopqrstuvwxyz")
-        major, minor = map(int, number.split("."))
-        exact = number != name.removesuffix("+PTX")
-        if exact and (major, minor) == capability:
-            return True
-        if not exact and major == capability[0] and minor <= capability[1]:
-            return True
-        if not exact and name.endswith("+PTX") and (major, minor) <= capability:
+        parts = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", name)
+        if parts is None:  # a build of an earlier version has TORCH_CUDA_ARCH_LIST's own words here
+            continue
+        major, minor, exact, ptx = int(parts[1]), int(parts[2]), parts[3], parts[4]
+        if exact:
+            runs = (major, minor) == capability
+        else:
+            same_major = major == capability[0] and minor <= capability[1]
+            runs = same_major or (ptx is not None and (major, minor) <= capability)
+        if runs:
             return True
     return False
