@@ -7,6 +7,7 @@ namespace ulmfit_fast::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kBlocks = 2;  // of a multiprocessor: what leaves registers for the loads on their way
 
 // Largest logit, sum of exp(logit - largest) and sum of the logits, of some columns of a row.
 template <class T>
@@ -43,13 +44,14 @@ struct Merge {
   }
 };
 
-// f(first column, values[N or 1]) over a row; what it leaves in the values is written back if `write`.
+// f(first column, values[N or 1]) over a row; what it leaves in the values is written back if `write`. A
+// thread has kAhead loads on their way before it takes the first: f is long, and memory would idle meanwhile.
+// In fp64 it has one: the exponentials alone take all registers, and longer than memory.
 template <class S, int N, class F>
 __device__ void over_row(S* row, int64_t columns, bool write, F&& f) {
   using T = Compute<S>;
-  const auto take = [&](auto width, int64_t first) {
-    constexpr int n = decltype(width)::value;
-    Pack<S, n> stored = pack_at<S, n>(row + first);
+  constexpr int kAhead = sizeof(S) == 8 ? 1 : 4, kStep = kThreads * N;
+  const auto take = [&]<int n>(int64_t first, Pack<S, n> stored) {
     T values[n];
     for (int j = 0; j < n; ++j) values[j] = widen(stored.v[j]);
     f(first, values);
@@ -58,12 +60,20 @@ __device__ void over_row(S* row, int64_t columns, bool write, F&& f) {
     store_pack<S, n>(row + first, stored);
   };
   const int64_t whole = columns / N * N;
-  for (int64_t j = threadIdx.x * N; j < whole; j += kThreads * N) take(std::integral_constant<int, N>(), j);
-  for (int64_t j = whole + threadIdx.x; j < columns; j += kThreads) take(std::integral_constant<int, 1>(), j);
+  int64_t j = threadIdx.x * N;
+  for (; j + (kAhead - 1) * kStep < whole; j += kAhead * kStep) {
+    Pack<S, N> stored[kAhead];
+    ULMFIT_UNROLL_ALL
+    for (int k = 0; k < kAhead; ++k) stored[k] = pack_at<S, N>(row + j + k * kStep);
+    ULMFIT_UNROLL_ALL
+    for (int k = 0; k < kAhead; ++k) take(j + k * kStep, stored[k]);
+  }
+  for (; j < whole; j += kStep) take(j, pack_at<S, N>(row + j));
+  for (j = whole + threadIdx.x; j < columns; j += kThreads) take(j, pack_at<S, 1>(row + j));
 }
 
 template <class S, int N>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) cross_entropy_kernel(CrossEntropy a) {
   using T = Compute<S>;
   const int64_t r = blockIdx.x, target = a.target[r];
   S* row = static_cast<S*>(a.logits) + r * a.stride;
