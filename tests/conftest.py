@@ -82,6 +82,27 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _gpu_is_well(request):
+    """Ends the process with a test that breaks its GPU's context.
+
+    A fault shows at some later call, and then at every call: without this another test would be blamed, and
+    all that follow would fail.
+    """
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize(checks.DEVICE if checks.DEVICE.type == "cuda" else None)
+    except RuntimeError as error:
+        sentence = f"{request.node.nodeid} leaves the GPU broken: {str(error).splitlines()[0]}"
+        if "PYTEST_XDIST_WORKER" in os.environ:  # whose tests go to a new one if it dies, and only then
+            with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                print(sentence, file=sys.stderr, flush=True)
+            os._exit(1)
+        pytest.exit(sentence, returncode=pytest.ExitCode.TESTS_FAILED)
+
+
 @pytest.fixture(scope="session", params=ISAS)
 def isa_results(request, tmp_path_factory):
     """What `isa_probe.py` computes in a process forced to one instruction set: {case name: tensors}."""

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,39 @@ def collect(*options):
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", *options, TESTS]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+BREAKS = """
+import pytest, torch
+
+def fault(device=None):
+    raise RuntimeError("device-side assert triggered")
+
+def test_before(): pass
+
+def test_that_breaks_it(monkeypatch):
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fault
+
+@pytest.mark.parametrize("n", range(9))
+def test_after(n): pass
+"""
+
+
+@pytest.mark.parametrize("options, passed", [([], 2), (["-n", "1"], 11)], ids=["alone", "xdist"])
+def test_the_test_that_breaks_a_gpu_is_named_and_the_last_of_its_process(tmp_path, options, passed):
+    if options:
+        pytest.importorskip("xdist")
+    for name in ("conftest.py", "checks.py"):
+        shutil.copy(TESTS / name, tmp_path)
+    (tmp_path / "test_it.py").write_text(BREAKS)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "test_it.py::test_that_breaks_it leaves the GPU broken: device-side assert triggered" in said
+    assert f"{passed} passed" in said
 
 
 def test_all_files_are_imported_without_a_gpu():
