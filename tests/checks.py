@@ -218,17 +218,20 @@ def lstm_case(
     ):
         tensors.append(randn(*weight_shape, dtype=weight_dtype, seed=2 + i, scale=hidden**-0.5))
     n = None if lengths is None else torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
-    mask = mask64(seed, (4 * hidden, hidden), weight_p)
     options = {"batch_first": batch_first, "lengths": n, "reverse": reverse}
-    drawn, output_mask = {"weight_p": weight_p, "seed": seed}, None
+    drawn = {"weight_p": weight_p, "seed": seed}
     if dropout_p is not None:
         drawn |= {"dropout_p": dropout_p, "dropout_seed": seed + 1}
-        output_mask = mask64(seed + 1, (batch, hidden), dropout_p)
-    return (
-        tensors,
-        lambda *t: ops.lstm(*t, **drawn, **options),
-        lambda *t: reference.lstm(*t, mask=mask, output_mask=output_mask, **options),
-    )
+
+    def in_fp64(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        # drawn here: large masks take long in numpy, and not every test has a use for the reference
+        mask = mask64(seed, (4 * hidden, hidden), weight_p).to(x.device)
+        output_mask = None
+        if dropout_p is not None:
+            output_mask = mask64(seed + 1, (batch, hidden), dropout_p).to(x.device)
+        return reference.lstm(x, *others, mask=mask, output_mask=output_mask, **options)
+
+    return tensors, lambda *t: ops.lstm(*t, **drawn, **options), in_fp64
 
 
 def linear_cross_entropy_case(
