@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
 
   m.def("logits(Tensor h, Tensor weight, Tensor? bias, bool high) -> Tensor");  // CPU alone, no gradient
 
+  // CUDA alone: how the persistent recurrence of x (T, B, I) would be split over this device, in words
+  m.def("lstm_plan(Tensor x, int hidden, bool high, bool backward) -> str");
+
   m.def("cpu_isa() -> str");               // the instruction set in use
   m.def("release_workspace() -> int");     // scratch memory kept for the next call: bytes given back
   m.def("lent_like(Tensor t) -> Tensor");  // unwritten, like t, in memory that the CPU's workspace lends

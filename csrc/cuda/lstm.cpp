@@ -84,13 +84,14 @@ class Backward {
                   const OptionalTensor& ddropped, bool tf32) {
     const Tensor dh = layer.state("dh_n", dh_n), dc = layer.state("dc_n", dc_n);
     const Tensor first_cell = layer.state("c0", in.c0), w = layer.dropped_w_hh();
-    const LstmPlan plan = plan_recurrence(layer, tf32, Direction::backward);
-    if (plan.fits()) {
-      const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence(),
-                     through = ddropped.has_value() ? in.sequence("ddropped", *ddropped) : Sequence();
-      if (persistent_backward(layer, plan, upstream, through, dh, dc, first_cell, w, gates, cells, dgates,
-                              out))
+    const Sequence upstream = dy.has_value() ? in.sequence("dy", *dy) : Sequence(),
+                   through = ddropped.has_value() ? in.sequence("ddropped", *ddropped) : Sequence();
+    for (const bool clusters : {true, false}) {
+      const LstmPlan plan = plan_recurrence(layer, tf32, Direction::backward, clusters);
+      if (plan.fits() && persistent_backward(layer, plan, upstream, through, dh, dc, first_cell, w, gates,
+                                             cells, dgates, out))
         return;
+      if (!plan.split.clusters) break;
     }
     if (ddropped.has_value()) dy = with_dropped(dy, *ddropped);
     const Tensor dgates_step = empty_like(in.x, {in.B, 4 * in.H});
@@ -221,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_op(
 STABLE_TORCH_LIBRARY_IMPL(ulmfit_fast, ULMFIT_CUDA_KEY, m) {
   m.impl("lstm", TORCH_BOX(&lstm_op));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward_op));
+  m.impl("lstm_plan", TORCH_BOX(&lstm_plan));
 }
 
 }  // namespace ulmfit_fast::cuda

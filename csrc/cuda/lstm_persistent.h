@@ -6,6 +6,8 @@
 //   persistent   persistent, or an error that says why it cannot be
 #pragma once
 #include <cstdlib>
+#include <iomanip>
+#include <sstream>
 #include <string>
 
 #include "lstm_layer.h"
@@ -21,28 +23,55 @@ inline std::string wanted_recurrence(const Layer& layer) {
 }
 
 // Whether f() has launched. The device's numbers may promise too much: of its multiprocessors a green context
-// has a share, and only the launch finds out.
+// has a share, how many clusters it runs is not guaranteed, and only the launch finds out. After clusters
+// there is another plan to try.
 template <class F>
-bool launched(const Layer& layer, F&& f) {
+bool launched(const Layer& layer, const LstmPlan& plan, F&& f) {
   try {
     f();
     return true;
   } catch (const LaunchTooLarge& error) {
-    ULMFIT_CHECK(wanted_recurrence(layer) == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
-                 error.what());
+    ULMFIT_CHECK(plan.split.clusters || wanted_recurrence(layer) == "auto", layer.in.op,
+                 "ULMFIT_FAST_RECURRENCE=persistent, but ", error.what());
     return false;
   }
 }
 
 // tf32: whether torch allows it for float32 products.
-inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction direction) {
+inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction direction, bool clusters = true) {
   LstmPlan none;
   const std::string wanted = wanted_recurrence(layer);
   if (wanted == "general" || layer.in.T == 0) return none;
-  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, device_limits());
+  DeviceLimits limits = device_limits();
+  if (!clusters) limits.clusters = nullptr;
+  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, limits);
   ULMFIT_CHECK(plan.fits() || wanted == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
                plan.why_not);
   return plan;
+}
+
+// What the device offers and the plan takes of it, for those who measure.
+inline std::string lstm_plan(const Tensor& x, int64_t hidden, bool high, bool backward) {
+  check_dim("lstm_plan", "x", x, 3);
+  const Device device(x);
+  const DeviceLimits limits = device_limits();
+  const LstmPlan plan = plan_lstm(x.size(1), hidden, dtype_of("lstm_plan", "x", x), high,
+                                  backward ? Direction::backward : Direction::forward, limits);
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1) << limits.multiprocessors << " multiprocessors with "
+       << limits.shared_memory / 1024 << " KB, compute capability " << limits.capability / 10.0
+       << ", kernels for " << limits.compiled / 10.0 << "; ";
+  if (!plan.fits()) return text.str() + plan.why_not;
+  LstmSplit split = plan.split;
+  text << split.parts << " x " << split.ctas << " thread blocks of " << split.shared_memory() / 1024
+       << " KB, each with " << split.columns() << " columns and " << split.passes << " x "
+       << split.block_rows() << " rows";
+  if (backward) {
+    text << ", sums in " << (split.clusters ? "clusters" : "L2");
+    split.clusters = true;
+    text << "; " << (limits.clusters ? limits.clusters(split) : 0) << " clusters of such blocks run at once";
+  }
+  return text.str();
 }
 
 // w keeps its tensor alive; flags are zeros in every launch, and in every replay of a graph.
@@ -66,7 +95,7 @@ struct PersistentBuffers {
   }
 };
 
-// These two say whether they have launched; where not, the general recurrence is due.
+// These two say whether they have launched; where not, another plan is due or the general recurrence.
 inline bool persistent_forward(const Layer& layer, const LstmPlan& plan, const Tensor& projected,
                                const Tensor& bias, const Tensor& first_cell, bool save,
                                const LstmOutputs& out) {
@@ -84,7 +113,7 @@ inline bool persistent_forward(const Layer& layer, const LstmPlan& plan, const T
   a.h_n = data_of(out.h_n);
   a.c_n = data_of(out.c_n);
   a.exchange = data_of(buffers.exchange);
-  return launched(layer, [&] { lstm_persistent(a, layer.device.stream); });
+  return launched(layer, plan, [&] { lstm_persistent(a, layer.device.stream); });
 }
 
 inline bool persistent_backward(const Layer& layer, const LstmPlan& plan, const Sequence& dy,
@@ -107,7 +136,7 @@ inline bool persistent_backward(const Layer& layer, const LstmPlan& plan, const 
   a.dc0 = data_of(out.dc0);
   a.exchange = data_of(buffers.exchange);
   a.sums = static_cast<float*>(data_of(sums));
-  return launched(layer, [&] { lstm_persistent_backward(a, layer.device.stream); });
+  return launched(layer, plan, [&] { lstm_persistent_backward(a, layer.device.stream); });
 }
 
 }  // namespace ulmfit_fast::cuda

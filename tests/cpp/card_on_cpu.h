@@ -16,15 +16,16 @@ struct CardOnCpu {
 #else
   int compiled = 90;
 #endif
-  unsigned granted = 1 << 30;  // blocks of a cooperative launch
+  unsigned granted = 1 << 20;           // blocks of a cooperative launch, whatever the numbers above promise
+  unsigned granted_clusters = 1 << 20;  // and clusters of one
 };
 inline CardOnCpu card_on_cpu() {
   CardOnCpu card;
   if (const char* words = std::getenv("ULMFIT_ON_CPU_CARD")) {
     card.clusters = 0;
-    if (std::sscanf(words, "%d,%d,%d,%d,%u", &card.multiprocessors, &card.kilobytes, &card.clusters,
-                    &card.compiled, &card.granted) < 2)
-      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to five numbers, like 132,227,32,90,132");
+    if (std::sscanf(words, "%d,%d,%d,%d,%u,%u", &card.multiprocessors, &card.kilobytes, &card.clusters,
+                    &card.compiled, &card.granted, &card.granted_clusters) < 2)
+      throw std::runtime_error("ULMFIT_ON_CPU_CARD must be two to six numbers, like 132,227,32,90,132,32");
   }
   return card;
 }

@@ -29,6 +29,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #ifdef __CUDACC__
 inline void check(const char* name, cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // whoever catches this and launches something else is not to find the error
     throw std::runtime_error(std::string("ulmfit_fast.") + name +
                              ": CUDA error at launch: " + cudaGetErrorString(error));
   }
@@ -47,24 +48,33 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void*
 }
 
 #ifdef __CUDACC__
-// Of a cooperative launch; its blocks are in clusters of `cluster`, where that is more than 1.
-struct CooperativeConfig {
+// Of a launch whose blocks are in clusters of `cluster`, where that is more than 1.
+struct LaunchConfig {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  CooperativeConfig(unsigned blocks, unsigned threads, int64_t shared_bytes, unsigned cluster) {
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {cluster, 1, 1};
+  LaunchConfig(unsigned blocks, unsigned threads, int64_t shared_bytes, unsigned cluster) {
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.attrs = attributes;
-    config.numAttrs = cluster > 1 ? 2 : 1;
+    if (cluster > 1) add(cudaLaunchAttributeClusterDimension).clusterDim = {cluster, 1, 1};
   }
-  CooperativeConfig(const CooperativeConfig&) = delete;  // config points into it
+  LaunchConfig(const LaunchConfig&) = delete;  // config points into it
+
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  }
 };
+
+// Whether the device has no room for a cooperative launch. What the driver says of one with clusters is
+// written nowhere: anything that is about room.
+inline bool too_large(cudaError_t error, unsigned cluster) {
+  return error == cudaErrorCooperativeLaunchTooLarge ||
+         (cluster > 1 && (error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidClusterSize));
+}
 
 // Lets a kernel have as much dynamic shared memory as a block of this device may. Never less: the limit is
 // the kernel's, and between one thread's setting and its launch another may launch the same kernel.
@@ -78,10 +88,11 @@ cudaError_t allow_shared_memory(void (*kernel)(P...)) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// How many clusters of a kernel run at once; 0 where they cannot be launched.
+// How many clusters of a kernel run at once, which the driver does not guarantee; 0 where they cannot be
+// launched.
 template <class... P>
 int active_clusters(void (*kernel)(P...), unsigned threads, int64_t shared_bytes, unsigned cluster) {
-  const CooperativeConfig launch(cluster, threads, shared_bytes, cluster);
+  const LaunchConfig launch(cluster, threads, shared_bytes, cluster);
   int count = 0;
   if (allow_shared_memory(kernel) == cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) == cudaSuccess) {
@@ -99,16 +110,19 @@ void launch_cooperative(const char* name, void (*kernel)(P...), unsigned blocks,
                         int64_t shared_bytes, unsigned cluster, void* stream, const P&... arguments) {
 #ifdef __CUDACC__
   check(name, allow_shared_memory(kernel));
-  CooperativeConfig launch(blocks, threads, shared_bytes, cluster);
+  LaunchConfig launch(blocks, threads, shared_bytes, cluster);
+  launch.add(cudaLaunchAttributeCooperative).cooperative = 1;
   launch.config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, arguments...);
-  if (error == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();  // whoever launches something else instead is not to find the error
+  if (too_large(error, cluster)) {
+    cudaGetLastError();  // as in check()
     throw LaunchTooLarge();
   }
   check(name, error);
 #else
-  if (blocks > card_on_cpu().granted) throw LaunchTooLarge();
+  const CardOnCpu card = card_on_cpu();
+  if (blocks > card.granted || (cluster > 1 && blocks > cluster * card.granted_clusters))
+    throw LaunchTooLarge();
   run_kernel_on_cpu(kernel, dim3(blocks), dim3(threads), shared_bytes, cluster, arguments...);
 #endif
 }

@@ -266,7 +266,8 @@ void with_split(const LstmSplit& split, F&& f) {
   with_tiles<float>(split, f, kAll);
 }
 
-// How many clusters of this split's kernel, one for each group, the device can run at once.
-int lstm_backward_clusters(const LstmSplit& split);
+// How many clusters of this split's kernel, one for each group, the device can run at once, as far as is
+// known.
+int& lstm_backward_clusters(const LstmSplit& split);
 
 }  // namespace ulmfit_fast::cuda

@@ -197,20 +197,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
 }  // namespace
 
-void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
-  const LstmSplit& split = a.steps.split;
-  with_split(split, [&](auto type, auto mt, auto nt) {
-    using S = decltype(type);
-    launch_cooperative("lstm_backward",
-                       split.clusters ? lstm_persistent_backward_kernel<S, mt(), nt(), SumsInCluster>
-                                      : lstm_persistent_backward_kernel<S, mt(), nt(), SumsInL2>,
-                       split.parts * split.ctas, kSplitThreads, split.shared_memory(),
-                       split.clusters ? kGroup : 1, stream, a, DeviceMask(a.steps.dropout));
-  });
-}
-
 #ifdef __CUDACC__
-int lstm_backward_clusters(const LstmSplit& split) {
+int& lstm_backward_clusters(const LstmSplit& split) {
   int device = 0;
   check("lstm_backward", cudaGetDevice(&device));
   const std::array<int64_t, 5> key = {device, static_cast<int64_t>(split.dtype), split.row_tiles,
@@ -226,5 +214,24 @@ int lstm_backward_clusters(const LstmSplit& split) {
   return found->second;
 }
 #endif
+
+void lstm_persistent_backward(const LstmPersistentBackward& a, void* stream) {
+  const LstmSplit& split = a.steps.split;
+  try {
+    with_split(split, [&](auto type, auto mt, auto nt) {
+      using S = decltype(type);
+      launch_cooperative("lstm_backward",
+                         split.clusters ? lstm_persistent_backward_kernel<S, mt(), nt(), SumsInCluster>
+                                        : lstm_persistent_backward_kernel<S, mt(), nt(), SumsInL2>,
+                         split.parts * split.ctas, kSplitThreads, split.shared_memory(),
+                         split.clusters ? kGroup : 1, stream, a, DeviceMask(a.steps.dropout));
+    });
+  } catch (const LaunchTooLarge&) {
+#ifdef __CUDACC__
+    if (split.clusters) lstm_backward_clusters(split) = 0;  // the next launch, or a graph's, is not to fail
+#endif
+    throw;
+  }
+}
 
 }  // namespace ulmfit_fast::cuda
