@@ -73,6 +73,23 @@ def cuda():
         yield device
 
 
+@pytest.fixture
+def persistent(request, monkeypatch):
+    """The persistent recurrence or an error, on a GPU or in the build that runs CUDA kernels on the CPU."""
+    if checks.CUDA_KERNELS and checks.DEVICE.type == "cpu":
+        monkeypatch.delenv("ULMFIT_ON_CPU_CARD", raising=False)
+    else:
+        request.getfixturevalue("cuda")
+    monkeypatch.setenv("ULMFIT_FAST_RECURRENCE", "persistent")
+
+
+@pytest.fixture
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test starts from the same generator state and leaves the number of threads as it found it."""

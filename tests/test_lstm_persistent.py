@@ -2,9 +2,9 @@
 
 Where there is a GPU these tests run on it; in the build of `make cuda-on-cpu` the same kernels run on the
 CPU, their thread blocks in turn, on a card that ULMFIT_ON_CPU_CARD makes up.  Elsewhere they are skipped.
+test_lstm_persistent_gpu.py has what a CPU cannot run, or not in any time.
 """
 
-import concurrent.futures
 import os
 import subprocess
 import sys
@@ -13,33 +13,13 @@ import checks
 import pytest
 import torch
 from checks import assert_near, check_case, lstm_case, with_gradients
+from checks_persistent import DTYPES, FACTOR, ROUNDED, VARIABLE, factor, general, lengths_of, on_cpu
 
 import ulmfit_fast as uf
 
-LOW = (torch.bfloat16, torch.float16)
-DTYPES = (*LOW, torch.float32)
-VARIABLE = "ULMFIT_FAST_RECURRENCE"
-FACTOR = 2  # as in test_lstm.py: what is stored in 16 bits, and the errors of the steps before
-# whose epsilon the tolerances are made of: TF32 has as many bits of a number as float16
-ROUNDED = {torch.float32: torch.float16}
+pytestmark = pytest.mark.usefixtures("persistent")
+
 CARDS = {"L2": "132,227", "clusters": "132,227,32"}  # by where the sums of the way back are exchanged
-
-
-@pytest.fixture(autouse=True)
-def persistent(request, monkeypatch):
-    """The persistent recurrence or an error, on a GPU or in the build that runs CUDA kernels on the CPU."""
-    if checks.CUDA_KERNELS and checks.DEVICE.type == "cpu":
-        monkeypatch.delenv("ULMFIT_ON_CPU_CARD", raising=False)
-    else:
-        request.getfixturevalue("cuda")
-    monkeypatch.setenv(VARIABLE, "persistent")
-
-
-@pytest.fixture
-def tf32():
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(params=CARDS)
@@ -51,40 +31,7 @@ def exchange(request, monkeypatch):
 
 
 def check(case, dtype, **options):
-    check_case(case, ROUNDED.get(dtype, dtype), FACTOR, **options)
-
-
-def on_cpu():
-    return checks.DEVICE.type == "cpu"
-
-
-def needs_gpu():
-    if on_cpu():
-        pytest.skip("needs a GPU")
-
-
-def lengths_of(batch, time):
-    return tuple((3 * i + 1) % (time + 1) for i in range(batch))
-
-
-def general(inputs, op):
-    """The same by the general path."""
-    before = os.environ[VARIABLE]
-    os.environ[VARIABLE] = "general"
-    try:
-        return with_gradients(op, inputs)
-    finally:
-        os.environ[VARIABLE] = before
-
-
-def check_beside_general(case, dtype):
-    """Every result's distance from the general path's, as a share of its norm."""
-    inputs, op, _ = case
-    results = with_gradients(op, inputs)
-    for i, (a, b) in enumerate(zip(results, general(inputs, op), strict=True)):
-        assert a.isfinite().all(), f"result {i}"
-        share = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
-        assert share <= FACTOR * torch.finfo(ROUNDED.get(dtype, dtype)).eps, f"result {i}: {share:.2g}"
+    check_case(case, ROUNDED.get(dtype, dtype), factor(dtype), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,6 +126,38 @@ def test_both_exchanges_give_the_same_bits(dtype, monkeypatch, tf32):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_clusters_that_are_promised_and_not_granted(monkeypatch):
+    """The sums go through L2 instead: the general path gives other bits."""
+    if not on_cpu():
+        pytest.skip("a made-up card is the CPU's")
+    inputs, op, _ = lstm_case(torch.bfloat16, 5, 40, 10, 70, lengths=lengths_of(40, 5))
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", CARDS["L2"])
+    expected = with_gradients(op, inputs)
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", CARDS["clusters"] + ",90,132,1")
+    for way in ("persistent", "auto"):
+        monkeypatch.setenv(VARIABLE, way)
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), expected, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(general(inputs, op), expected, strict=True))
+
+
+def test_a_plan_in_words(monkeypatch):
+    def plan(hidden, backward):
+        x = torch.empty(72, 64, 400, dtype=torch.bfloat16, device=checks.DEVICE)
+        return torch.ops.ulmfit_fast.lstm_plan(x, hidden, False, backward)
+
+    if not on_cpu():
+        assert "multiprocessors with" in plan(1152, True)
+        return
+    card = "132 multiprocessors with 227 KB, compute capability 9.0, kernels for 9.0; "
+    split = "2 x 64 thread blocks of 220 KB, each with 72 columns and 1 x 32 rows, sums in "
+    assert plan(1152, False).startswith(card + "2 x 64 thread blocks of ")
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "132,227,32")
+    assert plan(1152, True) == card + split + "clusters; 32 clusters of such blocks run at once"
+    monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "132,227,31")
+    assert plan(1152, True).endswith("sums in L2; 31 clusters of such blocks run at once")
+    assert plan(9999, True).startswith(card + "no split of W_hh for H = 9999 and batch 64 fits")
+
+
 def test_one_upstream_gradient_of_another_layout():
     """A gradient of y alone, expanded over time and batch."""
     x, h0, c0, *weights = [t.requires_grad_() for t in lstm_case(torch.bfloat16)[0]]
@@ -271,70 +250,4 @@ def test_float32_in_tf32_beside_float32(tf32):
     for a, b in zip(op(*inputs), general(inputs, op), strict=False):
         bits = a.view(torch.int32) & 0x1FFF
         assert (bits != 0).float().mean() > 0.9
-        assert_near(a, b, ROUNDED[torch.float32], FACTOR)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 7, 16, 64, 100, 256])
-@pytest.mark.parametrize("hidden", [33, 200, 400, 575, 768, 1024, 1150, 1152, 1500, 2048])
-def test_sizes_on_a_gpu(hidden, batch, dtype, monkeypatch, tf32):
-    needs_gpu()
-    monkeypatch.setenv(VARIABLE, "auto")  # the largest fit on no card
-    options = {"lengths": lengths_of(batch, 6), "dropout_p": 0.4 if hidden > 1000 else None}
-    check_beside_general(lstm_case(dtype, 6, batch, 48, hidden, **options), dtype)
-
-
-@pytest.mark.parametrize(
-    "time, batch, hidden", [(500, 64, 400), (500, 16, 768), (72, 64, 1152), (1, 64, 1152)]
-)
-def test_many_steps_on_a_gpu(time, batch, hidden):
-    needs_gpu()
-    case = lstm_case(torch.bfloat16, time, batch, 64, hidden, dropout_p=0.4)
-    check_beside_general(case, torch.bfloat16)
-    inputs, op, _ = case
-    first = with_gradients(op, inputs)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(with_gradients(op, inputs), first, strict=True))
-
-
-def test_two_streams_do_not_wait_for_each_other(cuda):
-    inputs, op, _ = lstm_case(torch.bfloat16, 72, 64, 64, 1152)
-    expected = with_gradients(op, inputs)
-    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
-    torch.cuda.synchronize()
-    for _ in range(4):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(with_gradients(op, inputs))
-    torch.cuda.synchronize()
-    for result in results:
-        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-
-
-def test_two_threads_with_kernels_of_different_sizes(cuda):
-    """What a kernel may take of the shared memory is one setting for all threads."""
-    cases = [lstm_case(torch.bfloat16, 2, 64, 16, hidden) for hidden in (1152, 1024)]
-    expected = [with_gradients(op, inputs) for inputs, op, _ in cases]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda case: [with_gradients(case[1], case[0]) for _ in range(50)], cases)
-        for results, first in zip(runs, expected, strict=True):
-            assert all(torch.equal(a, b) for r in results for a, b in zip(r, first, strict=True))
-
-
-def test_graphs_capture_it(cuda):
-    inputs, op, _ = lstm_case(torch.bfloat16, 20, 32, 40, 400)
-    leaves = [t.requires_grad_() for t in inputs]
-    upstream = torch.ones_like(op(*leaves)[0])
-
-    def step():
-        y = op(*leaves)[0]
-        return [y, *torch.autograd.grad(y, leaves, upstream)]
-
-    expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        assert_near(a, b, ROUNDED[torch.float32], factor(torch.float32))
