@@ -1,13 +1,14 @@
 """Everything that wants a GPU, in one go: python -m benchmarks.on_gpu
 
     build     the package in place, unless it is there with CUDA kernels that this GPU can run
-    test      the tests on the GPU
-    sanitize  compute-sanitizer's memcheck and racecheck over every op at small sizes
+    test      the tests on the GPU, those of the CUDA kernels first
     bench     the speed programs; their records are copied to DIR
+    sanitize  compute-sanitizer's memcheck and racecheck over every op at small sizes
     profile   the kernels of a training step
 
 Every command is a process of its own with a time limit, writes to DIR/STAGE.log, and whatever becomes of it
-the next one follows. DIR/summary.json is rewritten after each, so that a run cut short leaves what it had.
+the next one follows. A stage leaves time for the next ones. DIR/summary.json, and with --archive one file of
+all that is in DIR, are rewritten after each command, so that a run cut short leaves what it had.
 Exit code 1 if build, test or sanitize failed.
 """
 
@@ -24,7 +25,7 @@ import torch
 
 from . import gpu
 from .arguments import positive
-from .on_gpu_stages import MUST_PASS, ROOT, STAGES, Context, has_workers
+from .on_gpu_stages import MUST_PASS, PARTS, ROOT, STAGES, Context, has_workers, keep
 from .record import write
 from .run_limited import run_limited
 
@@ -38,6 +39,7 @@ class Report:
 
     def __init__(self, out, facts):
         self.path, self.content = out / "summary.json", {**facts, "stages": {}}
+        self.begun = time.time()
         self.write()
 
     def stage(self, name):
@@ -75,7 +77,10 @@ def run_stage(name, plan, context, report, deadline):
             if command.after:
                 command.after(entry["outcome"])
         print(f"  {entry['outcome']}, {entry.get('seconds', 0):.0f} s", flush=True)
+        if command.show:
+            print("\n".join("  " + line for line in entry.get("tail", [])), flush=True)
         report.write()
+        keep(context, report.begun)
     if commands:
         outcomes = {c["outcome"] for c in stage["commands"]}
         order = ("failed", "timed out", "not run", "passed")
@@ -88,10 +93,15 @@ def run(stages, context, facts, limit):
     """Runs {name: plan} within `limit` seconds and prints the table; -> the exit code."""
     context.out.mkdir(parents=True, exist_ok=True)
     report, deadline = Report(context.out, facts), time.monotonic() + limit
-    for name, plan in stages.items():
-        run_stage(name, plan, context, report, deadline)
+    try:
+        for name, plan in stages.items():
+            now = time.monotonic()
+            part = 1.0 if name == list(stages)[-1] else PARTS[name]
+            run_stage(name, plan, context, report, now + part * (deadline - now))
+    finally:  # also where this program is told to end
+        keep(context, report.begun)
     _show(report.content["stages"])
-    print(f"logs and records: {context.out}")
+    print(f"logs and records: {context.archive or context.out}")
     bad = [n for n, s in report.content["stages"].items() if s["outcome"] not in ("passed", "skipped")]
     return int(any(name in MUST_PASS for name in bad))
 
@@ -117,6 +127,7 @@ def parse(argv=None):
     )
     p.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in this order")
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="logs, summary.json, records")
+    p.add_argument("--archive", type=Path, metavar="FILE.tgz", help="DIR in one file, rewritten as DIR grows")
     p.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     p.add_argument("--quick", action="store_true", help="the speed programs' --quick: small sizes")
     p.add_argument("--workers", type=positive, default=1, help="processes of pytest, with pytest-xdist")
@@ -141,7 +152,8 @@ def main(argv=None):
     if args.commit:
         os.environ["ULMFIT_FAST_COMMIT"] = args.commit
     card = torch.cuda.get_device_properties("cuda")
-    context = Context(args.out.resolve(), card.name, (card.major, card.minor), args.quick, args.workers)
+    capability, archive = (card.major, card.minor), args.archive and args.archive.resolve()
+    context = Context(args.out.resolve(), card.name, capability, args.quick, args.workers, archive)
     facts = {
         "device": card.name,
         "torch": torch.__version__,

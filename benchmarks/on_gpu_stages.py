@@ -2,15 +2,16 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
+import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ MUST_PASS = ("build", "test", "sanitize")
 BUILT = ROOT / "build" / "on_gpu_sources.json"  # {source: digest} of the last build that was made here
 SANITIZED = 9  # compute-sanitizer's exit code where it found something
 PERSISTENT = {"ULMFIT_FAST_RECURRENCE": "auto"}  # the persistent recurrence wherever it can be
-PERSISTENT_TESTS = "tests/test_lstm_persistent.py"
+CUDA_TESTS = ("test_cuda.py", "test_lstm_persistent.py", "test_lstm_persistent_gpu.py")  # on any --device
 OURS = "kns=ulmfit_fast"  # the kernels of our namespace: racecheck has nothing to say about libraries'
 
 
@@ -33,6 +34,7 @@ class Context:
     capability: tuple[int, int]
     quick: bool = False
     workers: int = 1  # processes of pytest
+    archive: Path | None = None  # a .tgz of `out`, rewritten after every command
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,21 @@ class Command:
     limit: float
     environment: dict = field(default_factory=dict)
     after: Callable | None = None  # called with the outcome
+    show: bool = False  # the end of its output on the terminal, too
 
 
 def python(*words):
     return [sys.executable, *words]
 
 
-# exits with 1 unless the package imports and has kernels for the compute capability in its arguments
-CHECK = (
-    "import sys, ulmfit_fast; from ulmfit_fast._info import runs_on; i = ulmfit_fast.info(); print(i); "
-    "c = tuple(map(int, sys.argv[1:3])); sys.exit(not (i.cuda_built and runs_on(i.architectures, c)))"
-)
-
-
 def build(context):
-    """In place for this GPU; a sentence where that has been done."""
+    """In place for this GPU, where that has not been done; what it is."""
     sources = {str(p.relative_to(ROOT)): _digest(p) for p in _sources()}
     before = json.loads(BUILT.read_text(encoding="utf-8")) if BUILT.exists() else {}
     changed = [name for name in sources if before and sources[name] != before.get(name)]
-    check = python("-c", CHECK, *map(str, context.capability))
-    if not changed and not set(before) - set(sources) and _succeeds(check):
-        return "there already, with CUDA kernels for this GPU"
+    check = Command("import, CUDA kernels", python("-m", "benchmarks.on_gpu_check"), 90, show=True)
+    if not changed and not set(before) - set(sources) and _succeeds(check.words):
+        return [replace(check, name="there already: CUDA kernels")]
     for name in changed:  # times may lie where files were copied here: what differs is to be compiled
         os.utime(ROOT / name)
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*context.capability)
@@ -70,7 +66,7 @@ def build(context):
     words = python("setup.py", "build_ext", "--inplace")
     return [
         Command("setup.py build_ext", words, 400, environment, partial(_remember, sources)),
-        Command("import, CUDA kernels", check, 90),
+        check,
     ]
 
 
@@ -97,20 +93,19 @@ def _succeeds(command):
 
 def test(context):
     """The CUDA tests, then all others on the GPU. The programs of `bench` are left to `bench`."""
-    tests = ROOT / "tests"
     options = ["--maxfail=30", "--tb=short", "-rfE", "--durations=8", "-o", "faulthandler_timeout=90"]
     workers = ["-n", str(context.workers)] if context.workers > 1 else []
-    own = Command("tests/test_cuda.py", python("-m", "pytest", "tests/test_cuda.py", *options), 240)
-    names = "test_cuda", "test_lstm_persistent", "test_benchmarks", "test_benchmarks_gpu"
-    left_out = [f"--ignore=tests/{name}.py" for name in names]
-    words = python("-m", "pytest", "tests", "--device", "cuda", *left_out, *options, *workers)
+
+    def pytest(name, limit, *words, environment=None):
+        return Command(name, python("-m", "pytest", *words, *options, *workers), limit, environment or {})
+
+    elsewhere = [*CUDA_TESTS, "test_benchmarks.py", "test_benchmarks_gpu.py"]
+    left_out = [f"--ignore=tests/{name}" for name in elsewhere]
     files = [f"tests/test_{name}.py" for name in ("lstm", "cuda", "cuda_runtime", "nn", "graphed")]
-    auto = python("-m", "pytest", *files, "--device", "cuda", *options, *workers)
     return [
-        *([own] if (tests / "test_cuda.py").exists() else []),
-        Command("tests/test_lstm_persistent.py", python("-m", "pytest", PERSISTENT_TESTS, *options), 240),
-        Command("tests on the GPU", words, 420),
-        Command("tests, persistent recurrence", auto, 300, PERSISTENT),
+        *(pytest(f"tests/{name}", 240, f"tests/{name}") for name in CUDA_TESTS),
+        pytest("tests on the GPU", 420, "tests", "--device", "cuda", *left_out),
+        pytest("tests, persistent recurrence", 300, *files, "--device", "cuda", environment=PERSISTENT),
     ]
 
 
@@ -168,15 +163,22 @@ def profile(context):
 def _program(context, name, options, limit):
     options = ["--device", "cuda", *options, *(["--quick"] if context.quick else [])]
     shown = " ".join([name, *(o for o in options if o in ("lm", "classifier") or re.match(r"\d+x", o))])
-    words = python("-m", f"benchmarks.{name}", *options)
-    return Command(shown, words, limit, after=partial(_copy_records, context, time.time()))
+    return Command(shown, python("-m", f"benchmarks.{name}", *options), limit)
 
 
-def _copy_records(context, since, outcome):
-    """Into DIR the records of this GPU that were written since then."""
+def keep(context, since):
+    """Copies the records of this GPU that were written since then into DIR, and DIR into the archive."""
     for path in RESULTS.glob(f"*-{gpu_name(context.device)}.json"):
         if path.stat().st_mtime >= since - 1:
             shutil.copy2(path, context.out)
+    if context.archive is None:
+        return
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for path in sorted(context.out.iterdir()):
+            if path.is_file() and path != context.archive:
+                archive.add(path, arcname=f"on_gpu/{path.name}")
+    write(context.archive, content.getvalue())
 
 
 def has_workers():
@@ -184,4 +186,6 @@ def has_workers():
     return importlib.util.find_spec("xdist") is not None
 
 
-STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "profile": profile}
+STAGES = {"build": build, "test": test, "bench": bench, "sanitize": sanitize, "profile": profile}
+# of the time that is left when a stage begins, what it may take; the last one may take all
+PARTS = {"build": 0.6, "test": 0.5, "bench": 0.8, "sanitize": 0.7, "profile": 1.0}

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import sys
+import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from benchmarks import (  # noqa: E402
     lstm_parts,
     machine,
     on_gpu,
+    on_gpu_check,
     on_gpu_small,
     on_gpu_stages,
     profile_step,
@@ -57,7 +60,7 @@ def test_options_of_a_gpu_are_checked(refusal):
     said = refusal(lstm, "--precision", "fp16")
     assert "argument --precision: fp16 is not measured with --device cpu" in said
     said = refusal(on_gpu, "--stages", "build,shine")
-    assert "argument --stages: 'shine' is none of build, test, sanitize, bench" in said
+    assert "argument --stages: 'shine' is none of build, test, bench, sanitize" in said
     assert "argument --limit: must be more than 5 seconds, got 0" in refusal(on_gpu, "--limit", "0")
     assert "kernels are of cuda" in refusal(profile_step, "--device", "cpu")
 
@@ -105,6 +108,52 @@ def test_on_gpu_keeps_what_it_has_and_goes_on(tmp_path, capsys):
     assert on_gpu.run({"build": stage_of("1")}, Context(tmp_path, "GPU", (9, 0)), {}, limit=1) == 1
     assert json.loads(summary.read_text())["stages"]["build"]["outcome"] == "not run"
     assert on_gpu.run({"bench": stage_of("1 / 0")}, Context(tmp_path, "GPU", (9, 0)), {}, limit=60) == 0
+
+
+def test_a_stage_of_on_gpu_leaves_time_for_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_gpu, "LEAST", 0.1)
+    hang = [Command("hang", [sys.executable, "-c", "import time; time.sleep(99)"], 99)]
+    plans = {"test": lambda context: hang, "bench": stage_of("print('measured')")}
+    assert on_gpu.run(plans, Context(tmp_path, "GPU", (9, 0)), {}, limit=4) == 1
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert {n: s["outcome"] for n, s in stages.items()} == {"test": "timed out", "bench": "passed"}
+
+
+def test_on_gpu_stopped_leaves_its_archive(tmp_path, monkeypatch, capsys):
+    """With the logs, the summary and the records of this GPU, but those of earlier runs."""
+    results, out, archive = tmp_path / "results", tmp_path / "out", tmp_path / "sub" / "a.tgz"
+    monkeypatch.setattr(on_gpu_stages, "RESULTS", results)
+    results.mkdir()
+    (results / "speed-old-gpu.json").write_text("{}")
+    os.utime(results / "speed-old-gpu.json", (1, 1))
+
+    def stopped(context):
+        (results / "speed-new-gpu.json").write_text("{}")
+        sys.exit(143)
+
+    plans = {"build": lambda context: [replace(c, show=True) for c in stage_of("print('9.0')")(context)]}
+    with pytest.raises(SystemExit):
+        on_gpu.run(plans | {"bench": stopped}, Context(out, "GPU", (9, 0), archive=archive), {}, limit=60)
+    assert "\n  9.0\n" in capsys.readouterr().out
+    with tarfile.open(archive) as content:
+        names = {pathlib.Path(name).name for name in content.getnames()}
+        summary = json.load(content.extractfile("on_gpu/summary.json"))
+    assert names == {"build.log", "summary.json", "speed-new-gpu.json"}
+    assert summary["stages"]["build"]["outcome"] == "passed"
+
+
+def test_workers_of_on_gpu_share_all_tests(tmp_path):
+    commands = on_gpu_stages.test(Context(tmp_path, "GPU", (9, 0), workers=3))
+    assert all(" -n 3" in " ".join(command.words) for command in commands)
+    files = [word for command in commands for word in command.words if word.startswith("tests/")]
+    assert all((ROOT / name).is_file() for name in files)
+    assert files[:3] == [f"tests/{name}" for name in on_gpu_stages.CUDA_TESTS]
+
+
+def test_a_build_without_cuda_kernels_does_not_pass_as_one_for_this_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(on_gpu_check.uf, "info", lambda: argparse.Namespace(cuda_built=None))
+    assert on_gpu_check.main() == 1
+    assert "cuda_built=None" in capsys.readouterr().out
 
 
 class FakeCuda:
@@ -288,7 +337,8 @@ def test_what_is_built_is_not_built_again(tmp_path, monkeypatch):
     assert not on_gpu_stages.BUILT.exists()
     compile_.after("passed")
     works[0] = True
-    assert on_gpu_stages.build(context) == "there already, with CUDA kernels for this GPU"
+    (there,) = on_gpu_stages.build(context)
+    assert there.name == "there already: CUDA kernels" and there.words == check.words
     source.write_text("two")
     os.utime(source, (1, 1))
     assert len(on_gpu_stages.build(context)) == 2
