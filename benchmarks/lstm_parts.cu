@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <random>
 #include <vector>
 
 #include "kernels/cuda/kernels.h"
@@ -18,6 +17,17 @@ namespace {
 
 constexpr int kWarmUp = 3, kRounds = 15;
 
+// Scattered over +-scale: made on the device, as a layer has tens of millions of them.
+template <class T>
+__global__ void scatter(T* values, int64_t n, float scale) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    const uint32_t bits =
+        static_cast<uint32_t>(i + 1) * 2654435761u;  // golden ratio: no two neighbours alike
+    values[i] = T(scale * (static_cast<float>(bits ^ bits >> 15) * 0x1p-31f - 1));
+  }
+}
+
 // Device memory that lives as long as the program: bytes of zeros, or n random numbers within +-scale.
 void* zeros(int64_t bytes) {
   if (bytes == 0) return nullptr;
@@ -28,13 +38,10 @@ void* zeros(int64_t bytes) {
 }
 template <class T>
 T* random_numbers(int64_t n, float scale) {
-  static std::mt19937 generator(1);
-  std::uniform_real_distribution<float> uniform(-scale, scale);
-  std::vector<T> values(n);
-  for (T& v : values) v = T(uniform(generator));
-  void* memory = zeros(n * sizeof(T));
-  check("lstm", cudaMemcpy(memory, values.data(), n * sizeof(T), cudaMemcpyHostToDevice));
-  return static_cast<T*>(memory);
+  auto* values = static_cast<T*>(zeros(n * sizeof(T)));
+  scatter<<<1024, 256>>>(values, n, scale);
+  check("lstm", cudaGetLastError());
+  return values;
 }
 
 // Median microseconds a step, of launches with fresh flags.
@@ -44,7 +51,7 @@ double time_steps(const LstmSteps& steps, const std::function<void()>& launch) {
   check("lstm", cudaEventCreate(&end));
   std::vector<float> times;
   for (int round = 0; round < kWarmUp + kRounds; ++round) {
-    check("lstm", cudaMemsetAsync(steps.flags, 0, steps.split.flags() * sizeof(unsigned)));
+    check("lstm", cudaMemsetAsync(steps.flags, 0, steps.split.flags() * sizeof(Flag)));
     check("lstm", cudaEventRecord(begin));
     launch();
     check("lstm", cudaEventRecord(end));
@@ -62,7 +69,7 @@ LstmSteps make_steps(int64_t T, int64_t B, int64_t H, Direction direction) {
   if (!plan.fits()) throw std::runtime_error(plan.why_not);
   const float scale = 1 / std::sqrt(static_cast<float>(H));
   const Matrix w = {random_numbers<__nv_bfloat16>(4 * H * H, scale), DType::bf16, H};
-  auto* flags = static_cast<unsigned*>(zeros(plan.split.flags() * sizeof(unsigned)));
+  auto* flags = static_cast<Flag*>(zeros(plan.split.flags() * sizeof(Flag)));
   return {plan.split, T, padded_units(H), false, nullptr, w, Mask(), flags};
 }
 

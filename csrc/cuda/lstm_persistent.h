@@ -80,9 +80,10 @@ struct PersistentBuffers {
   LstmSteps steps;
 
   PersistentBuffers(const Layer& layer, const LstmSplit& split, const Tensor& w) : w(w) {
-    const int64_t elements[] = {split.exchange_elements()}, counts[] = {split.flags()};
+    const int64_t elements[] = {split.exchange_elements()},
+                  words[] = {split.flags() * int64_t{sizeof(Flag) / 4}};
     exchange = torch::stable::new_zeros(layer.in.x, elements);
-    flags = torch::stable::new_zeros(layer.in.x, counts, ScalarType::Int);
+    flags = torch::stable::new_zeros(layer.in.x, words, ScalarType::Int);
     const LstmInputs& in = layer.in;
     steps = {split,
              in.T,
@@ -91,7 +92,7 @@ struct PersistentBuffers {
              in.lengths.has_value() ? ids_of(*in.lengths) : nullptr,
              in.matrix("w_hh", w),
              layer.dropout,
-             reinterpret_cast<unsigned*>(flags.data_ptr())};
+             reinterpret_cast<Flag*>(flags.data_ptr())};
   }
 };
 

@@ -8,7 +8,7 @@ using namespace ulmfit_fast::cuda;
 namespace {
 
 struct Ring {
-  unsigned* flags;
+  Flag* flags;
   int* order;  // of the blocks, as they came by
   int stuck;   // this one never publishes
 };
@@ -173,13 +173,13 @@ void check_tf32() {
 int main() {
   const int blocks = 5;
   for (int round = 0; round < 10; ++round) {
-    unsigned flags[blocks] = {};
+    Flag flags[blocks] = {};
     int order[blocks] = {};
     CHECK(error_of(ring_kernel, {flags, order, -1}, blocks).empty(), "a ring of blocks stops");
     for (int i = 0; i < blocks; ++i)
       CHECK(order[i] == blocks - 1 - i, "block %d came as number %d", order[i], i);
   }
-  unsigned flags[blocks] = {};
+  Flag flags[blocks] = {};
   int order[blocks];
   CHECK(error_of(ring_kernel, {flags, order, 3}, blocks) == "thread blocks wait for each other",
         "no deadlock");

@@ -111,12 +111,12 @@ Results in_doubles(const Problem<S>& p) {
 
 template <class S>
 LstmSteps steps_of(const Problem<S>& p, Direction direction, const DeviceLimits& card,
-                   std::vector<unsigned>& flags) {
+                   std::vector<Flag>& flags) {
   const LstmPlan plan = plan_lstm(p.B, p.H, p.kDtype, /*tf32=*/true, direction, card);
   CHECK(plan.fits(), "%s", plan.why_not.c_str());
   const bool clusters = direction == Direction::backward && card.clusters;
   CHECK(plan.split.clusters == clusters, "clusters: %d", plan.split.clusters);
-  flags.assign(plan.split.flags(), 0);
+  flags.assign(plan.split.flags(), Flag());
   return {plan.split,
           p.T,
           padded_units(p.H),
@@ -132,7 +132,7 @@ Results persistent(const Problem<S>& p, const DeviceLimits& card) {
   const int64_t N = p.B * p.H, rows = p.T * p.B, units = padded_units(p.H);
   std::vector<S> y(p.T * N), h_n(N), c_n(N), dgates(p.T * N * 4), dh0(N), dc0(N), gates(rows * 4 * units);
   Floats cells(rows * units);
-  std::vector<unsigned> flags;
+  std::vector<Flag> flags;
   LstmPersistentForward f;
   f.steps = steps_of(p, Direction::forward, card, flags);
   std::vector<S> exchange(f.steps.split.exchange_elements());

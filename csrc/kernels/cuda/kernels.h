@@ -106,6 +106,14 @@ struct LstmStepBackward {
 };
 void lstm_step_backward(const LstmStepBackward&, void* stream);
 
+// Counts what a thread block of a persistent launch has finished.
+#ifndef ULMFIT_FLAG_BYTES
+#define ULMFIT_FLAG_BYTES 4  // from flag to flag; benchmarks/lstm_parts.py times others
+#endif
+struct alignas(ULMFIT_FLAG_BYTES) Flag {
+  unsigned count = 0;
+};
+
 // All steps of the recurrence in one launch, split as the plan says (lstm_plan.h). float32 is multiplied as
 // TF32.
 struct LstmSteps {
@@ -116,7 +124,7 @@ struct LstmSteps {
   const int64_t* lengths;  // (B); nullptr: every step counts
   Matrix w;                // W_hh (4H, H) dtype, dropped
   Mask dropout;            // of y: one element per (b, unit), index b * H + unit, for all T
-  unsigned* flags;         // split.flags(), zeros on entry
+  Flag* flags;             // split.flags(), zeros on entry
 };
 struct LaunchTooLarge : std::runtime_error {
   LaunchTooLarge() : std::runtime_error("this context may use fewer multiprocessors than the device says") {}

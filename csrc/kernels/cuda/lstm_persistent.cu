@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const B block(a.steps);
   const LstmSplit& split = block.split;
   const int64_t H = split.H, T = a.steps.T, units = a.steps.units;
-  unsigned* flags =
-      a.steps.flags + block.part * split.ctas;  // of this part: how many row blocks are published
+  Flag* flags = a.steps.flags + block.part * split.ctas;  // of this part: how many row blocks are published
   S* exchange = static_cast<S*>(a.exchange);
   const Dropout drop = dropout.key();
   const bool dropping = a.dropped.data != nullptr;

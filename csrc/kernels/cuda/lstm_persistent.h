@@ -168,7 +168,7 @@ struct Block {
   __device__ int sum_pair(int row) const { return row % kTileRows / 8; }
 
   // Waits until those whose units this warp multiplies have published `value`.
-  __device__ void wait_for_sources(const unsigned* flags, unsigned value) const {
+  __device__ void wait_for_sources(const Flag* flags, unsigned value) const {
     const int warp = recomputed(threadIdx.x) / kWarp;
     wait_for_flags(flags, split.first_source(warp), split.end_source(warp), value);
   }
@@ -262,8 +262,12 @@ template <class F>
 void with_split(const LstmSplit& split, F&& f) {
   constexpr std::make_index_sequence<kTileChoices> kAll;
   if (split.dtype == DType::bf16) return with_tiles<bf16>(split, f, kAll);
+#ifdef ULMFIT_ONLY_BF16  // benchmarks/lstm_parts.py compiles all kernels many times, and times these
+  throw std::runtime_error("ulmfit_fast.lstm: compiled for bfloat16 alone");
+#else
   if (split.dtype == DType::f16) return with_tiles<f16>(split, f, kAll);
   with_tiles<float>(split, f, kAll);
+#endif
 }
 
 // How many clusters of this split's kernel, one for each group, the device can run at once, as far as is

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const int T = static_cast<int>(a.steps.T);
   const int64_t H = split.H, units = a.steps.units;
   const int gate = block.cta % kGroup;
-  unsigned* dgates_flags = a.steps.flags + block.part * split.ctas;  // how many row blocks are published
+  Flag* dgates_flags = a.steps.flags + block.part * split.ctas;  // how many row blocks are published
   S* exchange = static_cast<S*>(a.exchange);
   const Dropout drop = dropout.key();
   const bool dropped = a.ddropped.data != nullptr;

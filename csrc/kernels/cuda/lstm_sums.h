@@ -16,9 +16,9 @@ struct SumsInL2 {
   static constexpr bool kCompiled = true;
   using Sums = Pack<float, 4>;
   const B& block;
-  Sums* sums;       // of the part: (ctas, passes, B::kSums)
-  unsigned* flags;  // of the part: how many row blocks of sums each block has published
-  int group;        // its first block
+  Sums* sums;   // of the part: (ctas, passes, B::kSums)
+  Flag* flags;  // of the part: how many row blocks of sums each block has published
+  int group;    // its first block
 
   __device__ SumsInL2(const LstmPersistentBackward& a, const B& block)
       : block(block), group(block.cta - block.cta % kGroup) {

@@ -9,7 +9,7 @@
 #endif
 
 #ifndef ULMFIT_PERSISTENT_PARTS
-#define ULMFIT_PERSISTENT_PARTS 15  // all; benchmarks/lstm_parts.py leaves some out to time the others
+#define ULMFIT_PERSISTENT_PARTS 15  // benchmarks/lstm_parts.py leaves some out to time the others
 #endif
 
 namespace ulmfit_fast::cuda {
@@ -17,7 +17,8 @@ namespace ulmfit_fast::cuda {
 constexpr bool kWaits = ULMFIT_PERSISTENT_PARTS & 1;     // of blocks for one another
 constexpr bool kExchange = ULMFIT_PERSISTENT_PARTS & 2;  // loads of h and dgates
 constexpr bool kProducts = ULMFIT_PERSISTENT_PARTS & 4;
-constexpr bool kClusters = ULMFIT_PERSISTENT_PARTS & 8;  // where the device has them
+constexpr bool kClusters = ULMFIT_PERSISTENT_PARTS & 8;       // where the device has them
+constexpr bool kRelaxedPolls = ULMFIT_PERSISTENT_PARTS & 16;  // of flags, and one acquire when they have come
 
 using Fragment = Pack<uint32_t, 4>;  // what a lane loads at once: 8 elements of 16 bits or 4 of 32
 
@@ -125,11 +126,11 @@ inline __device__ void finish_copies() {
 
 // A flag counts what a block has finished. publish: all that the block's threads wrote before its last
 // __syncthreads() is seen by whoever sees the flag. By one thread.
-inline __device__ void publish(unsigned* flag, unsigned value) {
+inline __device__ void publish(Flag* flag, unsigned value) {
 #ifdef __CUDACC__
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(&flag->count), "r"(value) : "memory");
 #else
-  *flag = value;
+  flag->count = value;
 #endif
 }
 
@@ -170,23 +171,34 @@ __device__ T load_from_cluster(const T* from, int rank) {
 #endif
 }
 
+#ifdef __CUDACC__
+// relaxed: what the flag's block wrote before it published need not be seen yet.
+inline __device__ unsigned poll(const Flag* flag, bool relaxed) {
+  unsigned count;
+  if (relaxed) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(&flag->count) : "memory");
+  } else {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(&flag->count) : "memory");
+  }
+  return count;
+}
+#endif
+
 // By a whole warp: until the flags from first to end - 1 have all counted to `value`. A wait that takes
 // longer than any launch may, some 20 seconds, is an error of ours: it ends the launch as an assertion does.
-inline __device__ void wait_for_flags(const unsigned* flags, int first, int end, unsigned value) {
+inline __device__ void wait_for_flags(const Flag* flags, int first, int end, unsigned value) {
   if (!kWaits) return;
   const int lane = threadIdx.x % kWarp;
   for (int f = first + lane; f < end; f += kWarp) {
 #ifdef __CUDACC__
     constexpr int kMostPolls = 1 << 25;
-    unsigned count = 0;
-    for (int polls = 0; true; ++polls) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(flags + f) : "memory");
-      if (count >= value) break;
+    for (int polls = 0; poll(flags + f, kRelaxedPolls) < value; ++polls) {
       ULMFIT_DEVICE_CHECK(polls < kMostPolls,
                           "ulmfit_fast.lstm: a block of a persistent launch is not heard of");
     }
+    if (kRelaxedPolls) poll(flags + f, /*relaxed=*/false);
 #else
-    BlocksOnCpu::current()->wait_for(flags + f, value);
+    BlocksOnCpu::current()->wait_for(&flags[f].count, value);
 #endif
   }
   __syncwarp();
