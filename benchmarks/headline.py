@@ -22,7 +22,7 @@ def headline(records, folder=""):
     found = {name: (steps, wrong) for name, (steps, wrong) in found.items() if steps}
     if not found:
         return NOTHING
-    # in their order, but for machines that lack a peer
+    # in their order, but for machines that lack a precision or its peer
     machine, *others = sorted(found, key=lambda name: not _has_peers(found[name][0]))
     steps, wrong = found[machine]
     table = _table(HEAD, [row for record in steps for row in _rows(record, wrong)])
@@ -34,7 +34,7 @@ def headline(records, folder=""):
 
 def _has_peers(steps):
     sides = [_sides(record, precision) for record in steps for precision in PRECISIONS]
-    return all(torch for ours, torch, _ in sides if ours)
+    return all(ours and torch for ours, torch, _ in sides)
 
 
 def _steps(records):
