@@ -42,7 +42,7 @@ def options(doc, on_gpu, **defaults):
     p.add_argument("--bptt", type=positive, default=72, help="time steps")
     p.add_argument("--threads", nargs="+", type=positive, default=[torch.get_num_threads()])
     p.add_argument(
-        "--repeats", type=positive, default=3, help=f"counted rounds; on a GPU the default is {GPU_REPEATS}"
+        "--repeats", type=positive, default=4, help=f"counted rounds; on a GPU the default is {GPU_REPEATS}"
     )
     p.add_argument(
         "--keep-l2", action="store_true", help="on a GPU: do not write over its L2 cache before each call"

@@ -71,7 +71,7 @@ def measure(case, args, threads, roof, clock):
 
 
 def main():
-    parser = arguments.options(__doc__, on_gpu=ON_GPU)
+    parser = arguments.options(__doc__, on_gpu=ON_GPU, repeats=3)
     arguments.add_slow_peers(parser)
     parser.add_argument("--task", nargs="+", choices=["lm", "classifier"], default=["lm", "classifier"])
     parser.add_argument("--vocab", nargs="+", type=arguments.positive, default=[30000], help="words")
