@@ -28,9 +28,12 @@ class Job(NamedTuple):
 
     team: Team
     run: RunDirectory
-    device: torch.device
     progress: Show
     callback: Callback
+
+    @property
+    def device(self) -> torch.device:
+        return self.team.device
 
 
 def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
@@ -146,7 +149,7 @@ def prepare(config, out, resume, overwrite, device, progress, callback):
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of a metrics line, got {callback!r}")
     run = team.directory(out, resume, overwrite)
-    return Job(team, run, team.device, progress if team.is_first else False, callback)
+    return Job(team, run, progress if team.is_first else False, callback)
 
 
 @contextlib.contextmanager

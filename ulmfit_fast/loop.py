@@ -73,6 +73,7 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
         self.n_trainable, self.rate = None, 0.0
+        self.wrapped, self.weight = model, 1.0  # the model as the team trains it; of this process's rows
         self.saved = None  # the step of the state that the directory holds
         self.since_line, self.in_epoch = _Sums(), _Sums()
 
