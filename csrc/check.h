@@ -32,14 +32,19 @@ template <class... Parts>
     if (!(condition)) ::ulmfit_fast::fail(op, __VA_ARGS__); \
   } while (0)
 
-inline const char* name_of(ScalarType type) {
+inline std::string name_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double: return "float64";
     case ScalarType::Float: return "float32";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
     case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "torch's scalar type number " + std::to_string(static_cast<int>(type));
   }
 }
 
@@ -84,8 +89,15 @@ inline void check_shape(const char* op, const char* name, const Tensor& t,
   ULMFIT_CHECK(same, op, name, " must have shape ", shape_text(expected), ", got ", shape_text(sizes));
 }
 
+inline std::string device_text(const Tensor& t) {
+  const auto device = t.device();
+  if (device.type() == torch::headeronly::DeviceType::CPU) return "cpu";
+  if (device.type() == torch::headeronly::DeviceType::CUDA) return "cuda:" + std::to_string(device.index());
+  return "device type number " + std::to_string(static_cast<int>(device.type()));
+}
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
-  ULMFIT_CHECK(t.device() == first.device(), op, name, " must be on the same device as the other tensors");
+  ULMFIT_CHECK(t.device() == first.device(), op, name, " must be on the same device as the other tensors, ",
+               device_text(first), ", got ", device_text(t));
 }
 
 inline void check_probability(const char* op, const char* name, double p) {

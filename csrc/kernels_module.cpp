@@ -41,6 +41,21 @@ DType dtype_of(const py::array& a, const char* name) {
   throw py::type_error(std::string(name) + " must be float64, float32, float16 or uint16 (the bits of bf16)");
 }
 
+// Of weights, beside activations of dtype x.
+DType weight_dtype_of(const py::array& a, const char* name, DType x) {
+  const DType w = dtype_of(a, name);
+  if (w != x && !(w == DType::f32 && size_of(x) == 2))
+    throw py::type_error(std::string(name) +
+                         " must have the activations' dtype, or float32 where they have 16 bits");
+  return w;
+}
+
+double probability(double p, const char* name) {
+  if (!(p >= 0 && p < 1))
+    throw py::value_error(std::string(name) + " must be in [0, 1), got " + std::to_string(p));
+  return p;
+}
+
 std::string to_string(const Shape& shape) {
   std::string text = "(";
   for (auto n : shape) text += std::to_string(n) + ", ";
@@ -83,7 +98,8 @@ Sequence sequence(void* data, DType dtype, int64_t B, int64_t width) {  // (T, B
 
 py::array dropout_mask(const std::string& isa, uint64_t seed, double p, int64_t n, const py::dtype& dtype) {
   py::array mask = zeros(dtype, {n});
-  table(isa).dropout_mask(seed, p, n, dtype_of(mask, "dtype"), mask.mutable_data(), Parallel{});
+  table(isa).dropout_mask(seed, probability(p, "p"), n, dtype_of(mask, "dtype"), mask.mutable_data(),
+                          Parallel{});
   return mask;
 }
 
@@ -94,9 +110,10 @@ struct LstmArrays {
 };
 
 LstmShape lstm_shape(const LstmArrays& a, uint64_t seed, double weight_p, bool reverse) {
-  if (a.x.ndim() != 3 || a.h0.ndim() != 2) throw py::value_error("x must be (T, B, I) and h0 (B, H)");
+  if (a.x.ndim() != 3 || a.x.shape(2) == 0 || a.h0.ndim() != 2 || a.h0.shape(1) == 0)
+    throw py::value_error("x must be (T, B, I) and h0 (B, H), with I and H > 0");
   const int64_t T = a.x.shape(0), B = a.x.shape(1), I = a.x.shape(2), H = a.h0.shape(1);
-  return {T, B, I, H, reverse, lengths_data(a.lengths, T, B), seed, weight_p};
+  return {T, B, I, H, reverse, lengths_data(a.lengths, T, B), seed, probability(weight_p, "weight_p")};
 }
 
 // -> y, h_n, c_n, gates, cells
@@ -105,7 +122,7 @@ py::tuple lstm(const std::string& isa, const py::array& x, const py::array& h0, 
                const std::optional<py::array>& b_hh, const Lengths& lengths, uint64_t seed, double weight_p,
                bool reverse) {
   const LstmShape s = lstm_shape({x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths}, seed, weight_p, reverse);
-  const DType t = dtype_of(x, "x"), w = dtype_of(w_ih, "w_ih");
+  const DType t = dtype_of(x, "x"), w = weight_dtype_of(w_ih, "w_ih", t);
   py::array y = zeros(x.dtype(), {s.T, s.B, s.H}), h_n = zeros(x.dtype(), {s.B, s.H}),
             c_n = zeros(x.dtype(), {s.B, s.H});
   py::array gates = zeros(x.dtype(), {s.T, s.B, 4 * padded_units(s.H)}),
@@ -137,7 +154,7 @@ py::tuple lstm_backward(const std::string& isa, const py::array& dy, const py::a
                         const py::array& gates, const py::array& cells, const Lengths& lengths, uint64_t seed,
                         double weight_p, bool reverse) {
   const LstmShape s = lstm_shape({x, h0, c0, w_ih, w_hh, {}, {}, lengths}, seed, weight_p, reverse);
-  const DType t = dtype_of(x, "x"), w = dtype_of(w_ih, "w_ih"),
+  const DType t = dtype_of(x, "x"), w = weight_dtype_of(w_ih, "w_ih", t),
               state = t == DType::f64 ? DType::f64 : DType::f32;
   py::array dx = zeros(x.dtype(), {s.T, s.B, s.I}), dh0 = zeros(x.dtype(), {s.B, s.H}),
             dc0 = zeros(x.dtype(), {s.B, s.H});
@@ -175,7 +192,7 @@ py::tuple linear_cross_entropy(const std::string& isa, const py::array& h, const
                                double label_smoothing, int64_t ignore_index) {
   if (h.ndim() != 2 || weight.ndim() != 2) throw py::value_error("h must be (N, E) and weight (V, E)");
   const int64_t N = h.shape(0), E = h.shape(1), V = weight.shape(0);
-  const DType t = dtype_of(h, "h"), w = dtype_of(weight, "weight");
+  const DType t = dtype_of(h, "h"), w = weight_dtype_of(weight, "weight", t);
   if (target.ndim() != 1 || target.shape(0) != N) throw py::value_error("target must have shape (N,)");
   for (int64_t n = 0; n < N; ++n)
     if ((target.at(n) < 0 || target.at(n) >= V) && target.at(n) != ignore_index)

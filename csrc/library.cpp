@@ -46,9 +46,9 @@ STABLE_TORCH_LIBRARY(ulmfit_fast, m) {
   m.def("lstm_plan(Tensor x, int hidden, bool high, bool backward) -> str");
 
   m.def("cpu_isa() -> str");               // the instruction set in use
+  m.def("cpu_isas() -> str");              // those this machine can run, newest first, comma-separated
   m.def("release_workspace() -> int");     // scratch memory kept for the next call: bytes given back
   m.def("lent_like(Tensor t) -> Tensor");  // unwritten, like t, in memory that the CPU's workspace lends
-  m.def("cpu_isas() -> str");              // those this machine can run, newest first, comma-separated
 }
 
 #ifndef ULMFIT_FAST_NO_PYTHON

@@ -24,10 +24,7 @@ struct LinearCrossEntropyInputs {
     check_dim(op, "h", h, 2);
     check_dim(op, "weight", weight, 2);
     N = h.size(0), E = h.size(1), V = weight.size(0);
-    const DType dtype = dtype_of(op, "h", h), weight_type = dtype_of(op, "weight", weight);
-    ULMFIT_CHECK(weight_type == dtype || (weight_type == DType::f32 && size_of(dtype) == 2), op,
-                 "weight must be ", name_of(h.scalar_type()), ", as h is, or float32 where h is 16-bit, got ",
-                 name_of(weight.scalar_type()));
+    check_weight_dtype(op, "weight", weight, "h", h);
     ULMFIT_CHECK(V > 0, op, "weight must have shape (V, E) with V > 0, got ", shape_text(weight.sizes()));
     check_shape(op, "weight", weight, {V, E});
     check_device(op, "target", target_in, h);
@@ -36,12 +33,7 @@ struct LinearCrossEntropyInputs {
     ULMFIT_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing must be in [0, 1], got ",
                  label_smoothing);
     target = torch::stable::contiguous(target_in);
-    if (bias_in.has_value()) {
-      check_device(op, "bias", *bias_in, h);
-      check_dtype(op, "bias", *bias_in, weight.scalar_type());
-      check_shape(op, "bias", *bias_in, {V});
-      bias = torch::stable::contiguous(*bias_in);
-    }
+    bias = checked_bias(op, bias_in, weight);
     h = with_contiguous_rows(h);
     weight = with_contiguous_rows(weight);
   }

@@ -23,16 +23,14 @@ struct LstmInputs {
     check_dim(op, "w_hh", w_hh_in, 2);
     T = x_in.size(batch_first ? 1 : 0), B = x_in.size(batch_first ? 0 : 1), I = x_in.size(2);
     H = w_hh_in.size(1);
+    ULMFIT_CHECK(I > 0, op, "x must have at least one feature, got shape ", shape_text(x_in.sizes()));
     ULMFIT_CHECK(H > 0, op, "w_hh must have shape (4H, H) with H > 0, got ", shape_text(w_hh_in.sizes()));
     x = checked("x", x_in, x_in.scalar_type());
     h0 = checked("h0", h0_in, x_in.scalar_type(), {B, H});
     c0 = checked("c0", c0_in, x_in.scalar_type(), {B, H});
     w_hh = checked("w_hh", w_hh_in, w_hh_in.scalar_type(), {4 * H, H});
     w_ih = checked("w_ih", w_ih_in, w_hh_in.scalar_type(), {4 * H, I});
-    ULMFIT_CHECK(w_hh.scalar_type() == x.scalar_type() ||
-                     (w_hh.scalar_type() == ScalarType::Float && size_of(dtype_of(op, "x", x)) == 2),
-                 op, "w_hh must be ", name_of(x.scalar_type()),
-                 ", as x is, or float32 where x is 16-bit, got ", name_of(w_hh.scalar_type()));
+    check_weight_dtype(op, "w_hh", w_hh, "x", x);
     check_probability(op, "weight_p", weight_p);
     if (weight_p > 0) check_seed(op, seed, x);
     check_probability(op, "dropout_p", dropout_p);

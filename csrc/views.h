@@ -44,6 +44,23 @@ inline void check_seed(const char* op, const Tensor& seed, const Tensor& first) 
   check_dim(op, "seed", seed, 0);
 }
 
+// Weights have the dtype of the activations, or are float32 where these have 16 bits.
+inline void check_weight_dtype(const char* op, const char* name, const Tensor& weight, const char* x_name,
+                               const Tensor& x) {
+  const DType own = dtype_of(op, name, weight), other = dtype_of(op, x_name, x);
+  ULMFIT_CHECK(own == other || (own == DType::f32 && size_of(other) == 2), op, name, " must be ",
+               name_of(x.scalar_type()), ", as ", x_name, " is, or float32 where ", x_name,
+               " is 16-bit, got ", name_of(weight.scalar_type()));
+}
+// The bias of a weight (V, E), contiguous, or nothing.
+inline OptionalTensor checked_bias(const char* op, const OptionalTensor& bias, const Tensor& weight) {
+  if (!bias.has_value()) return bias;
+  check_device(op, "bias", *bias, weight);
+  check_dtype(op, "bias", *bias, weight.scalar_type());
+  check_shape(op, "bias", *bias, {weight.size(0)});
+  return torch::stable::contiguous(*bias);
+}
+
 // lengths (B) as int64; that each is in 0..T is for the device to check.
 inline void check_lengths(const char* op, const Tensor& lengths, int64_t batch, const Tensor& first) {
   check_device(op, "lengths", lengths, first);

@@ -56,7 +56,7 @@ Tensor sum_of(const Tensor& losses) {
   return sum;
 }
 
-// chunk_rows: for devices where logits lie in large memory; here a few rows do at a time, always.
+// chunk_rows is CUDA's: here the kernel takes a few rows at a time, always.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& h, const Tensor& weight,
                                                                 const OptionalTensor& bias,
                                                                 const Tensor& target, int64_t ignore_index,

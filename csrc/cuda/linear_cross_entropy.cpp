@@ -75,7 +75,7 @@ class Pass {
     if (in.bias.has_value()) {
       append_column(from, t.size(0), in.E, column, dtype, data_of(result), width, device.stream);
     } else {
-      masked_copy(from, t.size(0), in.E, Mask(), dtype, data_of(result), device.stream);
+      masked_copy(in.op, from, t.size(0), in.E, Mask(), dtype, data_of(result), device.stream);
     }
     return result;
   }
@@ -101,7 +101,8 @@ class Pass {
     const Tensor w = columns_of(weight, in.E);
     if (size_of(dtype) > 2) return multiply(part, w, dh);
     const Tensor sums = product(part, w, compute_type(in.h));
-    masked_copy(matrix_of(in.op, "h", sums), dh.size(0), in.E, Mask(), dtype, data_of(dh), device.stream);
+    masked_copy(in.op, matrix_of(in.op, "h", sums), dh.size(0), in.E, Mask(), dtype, data_of(dh),
+                device.stream);
   }
 
   // dw (V, width) += part^T @ h, in fp32 where several chunks are summed
@@ -115,7 +116,7 @@ class Pass {
     if (first) {
       dw = product;
     } else {
-      add(data_of(dw), data_of(product), dtype_of(in.op, "weight", dw), dtype_of(in.op, "weight", dw),
+      add(in.op, data_of(dw), data_of(product), dtype_of(in.op, "weight", dw), dtype_of(in.op, "weight", dw),
           dw.numel(), data_of(dw), device.stream);
     }
   }
@@ -130,7 +131,7 @@ class Pass {
       split_column(matrix_of(in.op, "weight", dw), in.V, in.E, type, data_of(out.dweight), data_of(out.dbias),
                    device.stream);
     } else if (data_of(dw) != data_of(out.dweight)) {
-      masked_copy(matrix_of(in.op, "weight", dw), in.V, in.E, Mask(), type, data_of(out.dweight),
+      masked_copy(in.op, matrix_of(in.op, "weight", dw), in.V, in.E, Mask(), type, data_of(out.dweight),
                   device.stream);
     }
   }

@@ -23,11 +23,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
 
   const Tensor first_cell = layer.state("c0", in.c0);
   Tensor h = out.h_n, recurrent = empty_like(in.x, {in.B, 4 * in.H}, layer.sums), bias;
-  masked_copy(in.matrix("h0", in.h0), in.B, in.H, Mask(), layer.dtype, data_of(h), stream);
+  masked_copy(in.op, in.matrix("h0", in.h0), in.B, in.H, Mask(), layer.dtype, data_of(h), stream);
   if (bias_ih.has_value() || bias_hh.has_value()) {
     const OptionalTensor& one = bias_ih.has_value() ? bias_ih : bias_hh;
     bias = empty_like(in.x, {4 * in.H}, layer.sums);
-    add(data_of(*one), bias_ih.has_value() && bias_hh.has_value() ? data_of(*bias_hh) : nullptr,
+    add(in.op, data_of(*one), bias_ih.has_value() && bias_hh.has_value() ? data_of(*bias_hh) : nullptr,
         dtype_of(in.op, "b_ih", *one), dtype_of(in.op, "b_ih", bias), 4 * in.H, data_of(bias), stream);
   }
   Tensor projected = layer.sequence(4 * in.H, layer.sums);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_op(
     a.gates = save ? layer.at(out.gates, layer.time_of(i) * 4 * cell_size) : nullptr;
     lstm_step(a, stream);
   }
-  masked_copy({cell(in.T - 1), dtype_of(in.op, "c0", first_cell), in.T > 0 ? units : in.H}, in.B, in.H,
+  masked_copy(in.op, {cell(in.T - 1), dtype_of(in.op, "c0", first_cell), in.T > 0 ? units : in.H}, in.B, in.H,
               Mask(), layer.dtype, data_of(out.c_n), stream);
   if (dropout_p > 0) layer.drop_output("y", out.y, out.dropped);
   return out.all();
@@ -117,9 +117,9 @@ class Backward {
       multiply(dgates_step, w, recurrent);
     }
     const DType sums = dtype_of(in.op, "dh_n", dh);
-    add(data_of(dh), in.T > 0 ? data_of(recurrent) : nullptr, sums, layer.dtype, in.B * in.H,
+    add(in.op, data_of(dh), in.T > 0 ? data_of(recurrent) : nullptr, sums, layer.dtype, in.B * in.H,
         data_of(out.dh0), layer.device.stream);
-    add(data_of(dc), nullptr, sums, layer.dtype, in.B * in.H, data_of(out.dc0), layer.device.stream);
+    add(in.op, data_of(dc), nullptr, sums, layer.dtype, in.B * in.H, data_of(out.dc0), layer.device.stream);
   }
 
   void input_gradient() {
@@ -135,7 +135,7 @@ class Backward {
     gradient(columns, as_rows(before(y, in.H, in.matrix("h0", in.h0))), out.dw_hh, layer.mask);
     const int64_t rows[] = {0};
     const Tensor db = torch::stable::sum(as_rows(dgates), rows, false, layer.sums);
-    add(data_of(db), nullptr, dtype_of(in.op, "db", db), dtype_of(in.op, "db", out.db), 4 * in.H,
+    add(in.op, data_of(db), nullptr, dtype_of(in.op, "db", db), dtype_of(in.op, "db", out.db), 4 * in.H,
         data_of(out.db), layer.device.stream);
   }
 
@@ -146,7 +146,7 @@ class Backward {
     layer.drop_output("ddropped", ddropped, sum);
     if (!dy.has_value()) return sum;
     const Tensor rows = torch::stable::contiguous(*dy);
-    add(data_of(sum), data_of(rows), layer.dtype, layer.dtype, in.T * in.B * in.H, data_of(sum),
+    add(in.op, data_of(sum), data_of(rows), layer.dtype, layer.dtype, in.T * in.B * in.H, data_of(sum),
         layer.device.stream);
     return sum;
   }
@@ -178,8 +178,8 @@ class Backward {
     }
   }
   void masked(const Tensor& from, const Mask& mask, const Tensor& to) const {
-    masked_copy(in.matrix("dw_hh", from), from.size(0), from.size(1), mask, dtype_of(in.op, "dw_hh", to),
-                data_of(to), layer.device.stream);
+    masked_copy(in.op, in.matrix("dw_hh", from), from.size(0), from.size(1), mask,
+                dtype_of(in.op, "dw_hh", to), data_of(to), layer.device.stream);
   }
 
   const LstmInputs& in;

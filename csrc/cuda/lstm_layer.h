@@ -42,8 +42,8 @@ struct Layer {
   Tensor operand(const char* name, const Tensor& weight, const Mask& dropped) const {
     if (dropped.p == 0 && weight.scalar_type() == type) return weight;
     const Tensor result = empty_like(weight, {weight.size(0), weight.size(1)}, type);
-    masked_copy(in.matrix(name, weight), weight.size(0), weight.size(1), dropped, dtype, data_of(result),
-                device.stream);
+    masked_copy(in.op, in.matrix(name, weight), weight.size(0), weight.size(1), dropped, dtype,
+                data_of(result), device.stream);
     return result;
   }
   Tensor dropped_w_hh() const { return operand("w_hh", in.w_hh, mask); }
@@ -55,8 +55,8 @@ struct Layer {
       return torch::stable::new_zeros(in.x, shape, sums);
     }
     const Tensor result = empty_like(in.x, {in.B, in.H}, sums);
-    masked_copy(in.matrix(name, *given), in.B, in.H, Mask(), dtype_of(in.op, name, result), data_of(result),
-                device.stream);
+    masked_copy(in.op, in.matrix(name, *given), in.B, in.H, Mask(), dtype_of(in.op, name, result),
+                data_of(result), device.stream);
     return result;
   }
 

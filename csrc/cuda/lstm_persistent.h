@@ -44,7 +44,11 @@ inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction directi
   if (wanted == "general" || layer.in.T == 0) return none;
   DeviceLimits limits = device_limits();
   if (!clusters) limits.clusters = nullptr;
-  const LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, limits);
+  LstmPlan plan = plan_lstm(layer.in.B, layer.in.H, layer.dtype, tf32, direction, limits);
+  if (plan.fits() && layer.in.T > INT32_MAX / plan.split.passes) {  // its flags count in 32 bits
+    plan = none;
+    plan.why_not = "T = " + std::to_string(layer.in.T) + " is too many time steps for one launch";
+  }
   ULMFIT_CHECK(plan.fits() || wanted == "auto", layer.in.op, "ULMFIT_FAST_RECURRENCE=persistent, but ",
                plan.why_not);
   return plan;
@@ -53,6 +57,7 @@ inline LstmPlan plan_recurrence(const Layer& layer, bool tf32, Direction directi
 // What the device offers and the plan takes of it, for those who measure.
 inline std::string lstm_plan(const Tensor& x, int64_t hidden, bool high, bool backward) {
   check_dim("lstm_plan", "x", x, 3);
+  ULMFIT_CHECK(hidden > 0, "lstm_plan", "hidden must be 1 or more, got ", hidden);
   const Device device(x);
   const DeviceLimits limits = device_limits();
   const LstmPlan plan = plan_lstm(x.size(1), hidden, dtype_of("lstm_plan", "x", x), high,

@@ -75,6 +75,11 @@ struct Dropout {
     const int word = element % kMaskGroup / 16;  // c[word] would put c into memory on a GPU
     return (word < 2 ? (word == 0 ? c[0] : c[1]) : (word == 2 ? c[2] : c[3])) >= threshold;
   }
+  // What it is multiplied by.
+  template <class T>
+  ULMFIT_HD T factor(int64_t element) const {
+    return !active() ? T(1) : kept(static_cast<uint64_t>(element)) ? static_cast<T>(scale) : T(0);
+  }
 };
 
 ULMFIT_END

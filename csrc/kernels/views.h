@@ -24,7 +24,10 @@ struct Sequence {
   }
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // Hidden units that the saved gates and cells have room for: whole vectors, whatever the instruction set.
-inline int64_t padded_units(int64_t H) { return (H + 15) / 16 * 16; }
+constexpr int64_t padded_units(int64_t H) { return round_up(H, 16); }
 
 }  // namespace ulmfit_fast

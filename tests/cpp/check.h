@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <sstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -53,7 +55,8 @@ inline ulmfit_fast::Parallel threads(int n) {
 
 inline std::vector<const ulmfit_fast::Kernels*> every_isa() {
   std::vector<const ulmfit_fast::Kernels*> tables;
-  for (const char* name : {"amx", "avx512bf16", "avx512", "avx2", "baseline"})
-    if (const ulmfit_fast::Kernels* table = ulmfit_fast::kernels_for(name)) tables.push_back(table);
+  std::istringstream names(ulmfit_fast::available_isas());
+  for (std::string name; std::getline(names, name, ',');)
+    tables.push_back(ulmfit_fast::kernels_for(name.c_str()));
   return tables;
 }

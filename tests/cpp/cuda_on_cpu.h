@@ -146,6 +146,7 @@ class BlocksOnCpu {
   template <class V>
   void hand_over(const V& value) {
     Fiber& me = fibers[running];
+    static_assert(sizeof value <= sizeof me.slot[0]);
     ++me.round;  // two slots: a fast reader may write again
     std::memcpy(me.slot[me.round % 2], &value, sizeof value);
     wait(false);

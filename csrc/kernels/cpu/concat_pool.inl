@@ -15,7 +15,7 @@ inline void concat_pool_as(const ConcatPool& a, void* pooled, int64_t* argmax, c
   using Index = LaneIndex<T>;
   constexpr int L = lanes_of<T>;
   const DType dtype = a.in.dtype;
-  const int64_t blocks = (a.H + kPoolColumns - 1) / kPoolColumns;
+  const int64_t blocks = ceil_div(a.H, kPoolColumns);
 
   parallel(a.B * blocks, [&](int64_t begin, int64_t end) {
     alignas(64) T largest[kPoolColumns], sum[kPoolColumns];
@@ -62,7 +62,7 @@ inline void concat_pool_backward_as(const ConcatPool& a, Matrix dpooled, const i
   constexpr int L = lanes_of<T>;
   constexpr int64_t kTime = 64;  // steps of a work item
   const DType dtype = dpooled.dtype;
-  const int64_t blocks = (a.T + kTime - 1) / kTime;
+  const int64_t blocks = ceil_div(a.T, kTime);
 
   parallel(a.B * blocks, [&](int64_t begin, int64_t end) {
     alignas(64) T of_last[kPoolColumns], of_max[kPoolColumns], of_mean[kPoolColumns], sum[kPoolColumns];

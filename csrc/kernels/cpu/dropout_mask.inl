@@ -64,7 +64,7 @@ inline void dropout_mask_as(const Dropout& drop, int64_t n, DType dtype, void* o
   constexpr int64_t kChunk = 32 * kMaskGroup;  // elements of a work item
   uint32_t scale = 0;                          // as it is stored; for doubles the loop below does not need it
   if (dtype != DType::f64) store_as<float>(dtype, &scale, 0, broadcast(static_cast<float>(drop.scale)), 1);
-  parallel((n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
+  parallel(ceil_div(n, kChunk), [&](int64_t begin, int64_t end) {
     const Dropout own = drop;  // no store can change it, so that what rounds add to its keys is kept
     const VU kept = VU{} + scale;
     int64_t first = begin * kChunk;

@@ -6,13 +6,23 @@
 // gemm_sparse.inl (float, B with many zeros). gemm_unpacked.inl has the products of few rows, for which B
 // stays as it lies. Each element of C is summed in an order that depends on the shape alone, or on where B is
 // zero, so threads never change a bit of it.
+//
+// A tile has
+//   Element, Packed, Compute     what goes into packing, what memory then holds, what is summed
+//   kRows, kCols, kDepth         rows of the micro-kernel, columns of a panel, what K is padded to
+//   kRowGroup                    A's rows lie in groups of so many: a block of A begins with one
+//   kBlockRows, kBlockDepth, kMostRows, kRowsToHide, kUnpackedRows
+//                                how large blocks are, and from where on something pays: from cache sizes
+//   kPlain                       packed rows of A and of B's panels are the rows themselves
+//   a_elements, a_offset, b_elements, store_a*, load_a, store_b*       where operands lie
+//   block_product                the micro-kernel over a block of each. Writes no row of C beyond `rows`, but
+//                                any column of the panel
+//   Session                      what a thread must have set up meanwhile
+//   kRun, load_run, load_packed_run, multiply_run                      for gemm_unpacked.inl
 #pragma once
 #include "gemm_fma.inl"
 
 ULMFIT_BEGIN
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class Tile>
 inline int64_t padded_depth(int64_t K) {
@@ -47,11 +57,11 @@ inline void no_elements(int64_t n, typename Tile::Element* out) {
   std::memset(out, 0, n * sizeof(typename Tile::Element));
 }
 
-// Into how many blocks threads best divide M rows, each block to be met `times` times over: none higher than
-// most_rows, and as many for one thread as for another, give or take a 16th.
-inline int64_t even_blocks(int64_t M, int64_t most_rows, int64_t unit, int64_t times, int threads) {
+// How many row blocks M rows are divided into, none higher than most_rows, where each block is so many work
+// items: more until threads share the items evenly, or have 16 each.
+inline int64_t even_blocks(int64_t M, int64_t most_rows, int64_t unit, int64_t items, int threads) {
   int64_t blocks = ceil_div(M, most_rows);
-  while (blocks * times % threads != 0 && blocks * times < 16 * threads && blocks * unit < M) ++blocks;
+  while (blocks * items % threads != 0 && blocks * items < 16 * threads && blocks * unit < M) ++blocks;
   return blocks;
 }
 
@@ -84,9 +94,9 @@ inline void pack_b_columns(typename Tile::Packed* panel, int64_t K, Load&& load_
 constexpr int64_t kRowsAtOnce = 64;
 template <class Tile, class Load>
 inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, const Parallel& parallel,
-                        Load&& load_row_) {
+                        Load&& fetch) {
   if constexpr (Tile::kSparse) {
-    return Tile::pack_rows(packed, K, N, parallel, load_row_);
+    return Tile::pack_rows(packed, K, N, parallel, fetch);
   } else {
     using Element = typename Tile::Element;
     constexpr int64_t kCols = Tile::kCols;
@@ -98,7 +108,7 @@ inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, con
           const int64_t n = N - col < kCols ? N - col : kCols,
                         there = K - k < Tile::kDepth ? K - k : Tile::kDepth;
           if (n < kCols || there < Tile::kDepth) no_elements<Tile>(Tile::kDepth * kCols, rows);
-          for (int64_t r = 0; r < there; ++r) load_row_(k + r, col, n, rows + r * kCols);
+          for (int64_t r = 0; r < there; ++r) fetch(k + r, col, n, rows + r * kCols);
           Tile::store_b_rows(packed + col / kCols * panel_elements<Tile>(K), k, rows);
         }
     });
@@ -108,9 +118,9 @@ inline void pack_b_rows(typename Tile::Packed* packed, int64_t K, int64_t N, con
 // Packs a block of A whose row is a run of memory: load(row, k0, n, out).
 template <class Tile, class Load>
 inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc,
-                        Load&& load_row_) {
+                        Load&& fetch) {
   if constexpr (Tile::kPlain) {  // no padding either
-    for (int r = 0; r < rows; ++r) load_row_(row0 + r, k0, kc, a + r * kc);
+    for (int r = 0; r < rows; ++r) fetch(row0 + r, k0, kc, a + r * kc);
   } else {
     constexpr int64_t kChunk = 256;
     alignas(64) typename Tile::Element tmp[kChunk];
@@ -119,13 +129,14 @@ inline void pack_a_rows(typename Tile::Packed* a, int64_t row0, int rows, int64_
       for (int64_t k = 0; k < ld; k += kChunk) {
         const int64_t n = ld - k < kChunk ? ld - k : kChunk;
         const int64_t there = kc - k < n ? (kc - k > 0 ? kc - k : 0) : n;
-        load_row_(row0 + r, k0 + k, there, tmp);
+        fetch(row0 + r, k0 + k, there, tmp);
         no_elements<Tile>(n - there, tmp + there);
         Tile::store_a(a, ld, r, k, tmp, n);
       }
   }
 }
-// Rows of a matrix as a block of A, and rows of a weight as the columns of one B panel; `columns` it has.
+// Rows of a matrix as a block of A; and rows of a weight, from row0 on, as the columns of one B panel, of
+// which the weight fills only `columns` (its last panel).
 template <class Tile>
 inline void pack_a_matrix(const Matrix& m, typename Tile::Packed* a, int64_t row0, int rows, int64_t k0,
                           int64_t kc) {

@@ -15,7 +15,8 @@ struct DotTile : Bf16Packing {
 
   static void block_product(int64_t kc, const uint16_t* a, int64_t lda, int rows, const uint16_t* b,
                             const uint16_t* next, float* c, bool accumulate, int columns = kCols) {
-    // The first four calls fetch the next B block into L2, a line for each pair of depths.
+    // Calls fetch the next B block into L2, a line for each pair of depths: a quarter each, those after the
+    // fourth the last quarter again.
     const uint16_t* ahead = next;
     const auto call = [&](auto m, auto vecs, const uint16_t* a_rows, const uint16_t* b_part, float* out) {
       micro<m(), vecs()>(kc, a_rows, b_part, out, accumulate, reinterpret_cast<const char*>(ahead));

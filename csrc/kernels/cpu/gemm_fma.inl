@@ -41,12 +41,9 @@ struct FmaTile {
   static constexpr int kRowGroup = 1;
   static int64_t a_elements(int64_t rows, int64_t K) { return rows * K; }
   static int64_t a_offset(int64_t k) { return k; }  // of depth k
-  // Writes, or reads back, n values at (row, k).
+  // Writes n values at (row, k).
   static void store_a(T* a, int64_t K, int64_t row, int64_t k, const T* values, int64_t n) {
     std::memcpy(a + row * K + k, values, n * sizeof(T));
-  }
-  static void load_a(const T* a, int64_t K, int64_t row, int64_t k, int64_t n, T* values) {
-    std::memcpy(values, a + row * K + k, n * sizeof(T));
   }
   static void store_a_vector(T* a, int64_t K, int64_t row, int64_t k, Vec<T> v, int n) {
     store_n(a + row * K + k, v, n);
@@ -124,7 +121,7 @@ struct FmaTile {
         r += m;
       }
   }
-  // M and fewer rows, but no fewer than kLeast.
+  // micro_m for m rows, from kLeast to M, with their number known to the compiler.
   template <int M, int kLeast, int kN, bool kMany>
   static void micro(int m, int64_t kc, const T* a, int64_t lda, const T* b, T* c, bool accumulate,
                     const char* ahead, int64_t step) {
@@ -133,9 +130,9 @@ struct FmaTile {
     }
     micro_m<M, kN, kMany>(kc, a, lda, b, c, accumulate, ahead, step);
   }
-  // In each turn of the loop `step` bytes from `ahead` on are fetched into L2: kMany lines, or part of one.
-  // Not inlined: with a copy in each caller GCC reaches the limit of what inlining may add to a file, and
-  // leaves small functions of inner loops as calls.
+  // In each turn of the loop `step` bytes from `ahead` on are fetched into L2; kMany: they are more than a
+  // line. Not inlined: with a copy in each caller GCC reaches the limit of what inlining may add to a file,
+  // and leaves small functions of inner loops as calls.
   template <int M, int kN, bool kMany>
   __attribute__((noinline)) static void micro_m(int64_t kc, const T* a, int64_t lda, const T* b, T* c,
                                                 bool accumulate, const char* ahead, int64_t step) {

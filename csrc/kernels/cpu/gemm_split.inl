@@ -9,9 +9,9 @@ ULMFIT_BEGIN
 struct SplitTile : AmxTile {
   using Element = float;
   static constexpr DType kElement = DType::f32;
-  // An A block and two B blocks of these, 288 KB each, stay in L2 together.
+  // An A block (288 KB) and two B blocks (144 KB each) stay in L2 together.
   static constexpr int kBlockDepth = 576;
-  static constexpr int64_t kUnpackedRows = 0;  // so few rows are the FMA tile's, see run_lstm
+  static constexpr int64_t kUnpackedRows = 0;  // never asked: so few rows are the FMA tile's (isa.inl)
 
   // A: as AmxTile's, each tile with its low part after it. B: [k / 32][column / 16][high, low].
   static int64_t a_elements(int64_t rows, int64_t K) { return 2 * AmxTile::a_elements(rows, K); }

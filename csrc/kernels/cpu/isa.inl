@@ -54,6 +54,10 @@ template <class Tile>
 constexpr bool kInherited =
     kHasParent && (std::is_same_v<Tile, FmaTile<float>> || std::is_same_v<Tile, FmaTile<double>>);
 
+// So few rows that the weight is not packed for them: then float32 products cost no more than three bf16
+// ones.
+inline bool few(int64_t rows) { return rows <= FmaTile<float>::kUnpackedRows; }
+
 // Calls kernel with the tile to compute with, which follows the activations' storage type, or of_parent with
 // the parent's table.
 template <class Kernel, class OfParent>
@@ -81,9 +85,9 @@ inline void with_recurrent_tile(Tile tile, const LstmShape& shape, Kernel&& kern
 }
 
 inline void run_lstm(const LstmForward& args, const Parallel& parallel) {
-  const bool few = args.shape.T * args.shape.B <= FmaTile<float>::kUnpackedRows && args.shape.weight_p == 0;
+  const bool unpacked = few(args.shape.T * args.shape.B) && args.shape.weight_p == 0;
   with_tile(
-      args.x.dtype, args.shape.high && !few,
+      args.x.dtype, args.shape.high && !unpacked,
       [&](auto tile) {
         with_recurrent_tile<4>(tile, args.shape, [&](auto h_tile) {  // the four gates
           lstm_forward<decltype(tile), decltype(h_tile)>(args, parallel);
@@ -103,16 +107,15 @@ inline void run_lstm_backward(const LstmBackward& args, const Parallel& parallel
       [&](const Kernels& parent) { parent.lstm_backward(args, parallel); });
 }
 inline void run_linear_cross_entropy(const LinearCrossEntropy& args, const Parallel& parallel) {
-  const bool few = !args.gradient && args.N <= FmaTile<float>::kUnpackedRows;
+  const bool unpacked = few(args.N) && !args.gradient;
   with_tile(
-      args.h.dtype, args.high && !few,
+      args.h.dtype, args.high && !unpacked,
       [&](auto tile) { linear_cross_entropy<decltype(tile)>(args, parallel); },
       [&](const Kernels& parent) { parent.linear_cross_entropy(args, parallel); });
 }
 inline void run_logits(const Logits& args, const Parallel& parallel) {
-  const bool few = args.N <= FmaTile<float>::kUnpackedRows;
   with_tile(
-      args.h.dtype, args.high && !few, [&](auto tile) { logits<decltype(tile)>(args, parallel); },
+      args.h.dtype, args.high && !few(args.N), [&](auto tile) { logits<decltype(tile)>(args, parallel); },
       [&](const Kernels& parent) { parent.logits(args, parallel); });
 }
 inline double run_in_cache(DType dtype, bool high, int64_t repeats) {
@@ -124,18 +127,18 @@ inline double run_in_cache(DType dtype, bool high, int64_t repeats) {
 }
 
 inline const Kernels& table() {
-  static const Kernels kernels = {ULMFIT_STRING(ULMFIT_ISA),
-                                  dropout_mask,
-                                  variational_dropout,
-                                  embedding_dropout,
-                                  embedding_dropout_backward,
-                                  concat_pool,
-                                  concat_pool_backward,
-                                  run_lstm,
-                                  run_lstm_backward,
-                                  run_linear_cross_entropy,
-                                  run_logits,
-                                  run_in_cache};
+  static const Kernels kernels = {.isa = ULMFIT_STRING(ULMFIT_ISA),
+                                  .dropout_mask = dropout_mask,
+                                  .variational_dropout = variational_dropout,
+                                  .embedding_dropout = embedding_dropout,
+                                  .embedding_dropout_backward = embedding_dropout_backward,
+                                  .concat_pool = concat_pool,
+                                  .concat_pool_backward = concat_pool_backward,
+                                  .lstm = run_lstm,
+                                  .lstm_backward = run_lstm_backward,
+                                  .linear_cross_entropy = run_linear_cross_entropy,
+                                  .logits = run_logits,
+                                  .multiply_in_cache = run_in_cache};
   return kernels;
 }
 

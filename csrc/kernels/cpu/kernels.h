@@ -49,7 +49,8 @@ struct LstmForward {
   Sequence y;               // (T, B, H), x's dtype
   Sequence dropped;         // (T, B, H), y after its dropout; data may be nullptr: not wanted
   void *h_n, *c_n;          // (B, H), x's dtype
-  // What backward needs of the forward pass, in an order that is the kernels' own; nullptr: nothing is saved.
+  // What backward needs of the forward pass; nullptr: nothing is saved. The order follows the vector length,
+  // so only the instruction set that saved them can read them.
   void* gates;  // T * B * 4 * padded_units(H) activated gates in x's dtype
   void* cells;  // T * B * padded_units(H) cell states after each step, fp64 for fp64 and else fp32
 };

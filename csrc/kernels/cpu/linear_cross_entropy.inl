@@ -25,11 +25,11 @@ class LinearCrossEntropyPass {
   static constexpr int L = lanes_of<T>;
   static constexpr int kCols = Tile::kCols;
   static constexpr int64_t kChunkRows = 512;
-  // Rows and panels of an item of the forward: its e, 256 KB, and dh, 256 x 448 floats, stay in L2 beside the
-  // panels that pass.
+  // An item's rows are whole micro-kernels, and whole depths of the product for dW. kGroup panels of e are
+  // collected before dh += e @ W: with this many rows and panels e, 256 KB, and dh, 256 x 448 floats, stay in
+  // L2 beside the panels that pass.
   static constexpr int64_t kUnit = Tile::kRows > Tile::kDepth ? Tile::kRows : Tile::kDepth, kGroup = 8;
-  static constexpr int64_t kItemRows =
-      (512 / static_cast<int64_t>(sizeof(Element)) + kUnit - 1) / kUnit * kUnit;
+  static constexpr int64_t kItemRows = round_up(512 / static_cast<int64_t>(sizeof(Element)), kUnit);
   // A row's dh is summed in slices of the vocabulary, each one item, whatever the number of threads.
   static constexpr int64_t kSlice = 16 * kGroup;
   // A logit so far above its row's reference makes the chunk begin again with exact maxima: e, summed over a

@@ -81,16 +81,18 @@ inline bool split_by_batch(const Batch& batch, int threads) {
   if (batch.ragged) return false;   // the last rows have less to do
   constexpr int64_t kL2 = 1 << 20;  // of a core: Skylake-SP's and Zen 4's; later ones have more
   const int64_t bytes = 4 * s.H * s.H * static_cast<int64_t>(sizeof(typename Tile::Packed));
-  // Of the busiest thread, in whole groups: three quarters of that must be the mean, of large groups more.
+  // most: the rows of the busiest thread, in whole groups. The mean must be three quarters of it, or seven
+  // eighths for the sparse tile, whose groups are of 64 rows.
   const int64_t groups = ceil_div(s.B, Tile::kRowGroup), rows = ceil_div(groups, threads) * Tile::kRowGroup;
   const int64_t most = rows < s.B ? rows : s.B;
   return 2 * s.B >= Tile::kRows * threads && 8 * s.B >= (Tile::kSparse ? 7 : 6) * most * threads &&
          (bytes <= kL2 || s.B >= Tile::kRowsToHide * threads);
 }
 
-// How high the pieces are that a step's rows are cut into, so that many threads have items enough: 18 panels
-// of 64 rows keep 16 threads busy for two of them each, 72 of 16 rows for a time of 80 rows, not 128. More
-// rows to a read of W_hh are worth more than the last tenth of balance.
+// How high the pieces are that a step's rows are cut into, so that many threads have items enough. Example:
+// 18 panels, 64 rows, 16 threads. Uncut, the busiest threads multiply two panels by 64 rows, 128 in all. Cut
+// into pieces of 16 rows there are 72 items, at most 5 to a thread: 80 rows. But low pieces read W_hh more
+// often, so a cut must gain more than a tenth.
 template <class Tile>
 inline int64_t piece_height(int64_t items, int64_t rows, int threads) {
   int64_t best = rows, least = rows * ceil_div(items, threads);

@@ -49,8 +49,8 @@ class LstmBackwardPass {
     if (batch.total() > 0) {
       recurrence();
       if (p.dx.data != nullptr) input_gradient();
-      if (p.dw_ih != nullptr) weight_gradients();
-    } else if (p.dw_ih != nullptr) {
+      if (p.db != nullptr) weight_gradients();
+    } else if (p.db != nullptr) {
       std::memset(p.dw_ih, 0, G * s.I * size_of(p.w_ih.dtype));
       std::memset(p.dw_hh, 0, G * s.H * size_of(p.w_hh.dtype));
       std::memset(p.db, 0, G * size_of(p.w_ih.dtype));

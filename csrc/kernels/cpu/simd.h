@@ -75,7 +75,7 @@ ULMFIT_HD void store_n(T* p, Vec<T> v, int n) {
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
 template <class T>
-ULMFIT_HD Vec<T> broadcast(T x) {
+ULMFIT_HD Vec<T> broadcast(T x) {  // minus, as -0.0 + 0.0 would be +0.0
   return x - Vec<T>{};
 }
 // v with the lanes from n on taken from rest.
@@ -114,7 +114,7 @@ ULMFIT_HD VF fma(VF a, VF b, VF c) { return a * b + c; }
 ULMFIT_HD VD fma(VD a, VD b, VD c) { return a * b + c; }
 #endif
 
-// The smaller and the larger; b where either is NaN. Of ?: the compiler makes a comparison and a blend, each
+// The smaller and the larger; b where either is NaN. The compiler makes a comparison and a blend of ?:, each
 // slower than the one instruction.
 #if ULMFIT_LANES == 16
 ULMFIT_HD VF min_(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -160,7 +160,8 @@ ULMFIT_END
 ULMFIT_BEGIN
 
 // exp for floats: 2^n * e^r with |r| <= ln2/2, degree-5
-// polynomial (Cephes expf), below 2 ulp; saturates, keeps NaN.
+// polynomial (Cephes expf), below 2 ulp; keeps NaN. It saturates:
+// exp(-inf) is 2^-126 and no zero, exp(inf) is 2.4e38.
 ULMFIT_HD VF exp_(VF x) {
   x = max_(broadcast(-87.3365447505531f), min_(broadcast(88.3762626647950f), x));
   const VF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -207,7 +208,8 @@ ULMFIT_HD VD tanh_(VD x) {
   return x;
 }
 
-// Lanes of a and b, neighbours kStep apart added: kStep of a's sums, kStep of b's, and so on.
+// One level of a tree of sums: lanes kStep apart are added in a and in b; the result has kStep sums of a,
+// kStep of b, and so on by turns.
 template <int kStep, class V, int... lane>
 ULMFIT_HD V add_neighbours(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr int L = sizeof...(lane);

@@ -2,15 +2,15 @@
 //
 // Kernels are compiled for a compute type (float or double) and look at the storage type at run time, once
 // per row or vector: a branch that always goes the same way costs nothing, and four storage types do not
-// multiply the templates (but those of gemm_unpacked.inl, whose inner loop is short).
+// multiply the templates (except those of gemm_unpacked.inl, whose inner loop is short).
 #pragma once
 #include "simd.h"
 #include "workspace.h"
 
 ULMFIT_BEGIN
 
-// 16 bits to 32 in a lane, zeros above, and back. Of the compiler's own conversions GCC makes two halves, and
-// a mask of what is zero.
+// 16 bits to 32 in a lane, zeros above, and back: one instruction, where GCC's own conversion works in two
+// halves and makes a mask of what is zero.
 #if ULMFIT_LANES == 16
 ULMFIT_HD VU widened(VH h) { return (VU)_mm512_cvtepu16_epi32((__m256i)h); }
 #elif ULMFIT_LANES == 8
@@ -156,8 +156,8 @@ inline void store_row(DType dtype, void* p, int64_t at, int64_t n, const T* in) 
 template <class T>
 constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
 
-// The 64 elements that packing takes at a time, or fewer at an end. In vectors: of a copy whose length it
-// does not know GCC makes `rep movs`, which was three quarters of packing.
+// The 64 elements that packing takes at a time, or fewer at an end. In vectors: for a copy of unknown length
+// GCC emits `rep movs`, which was three quarters of packing's time.
 template <class E>
 inline void copy_piece(const E* in, int64_t n, E* out) {
   constexpr int kPiece = 64, L = lanes_of<E>;
@@ -166,7 +166,7 @@ inline void copy_piece(const E* in, int64_t n, E* out) {
   for (int v = 0; v < kPiece / L; ++v) piece[v] = load(in + v * L);
   for (int v = 0; v < kPiece / L; ++v) store(out + v * L, piece[v]);
 }
-// load_row of as many.
+// load_row for such a piece.
 template <class T>
 inline void load_piece(DType dtype, const void* p, int64_t at, int64_t n, T* out) {
   if (dtype == kComputeType<T>) return copy_piece(static_cast<const T*>(p) + at, n, out);

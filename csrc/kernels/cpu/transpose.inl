@@ -4,8 +4,9 @@
 
 ULMFIT_BEGIN
 
-// One lane of a butterfly: of lanes 0..L-1 of a and L..2L-1 of b. Rows i and i + S of an L x L block swap
-// their off-diagonal S x S sub-blocks.
+// One of the two results of a butterfly: row i (kUpper: row i + S) after it and its partner, a and b, have
+// swapped their off-diagonal S x S blocks. Of the shuffle's numbers those below L are lanes of a, the others
+// lanes of b.
 template <class V, int S, bool kUpper, int... I>
 ULMFIT_HD V swap_lanes(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int L = sizeof...(I);

@@ -58,6 +58,10 @@ bool keep(Header* block) {
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   Shelf& shelf = shelf_of(block->bytes);
   if (!lock.owns_lock() || block->bytes > shelf.limit) return false;
+  int64_t larger = 0;  // bytes of those that stay in any case
+  for (const Header* other : shelf.kept)
+    if (other != nullptr && other->bytes >= block->bytes) larger += other->bytes;
+  if (larger + block->bytes > shelf.limit) return false;
   for (;;) {
     Header **room = nullptr, **smallest = nullptr;
     for (Header*& other : shelf.kept) {
@@ -72,7 +76,7 @@ bool keep(Header* block) {
       shelf.bytes += block->bytes;
       return true;
     }
-    if (smallest == nullptr || (*smallest)->bytes >= block->bytes) return false;
+    if ((*smallest)->bytes >= block->bytes) return false;  // as many blocks as there are places
     shelf.bytes -= (*smallest)->bytes;
     std::free(std::exchange(*smallest, nullptr));
   }

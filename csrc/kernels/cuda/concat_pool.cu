@@ -88,8 +88,8 @@ __global__ void concat_pool_backward_kernel(ConcatPool a, const S* dpooled, cons
 void concat_pool(const ConcatPool& a, void* pooled, int64_t* argmax, void* stream) {
   with_type(a.in.dtype, [&](auto type) {
     using S = decltype(type);
-    launch("concat_pool", concat_pool_kernel<S>, dim3(static_cast<unsigned>(a.B * ceil_div(a.H, kWarp))),
-           dim3(kWarp, kSlices), stream, a, static_cast<S*>(pooled), argmax);
+    launch("concat_pool", concat_pool_kernel<S>, Grid{a.B * ceil_div(a.H, kWarp)}, dim3(kWarp, kSlices),
+           stream, a, static_cast<S*>(pooled), argmax);
   });
 }
 

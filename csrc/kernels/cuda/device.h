@@ -77,7 +77,7 @@ __device__ Pack<S, N>& pack_at(const S* data) {
   return *reinterpret_cast<Pack<S, N>*>(const_cast<S*>(data));
 }
 
-// *pack_at(to) = values. Of a plain assignment of 16 bytes nvcc makes four stores.
+// *pack_at(to) = values. nvcc makes four stores of a plain assignment of 16 bytes.
 template <class S, int N>
 __device__ void store_pack(S* to, const Pack<S, N>& values) {
 #ifdef __CUDACC__
@@ -116,19 +116,12 @@ class DeviceMask {
   Dropout drop;
 };
 
-// What element e is multiplied by.
-template <class T>
-inline __device__ T mask_value(const Dropout& drop, int64_t e) {
-  return !drop.active() ? T(1) : drop.kept(static_cast<uint64_t>(e)) ? static_cast<T>(drop.scale) : T(0);
-}
-
 // combine(a, b) over the values of a block's threads, in an order that is always the same; every thread has
-// the result. At most 32 warps.
+// the result. At most 32 warps. value.from_partner(m): the value of the lane whose number differs in the
+// bits of m.
 template <class V, class F>
 __device__ V block_reduce(V value, F&& combine) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value = combine(value, value.from_lane(distance));
-  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, value.from_partner(mask));
   __shared__ V parts[kWarp];
   const int warp = threadIdx.x / kWarp, warps = (blockDim.x + kWarp - 1) / kWarp;
   __syncthreads();  // the last use of parts is over

@@ -57,15 +57,14 @@ void dropout_mask(const Mask& mask, int64_t n, DType dtype, void* out, void* str
   });
 }
 
-void masked_copy(const Matrix& in, int64_t rows, int64_t columns, const Mask& mask, DType out_type, void* out,
-                 void* stream) {
+void masked_copy(const char* op, const Matrix& in, int64_t rows, int64_t columns, const Mask& mask,
+                 DType out_type, void* out, void* stream) {
   with_types(in.dtype, out_type, [&](auto from, auto to) {
     using In = decltype(from);
     using Out = decltype(to);
     const int64_t n = rows * columns;
-    launch_over(counters(n), "masked_copy", masked_copy_kernel<In, Out>, stream,
-                static_cast<const In*>(in.data), in.stride, n, columns, DeviceMask(mask),
-                static_cast<Out*>(out));
+    launch_over(counters(n), op, masked_copy_kernel<In, Out>, stream, static_cast<const In*>(in.data),
+                in.stride, n, columns, DeviceMask(mask), static_cast<Out*>(out));
   });
 }
 

@@ -15,7 +15,7 @@ __global__ void embedding_dropout_kernel(EmbeddingDropout a, DeviceMask mask, co
   const int64_t id = a.ids[i];
   ULMFIT_DEVICE_CHECK(id >= 0 && id < a.V,
                       "ulmfit_fast.embedding_dropout: ids must be in 0..V-1, the vocabulary");
-  const T m = mask_value<T>(mask.key(), id);
+  const T m = mask.key().factor<T>(id);
   for (int64_t e = threadIdx.x * N; e < a.E; e += kWarp * N) {
     P row = pack_at<S, N>(weight + id * a.E + e);
     for (int j = 0; j < N; ++j) row.v[j] = narrow<S>(widen(row.v[j]) * m);
@@ -48,7 +48,7 @@ __global__ void embedding_dropout_backward_kernel(EmbeddingDropout a, DeviceMask
   if ((head > 0 && a.ids[head - 1] == id) || id == padding_idx) return;
   ULMFIT_DEVICE_CHECK(id >= 0 && id < a.V,
                       "ulmfit_fast.embedding_dropout_backward: ids must be in 0..V-1, the vocabulary");
-  const T m = mask_value<T>(mask.key(), id);
+  const T m = mask.key().factor<T>(id);
   if (m == 0) return;  // dweight holds zeros
   const int64_t end = end_of_run(a.ids, head, a.n);
   const int64_t e = (static_cast<int64_t>(blockIdx.y) * kWarp + threadIdx.x) * N;
@@ -92,9 +92,8 @@ void embedding_dropout_backward(const EmbeddingDropout& a, int64_t padding_idx, 
     const int64_t columns = kWarp * (vectors ? kPack<S> : 1);
     launch("embedding_dropout_backward",
            vectors ? embedding_dropout_backward_kernel<S, kPack<S>> : embedding_dropout_backward_kernel<S, 1>,
-           dim3(static_cast<unsigned>(a.n), static_cast<unsigned>(ceil_div(a.E, columns))),
-           dim3(kWarp, kSlices), stream, a, DeviceMask(a.mask), padding_idx, order, static_cast<const S*>(dy),
-           static_cast<S*>(dweight));
+           Grid{a.n, ceil_div(a.E, columns)}, dim3(kWarp, kSlices), stream, a, DeviceMask(a.mask),
+           padding_idx, order, static_cast<const S*>(dy), static_cast<S*>(dweight));
   });
 }
 

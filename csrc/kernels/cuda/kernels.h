@@ -48,9 +48,9 @@ void concat_pool(const ConcatPool&, void* pooled, int64_t* argmax, void* stream)
 void concat_pool_backward(const ConcatPool&, const void* dpooled, const int64_t* argmax, void* stream);
 
 // out (rows, columns) = in * mask, in out's dtype. May be in place where the dtypes are equal, or the mask
-// may be none: then it is a cast. One of the dtypes is fp32, or both are the same.
-void masked_copy(const Matrix& in, int64_t rows, int64_t columns, const Mask&, DType out_type, void* out,
-                 void* stream);
+// may be none: then it is a cast. One of the dtypes is fp32, or both are the same. op: whose error it is.
+void masked_copy(const char* op, const Matrix& in, int64_t rows, int64_t columns, const Mask&, DType out_type,
+                 void* out, void* stream);
 // out (rows, width) = [in | column | 0...]: in (rows, columns), column (rows) in in's dtype, nullptr: ones.
 void append_column(const Matrix& in, int64_t rows, int64_t columns, const void* column, DType out_type,
                    void* out, int64_t width, void* stream);
@@ -173,7 +173,8 @@ struct StatesBefore {
 void states_before(const StatesBefore&, void* stream);
 
 // out (n) in out_type = a + b, both in in_type; b may be nullptr, out may be either where the dtypes are
-// equal.
-void add(const void* a, const void* b, DType in_type, DType out_type, int64_t n, void* out, void* stream);
+// equal. op: whose error it is.
+void add(const char* op, const void* a, const void* b, DType in_type, DType out_type, int64_t n, void* out,
+         void* stream);
 
 }  // namespace ulmfit_fast::cuda

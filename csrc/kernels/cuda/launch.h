@@ -22,9 +22,12 @@
 namespace ulmfit_fast::cuda {
 
 constexpr int kWarp = 32;
-constexpr int64_t kMostBlocksY = 65535;  // CUDA's limit for a grid's second and third size
+constexpr int64_t kMostBlocks = INT32_MAX, kMostBlocksY = 65535;  // CUDA's limits for a grid's sizes
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The blocks of a launch, in 64 bits, so that too many are noticed and not cut to fewer.
+struct Grid {
+  int64_t x, y = 1;
+};
 
 #ifdef __CUDACC__
 inline void check(const char* name, cudaError_t error) {
@@ -37,8 +40,12 @@ inline void check(const char* name, cudaError_t error) {
 #endif
 
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... arguments) {
-  if (grid.x == 0 || grid.y == 0) return;  // no elements: CUDA would call it an error
+void launch(const char* name, void (*kernel)(P...), Grid blocks, dim3 block, void* stream, A... arguments) {
+  if (blocks.x == 0 || blocks.y == 0) return;  // no elements: CUDA would call it an error
+  if (blocks.x > kMostBlocks || blocks.y > kMostBlocksY)
+    throw std::runtime_error(std::string("ulmfit_fast.") + name +
+                             ": the tensors are too large for one launch");
+  const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
 #ifdef __CUDACC__
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   check(name, cudaGetLastError());
@@ -139,8 +146,7 @@ inline __device__ char* dynamic_shared_memory() {
 template <class... P, class... A>
 void launch_over(int64_t n, const char* name, void (*kernel)(P...), void* stream, A... arguments) {
   constexpr int kThreads = 256;
-  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(n, kThreads))), dim3(kThreads), stream,
-         arguments...);
+  launch(name, kernel, Grid{ceil_div(n, kThreads)}, dim3(kThreads), stream, arguments...);
 }
 inline __device__ int64_t item_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
@@ -148,8 +154,7 @@ inline __device__ int64_t item_index() { return static_cast<int64_t>(blockIdx.x)
 template <class... P, class... A>
 void launch_warps(int64_t n, const char* name, void (*kernel)(P...), void* stream, A... arguments) {
   constexpr int kWarps = 8;
-  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), dim3(kWarp, kWarps), stream,
-         arguments...);
+  launch(name, kernel, Grid{ceil_div(n, kWarps)}, dim3(kWarp, kWarps), stream, arguments...);
 }
 inline __device__ int64_t warp_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 
@@ -158,8 +163,7 @@ template <class... P, class... A>
 void launch_matrix(int64_t rows, int64_t columns, const char* name, void (*kernel)(P...), void* stream,
                    A... arguments) {
   constexpr int kThreads = 128;
-  launch(name, kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(columns, kThreads))),
-         dim3(kThreads), stream, arguments...);
+  launch(name, kernel, Grid{rows, ceil_div(columns, kThreads)}, dim3(kThreads), stream, arguments...);
 }
 inline __device__ int64_t matrix_column() {
   return static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;

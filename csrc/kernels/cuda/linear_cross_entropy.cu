@@ -29,9 +29,9 @@ struct RowStatistics {
     }
     top = above;
   }
-  __device__ RowStatistics from_lane(int distance) const {
-    return {__shfl_xor_sync(~0u, top, distance), __shfl_xor_sync(~0u, sum, distance),
-            __shfl_xor_sync(~0u, total, distance)};
+  __device__ RowStatistics from_partner(int mask) const {
+    return {__shfl_xor_sync(~0u, top, mask), __shfl_xor_sync(~0u, sum, mask),
+            __shfl_xor_sync(~0u, total, mask)};
   }
 };
 
@@ -153,7 +153,7 @@ void cross_entropy(const CrossEntropy& a, void* stream) {
     using S = decltype(type);
     const bool vectors = aligned<S>(a.logits, a.stride);
     launch("linear_cross_entropy", vectors ? cross_entropy_kernel<S, kPack<S>> : cross_entropy_kernel<S, 1>,
-           dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), stream, a);
+           Grid{a.rows}, dim3(kThreads), stream, a);
   });
 }
 

@@ -119,12 +119,13 @@ void states_before(const StatesBefore& a, void* stream) {
   });
 }
 
-void add(const void* a, const void* b, DType in_type, DType out_type, int64_t n, void* out, void* stream) {
+void add(const char* op, const void* a, const void* b, DType in_type, DType out_type, int64_t n, void* out,
+         void* stream) {
   with_types(in_type, out_type, [&](auto from, auto to) {
     using In = decltype(from);
     using Out = decltype(to);
-    launch_over(n, "lstm", add_kernel<In, Out>, stream, static_cast<const In*>(a), static_cast<const In*>(b),
-                n, static_cast<Out*>(out));
+    launch_over(n, op, add_kernel<In, Out>, stream, static_cast<const In*>(a), static_cast<const In*>(b), n,
+                static_cast<Out*>(out));
   });
 }
 

@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
         s.dh[u] = a.dh_n[p.b * H + p.unit + u];
         s.dc[u] = a.dc_n[p.b * H + p.unit + u];
       }
+      if (a.steps.lengths != nullptr) check_length(a.steps.lengths[p.b], T);
       state_of(pass, p) = s;
     });
   }

@@ -9,7 +9,10 @@
 #endif
 
 #ifndef ULMFIT_PERSISTENT_PARTS
-#define ULMFIT_PERSISTENT_PARTS 15  // benchmarks/lstm_parts.py leaves some out to time the others
+#define ULMFIT_PERSISTENT_PARTS 15
+#elif !defined(ULMFIT_ONLY_BF16)  // as benchmarks/lstm_parts.py compiles them, to time the others
+#error \
+    "without some of its parts the persistent recurrence computes nonsense: they are left out only to be timed"
 #endif
 
 namespace ulmfit_fast::cuda {

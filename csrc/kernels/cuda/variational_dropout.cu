@@ -6,7 +6,8 @@
 namespace ulmfit_fast::cuda {
 namespace {
 
-constexpr int64_t kSteps = 8;  // steps a thread takes at least: they share one making of the mask
+constexpr int64_t kSteps =
+    8;  // that a thread takes, unless T is above 8 * 65535: they share one making of the mask
 
 template <class S, int N>
 __global__ void variational_dropout_kernel(VariationalDropout a, DeviceMask mask) {
@@ -17,7 +18,7 @@ __global__ void variational_dropout_kernel(VariationalDropout a, DeviceMask mask
   const int64_t b = item / packs, f = item % packs * N;
   const Dropout drop = mask.key();
   T m[N];
-  for (int j = 0; j < N; ++j) m[j] = mask_value<T>(drop, b * a.F + f + j);
+  for (int j = 0; j < N; ++j) m[j] = drop.factor<T>(b * a.F + f + j);
   for (int64_t t = blockIdx.y; t < a.T; t += gridDim.y) {
     const P in = pack_at<S, N>(at<S>(a.in, t, b) + f);
     P out;
@@ -37,8 +38,7 @@ void variational_dropout(const VariationalDropout& a, void* stream) {
     };
     const bool vectors = a.F % N == 0 && packs(a.in) && packs(a.out);
     const int64_t items = a.B * a.F / (vectors ? N : 1);
-    const dim3 grid(static_cast<unsigned>(ceil_div(items, 128)),
-                    static_cast<unsigned>(std::min(ceil_div(a.T, kSteps), kMostBlocksY)));
+    const Grid grid = {ceil_div(items, 128), std::min(ceil_div(a.T, kSteps), kMostBlocksY)};
     launch("variational_dropout",
            vectors ? variational_dropout_kernel<S, N> : variational_dropout_kernel<S, 1>, grid, dim3(128),
            stream, a, DeviceMask(a.mask));
