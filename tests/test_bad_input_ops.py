@@ -309,6 +309,23 @@ KERNEL_CHECKS = [
         "padding_idx must be -1 .*, got 3",
     ),
     (
+        raw("embedding_dropout", torch.ones(3, 2), torch.tensor([1], dtype=torch.int32), SEED, 0.5, -1),
+        "ids must be int64, got int32",
+    ),
+    (
+        raw(
+            "lstm",
+            *map(torch.zeros, ((2, 1, 0), (1, 4), (1, 4), (16, 0), (16, 4))),
+            *[None] * 3,
+            SEED,
+            SEED,
+            0.0,
+            0.0,
+            *[False] * 4,
+        ),
+        r"lstm: x must have at least one feature, got shape \(2, 1, 0\)",
+    ),
+    (
         raw("embedding_dropout_backward", torch.ones(2, 2), torch.tensor([1]), SEED, 0.5, -1, 3),
         r"dy must begin with the shape of ids, \(1\), got \(2, 2\)",
     ),

@@ -136,3 +136,13 @@ def test_bad_arguments_are_named():
         kernels.lstm(ISAS[0], x, h0, c0, w_ih, w_hh, b, lengths=np.array([0, 3]))
     with pytest.raises(TypeError, match="h0 has another dtype"):
         kernels.lstm(ISAS[0], x, h0.astype("f4"), c0, w_ih, w_hh, b)
+    with pytest.raises(TypeError, match="w_ih must have the activations' dtype, or float32"):
+        kernels.lstm(ISAS[0], x, h0, c0, w_ih.astype("f4"), w_hh.astype("f4"))
+    with pytest.raises(TypeError, match="weight must have the activations' dtype, or float32"):
+        kernels.linear_cross_entropy(ISAS[0], w_ih.astype("f4"), w_hh, b, np.zeros(16, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"x must be \(T, B, I\) and h0 \(B, H\), with I and H > 0"):
+        kernels.lstm(ISAS[0], x[:, :, :0].copy(), h0, c0, w_ih[:, :0].copy(), w_hh)
+    with pytest.raises(ValueError, match=r"weight_p must be in \[0, 1\), got 1.0"):
+        kernels.lstm(ISAS[0], x, h0, c0, w_ih, w_hh, weight_p=1.0)
+    with pytest.raises(ValueError, match=r"p must be in \[0, 1\), got 1.5"):
+        kernels.dropout_mask(ISAS[0], 0, 1.5, 3)

@@ -156,6 +156,8 @@ def test_a_plan_in_words(monkeypatch):
     monkeypatch.setenv("ULMFIT_ON_CPU_CARD", "132,227,31")
     assert plan(1152, True).endswith("sums in L2; 31 clusters of such blocks run at once")
     assert plan(9999, True).startswith(card + "no split of W_hh for H = 9999 and batch 64 fits")
+    with pytest.raises(RuntimeError, match="lstm_plan: hidden must be 1 or more, got 0"):
+        plan(0, True)
 
 
 def test_one_upstream_gradient_of_another_layout():
@@ -213,7 +215,8 @@ def test_the_default_is_the_general_path(monkeypatch):
         op(*inputs)
 
 
-def test_a_wrong_length_is_refused():
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_length_is_refused(backward):
     """As by the general path: on a GPU a device-side assertion, which ends the process."""
     code = (
         "import sys, torch, ulmfit_fast as uf; d = sys.argv[1]; o = dict(dtype=torch.bfloat16, device=d);"
@@ -221,6 +224,12 @@ def test_a_wrong_length_is_refused():
         "y = torch.ops.ulmfit_fast.lstm(z(2, 1, 4), z(1, 8), z(1, 8), z(32, 4), z(32, 8), None, None, n,"
         " *[torch.tensor(0, device=d)] * 2, 0.0, 0.0, False, False, False, True); print(y[0].sum().item())"
     )
+    if backward:  # of what forward made of a right one
+        code = code.replace("[9]", "[2]") + (
+            "; n.fill_(9); g = torch.ops.ulmfit_fast.lstm_backward(y[0], None, None, None, z(2, 1, 4),"
+            " z(1, 8), z(1, 8), z(32, 4), z(32, 8), n, *[torch.tensor(0, device=d)] * 2, y[0], y[4], y[5],"
+            " 0.0, 0.0, False, True, False, True, True); print(g[0].sum().item())"
+        )
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
         [sys.executable, "-c", code, str(checks.DEVICE)],

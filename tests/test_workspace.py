@@ -32,6 +32,16 @@ def test_stays_bounded():
     assert uf.release_workspace() <= KEPT_AT_MOST
 
 
+def test_a_block_without_room_pushes_none_out():
+    uf.release_workspace()
+    large, small, other = (
+        torch.ops.ulmfit_fast.lent_like(torch.empty(n << 20, dtype=torch.uint8)) for n in (280, 30, 60)
+    )
+    del large, small  # kept; beside the large one there is no room for the other
+    del other
+    assert 310 << 20 <= uf.release_workspace() < 320 << 20
+
+
 def test_what_is_left_in_it_does_not_matter():
     uf.release_workspace()
     fresh = step(16)

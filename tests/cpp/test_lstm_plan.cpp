@@ -80,7 +80,9 @@ void check_refusals() {
         "launch");
   CHECK(why(64, 2048, DType::bf16, h200).find("132 multiprocessors with 227 KB") != std::string::npos,
         "size");
-  CHECK(why(64, 1 << 20, DType::bf16, h200).find("any card") != std::string::npos, "huge");
+  for (const int64_t H : {int64_t{1} << 20, int64_t{0}, int64_t{-16}})
+    CHECK(why(64, H, DType::bf16, h200).find("any card") != std::string::npos, "H = %ld",
+          static_cast<long>(H));
 }
 
 // All plans of a card: limits, coverage, and the model where it has not run on such a plan; how many fit.
