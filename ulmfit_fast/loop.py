@@ -14,15 +14,25 @@ from .progress import Progress
 class Loop:
     """Trains `model` and leaves everything in a run directory.
 
-    groups: lists of parameters, first layer group to last.      plan: list of schedules.Phase.
-    batches(epoch): a sequence of the epoch's batches, tuples of tensors, the last of which holds the targets;
-    a function of the epoch alone.
-    loss_of(model, batch): (loss to minimise, {name: mean over the batch's rows}), by `model` or its wrapper.
-    tokens_of(batch): how many tokens a batch has.
-    validate(between): figures of the validation set; it calls between(), if not None, after each batch.
-    validate_first: it is also measured before the first step.
-    before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
-    steps.                                                       team: the processes that train together.
+    Args:
+        model: on the device where it trains.
+        groups: lists of parameters, first layer group to last.
+        plan: list of schedules.Phase.
+        config: the stage's dataclass.
+        run: the RunDirectory, which the caller has begun.
+        team: the processes that train together.
+        batches: batches(epoch) is the sequence of the epoch's batches, tuples of tensors, the last of which
+            holds the targets; a function of the epoch alone.
+        loss_of: loss_of(model, batch) is (loss to minimise, {name: mean over the batch's rows}); it gets
+            `model`, or the team's wrapper of it.
+        tokens_of: tokens_of(batch) is the number of tokens in a batch.
+        validate: validate(between) gives the figures of the validation set; it calls between(), if not None,
+            after each batch. None: there is no validation set.
+        validate_first: whether to validate before the first step too.
+        before_epoch: called without arguments before an epoch's first step.
+        get_hidden, set_hidden: read and replace the state that is carried between steps, [(h, c)] per layer.
+        title: what the progress bar is called.
+        progress, callback: as in `train.pretrain_lm`.
     """
 
     def __init__(
@@ -73,7 +83,7 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
         self.n_trainable, self.rate = None, 0.0
-        self.wrapped, self.weight = model, 1.0  # the model as the team trains it; of this process's rows
+        self.wrapped, self.loss_share = model, 1.0  # DDP-wrapped model; loss weight of this process's rows
         self.saved = None  # the step of the state that the directory holds
         self.since_line, self.in_epoch = _Sums(), _Sums()
 
@@ -83,6 +93,10 @@ class Loop:
         Ctrl-C or SIGTERM ends the step under way, or the batch of a validation, saves the state and raises
         KeyboardInterrupt; so does a KeyboardInterrupt of the callback, which is called with a metrics line
         after each logged step.
+
+        Raises:
+            FloatingPointError: the loss or a weight became infinite or NaN; what was saved before is kept.
+            ValueError: `state` was saved by another number of processes.
         """
         self.model.train()
         if state is not None:
@@ -196,7 +210,7 @@ class Loop:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures = self.loss_of(self.wrapped, batch)
         self.optimizer.zero_grad()
-        (loss * self.weight).backward()
+        (loss * self.loss_share).backward()
         if self.config.clip:
             trainable = [p for group in self.groups for p in group if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trainable, self.config.clip)
@@ -205,9 +219,9 @@ class Loop:
 
     def _account(self, batch):
         start = time.perf_counter()
-        mine, self.weight = self.team.share(batch)
+        mine, self.loss_share = self.team.share(batch)
         targets, tokens = batch[-1].numel(), self.tokens_of(batch)
-        part = targets * self.weight / self.team.size
+        part = targets * self.loss_share / self.team.size
         totals = {name: x.double() * part for name, x in self.take_step(mine).items()}
         self.since_line.add(totals, targets, tokens, time.perf_counter() - start)
 
@@ -239,7 +253,7 @@ class Loop:
         def call():
             self.callback(line)
 
-        self.team.first(call)
+        self.team.run_on_first(call)
 
     def _log_valid(self, epoch, figures):
         line = {"kind": "valid", "step": self.step, "epoch": epoch, **figures}

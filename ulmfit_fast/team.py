@@ -56,7 +56,7 @@ class Team:
     def is_first(self):
         return self.rank == 0
 
-    def first(self, call):
+    def run_on_first(self, call):
         """call() in the first process. What it returns, or raises, every process returns or raises."""
         if self.size == 1:
             return call()
@@ -128,7 +128,7 @@ class Team:
         """The run directory `out`; see RunDirectory."""
         if self.size == 1:
             return RunDirectory(out, resume, overwrite)
-        return _SharedDirectory(self, self.first(lambda: RunDirectory(out, resume, overwrite)))
+        return _SharedDirectory(self, self.run_on_first(lambda: RunDirectory(out, resume, overwrite)))
 
 
 class _SharedDirectory:
@@ -141,20 +141,20 @@ class _SharedDirectory:
         method = getattr(self._directory, name)
 
         def call(*arguments):
-            return self._team.first(lambda: method(*arguments))
+            return self._team.run_on_first(lambda: method(*arguments))
 
         return call
 
     def holds_finished(self, record):
         if len(set(self._team.gather((record["data"], record["config"])))) > 1:
             raise ValueError("the processes of a run need the same data and options, and have others")
-        return self._team.first(lambda: self._directory.holds_finished(record))
+        return self._team.run_on_first(lambda: self._directory.holds_finished(record))
 
     @contextlib.contextmanager
     def begin(self, record, tokenizer):
         with contextlib.ExitStack() as held:
             begin = self._directory.begin(record, tokenizer)
-            yield self._team.first(lambda: held.enter_context(begin))
+            yield self._team.run_on_first(lambda: held.enter_context(begin))
 
 
 def is_first_process():

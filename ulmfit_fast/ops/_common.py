@@ -79,7 +79,8 @@ def check_shape(op: str, name: str, value: Tensor, layout: str, shape: tuple[int
 def readable(value: Tensor) -> bool:
     """Whether the values of `value` may be checked here without a wait or a graph break.
 
-    Otherwise the kernel checks them (RuntimeError).
+    Not for a tensor subclass, under torch.compile or on another device: there the kernel checks them
+    (RuntimeError; an assertion on CUDA).
     """
     if torch.compiler.is_compiling():
         return False

@@ -47,8 +47,10 @@ def linear_cross_entropy(
 
     Args:
         h: (..., E); float64, float32, bfloat16 or float16.
-        weight: (V, E), in h's dtype, or float32 where h is 16-bit (master weights); its gradient has its
-        dtype. bias: (V,) in weight's dtype, or None. target: (...) int64, each in 0..V-1 or ignore_index.
+        weight: (V, E), in h's dtype, or float32 where h is 16-bit (master weights).  Its gradient has its
+            dtype.
+        bias: (V,) in weight's dtype, or None.
+        target: (...), h's leading sizes, int64, each in 0..V-1 or ignore_index.
         ignore_index: positions with this target have loss 0, no gradient, and do not count in the mean.
         label_smoothing: s in [0, 1]: the target distribution is 1-s on the target plus s/V everywhere.
         reduction: "mean" over the positions that count, "sum", or "none".
@@ -61,8 +63,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile; on
-            CUDA an assertion of the kernel).
+        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile and for tensor
+            subclasses; on CUDA an assertion of the kernel).
     """
     op = "linear_cross_entropy"
     check_input(op, "h", h)

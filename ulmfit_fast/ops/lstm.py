@@ -72,11 +72,12 @@ def lstm(
     Returns:
         y, like x with H features; h_n and c_n (B, H), the state after the last step read; where dropout_p is
         given also y * dropout_mask(dropout_seed, (B, H), dropout_p) for every step, as `variational_dropout`
-        gives it.  All in x's dtype, which under autocast is autocast's.
+        gives it.  With dropout_p=0 this fourth result is y itself, so an in-place change of one changes both.
+        All in x's dtype, which under autocast is autocast's.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above (RuntimeError for a length under
-        torch.compile; on CUDA an assertion of the kernel).
+            torch.compile and for tensor subclasses; on CUDA an assertion of the kernel).
     """
     op = "lstm"
     check_input(op, "x", x)
