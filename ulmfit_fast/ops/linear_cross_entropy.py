@@ -143,6 +143,7 @@ def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_
 
 
 def _weight_gradients(weight: Tensor, bias: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Shapes of both; wanted (the ops' need_dw, "gradient of the weight") holds for the bias too."""
     dbias = weight.new_empty(bias.shape if wanted and bias is not None else (0,))
     return weight.new_empty(weight.shape if wanted else (0,)), dbias
 
