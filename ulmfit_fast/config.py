@@ -1,4 +1,4 @@
-"""Every hyper-parameter of the three stages: one frozen dataclass per stage, JSON in and out, typos refused.
+"""Every hyper-parameter of the three stages: one frozen dataclass per stage, typos refused.
 
 Where the values of the dataclasses and of the preset "ulmfit" are from:
 
@@ -15,7 +15,6 @@ Nothing here imports torch.
 
 import dataclasses
 import difflib
-import json
 import math
 import numbers
 from dataclasses import dataclass, field
@@ -27,6 +26,12 @@ def _f(default, help, *, low=None, high=None, choices=None, probability=False):
     """
     meta = dict(help=help, low=low, high=high, choices=choices, probability=probability)
     return field(default=default, metadata=meta)
+
+
+def _same(cls, name):
+    """The field `name` of the dataclass `cls` once more."""
+    f = cls.__dataclass_fields__[name]
+    return field(default=f.default, metadata=f.metadata)
 
 
 def unknown_key_message(kind, key, valid):
@@ -67,9 +72,6 @@ class _Checked:
     def to_dict(self):
         return dataclasses.asdict(self)
 
-    def to_json(self):
-        return json.dumps(self.to_dict(), indent=2)
-
     @classmethod
     def from_dict(cls, values):
         """Raises ValueError for an unknown key, naming the nearest valid one."""
@@ -78,10 +80,6 @@ class _Checked:
             if key not in valid:
                 raise ValueError(unknown_key_message(f"{cls.__name__} option", key, valid))
         return cls(**values)
-
-    @classmethod
-    def from_json(cls, text):
-        return cls.from_dict(json.loads(text))
 
     def replace(self, **changes):
         """A copy with `changes`; an unknown name is an error."""
@@ -92,7 +90,7 @@ class _Checked:
 class ModelConfig(_Checked):
     """What fixes the shape of the encoder, and with it which checkpoints fit."""
 
-    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
+    emb_sz: int = _f(400, "embedding size, also that of the last layer's output", low=1)
     n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
     n_layers: int = _f(3, "LSTM layers", low=1)
 
@@ -101,7 +99,7 @@ class ModelConfig(_Checked):
 class _Stage(_Checked):
     """What all stages share."""
 
-    epochs: int = _f(12, "epochs, in stage 2 after head_epochs, in stage 3 with those of unfreezing", low=1)
+    epochs: int = _f(12, "epochs", low=1)
     batch_size: int = _f(64, "columns of the token stream that are read side by side", low=1)
     lr: float = _f(4e-3, "peak learning rate of the last layer group", low=0)
     schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))
@@ -111,7 +109,7 @@ class _Stage(_Checked):
     beta2: float = _f(0.99, "Adam's beta 2", probability=True)
     eps: float = _f(1e-5, "Adam's epsilon", low=0)
     weight_decay: float = _f(0.01, "decoupled weight decay", low=0)
-    clip: float = _f(0.4, "largest norm of the gradient; 0 does not clip", low=0)
+    clip: float = _f(0.4, "largest norm of the gradient; 0: no clipping", low=0)
     output_p: float = _f(0.4, "dropout on the encoder's output", probability=True)
     hidden_p: float = _f(0.3, "variational dropout between the layers", probability=True)
     input_p: float = _f(0.4, "variational dropout on the embedded input", probability=True)
@@ -119,9 +117,9 @@ class _Stage(_Checked):
     weight_p: float = _f(0.5, "DropConnect on the hidden-to-hidden weights", probability=True)
     drop_mult: float = _f(1.0, "multiplies the five dropouts above", low=0)
     precision: str = _f("fp32", "bf16: autocast over fp32 master weights", choices=("fp32", "bf16"))
-    seed: int = _f(0, "seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
+    seed: int = _f(0, "random seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
     log_every: int = _f(10, "steps between two lines of metrics.jsonl", low=1)
-    save_every: int = _f(500, "steps between two saves of the training state; 0: at epoch ends alone", low=0)
+    save_every: int = _f(500, "steps between saves of the training state; 0: only at epoch ends", low=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,7 +140,7 @@ class _Stage(_Checked):
 class _LanguageModelStage(_Stage):
     """What the stages of the language model share."""
 
-    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
+    bptt: int = _f(70, "tokens per truncated-BPTT window", low=1)
     alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
     beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
     cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
@@ -152,9 +150,9 @@ class _LanguageModelStage(_Stage):
 class PretrainConfig(_LanguageModelStage):
     """Stage 1: language model on general text."""
 
-    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
-    n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
-    n_layers: int = _f(3, "LSTM layers", low=1)
+    emb_sz: int = _same(ModelConfig, "emb_sz")
+    n_hid: int = _same(ModelConfig, "n_hid")
+    n_layers: int = _same(ModelConfig, "n_layers")
     backwards: bool = _f(False, "read each text from its end to its beginning, here and in the later stages")
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
@@ -167,8 +165,9 @@ class PretrainConfig(_LanguageModelStage):
 class FinetuneConfig(_LanguageModelStage):
     """Stage 2: the language model on the target's text. `epochs` counts those after the head's own."""
 
+    epochs: int = _f(12, "epochs in which all layers train, after those of head_epochs", low=1)
     head_epochs: int = _f(1, "epochs of embedding and decoder alone before all layers train", low=0)
-    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
+    discriminative: float = _f(2.6, "rate of each layer group over that of the group below it", low=1)
     max_vocab: int = _f(60000, "most words taken from the target's text, markers included", low=10)
     min_freq: int = _f(3, "a word new to the base model and seen less often becomes xxunk", low=1)
     keep_base_vocab: bool = _f(True, "keep words of the base model that the target's text lacks")
@@ -179,16 +178,17 @@ class FinetuneConfig(_LanguageModelStage):
 class ClassifierConfig(_Stage):
     """Stage 3: the classifier."""
 
-    batch_size: int = _f(64, "documents a batch", low=2)  # batch norm needs two
-    gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
-    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
-    bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C), or more where the batch is small", low=1)
-    max_len: int = _f(1440, "tokens of a document, the last it reads, through which gradients flow", low=1)
+    epochs: int = _f(12, "epochs, those of gradual unfreezing included", low=1)
+    batch_size: int = _f(64, "documents per batch", low=2)  # batch norm needs two
+    gradual_unfreezing: bool = _f(True, "one more layer group per epoch, from the last; false: all at once")
+    discriminative: float = _f(2.6, "rate of each layer group over that of the group below it", low=1)
+    bptt: int = _f(72, "tokens per chunk of a document (BPT3C); more where the batch is small", low=1)
+    max_len: int = _f(1440, "tokens at the end of a document through which gradients flow", low=1)
     head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
     head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
     label_smoothing: float = _f(0.0, "share of the target spread over all classes", probability=True)
-    max_vocab: int = _f(60000, "largest vocabulary (from scratch alone)", low=10)
-    min_freq: int = _f(2, "a word seen less often becomes xxunk (from scratch alone)", low=1)
+    max_vocab: int = _f(60000, "largest vocabulary (only from scratch)", low=10)
+    min_freq: int = _f(2, "a word seen less often becomes xxunk (only from scratch)", low=1)
 
 
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifierConfig}

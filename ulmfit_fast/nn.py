@@ -23,6 +23,13 @@ def derive_seed(seed: Seed, k: int) -> Seed:
     return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
 
 
+def refuse_options(emb: nn.Embedding, owner: str) -> None:
+    """ValueError for an embedding with options that the op lacks; `owner` is whose argument it is."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(emb, option):
+            raise ValueError(f"{owner} has no nn.Embedding({option}={getattr(emb, option)})")
+
+
 class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
@@ -55,9 +62,7 @@ class EmbeddingDropout(nn.Module):
 
     def __init__(self, emb: nn.Embedding, embed_p: float) -> None:
         super().__init__()
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(emb, option):
-                raise ValueError(f"EmbeddingDropout has no nn.Embedding({option}={getattr(emb, option)})")
+        refuse_options(emb, "EmbeddingDropout")
         self.emb = emb
         self.embed_p = check_probability("EmbeddingDropout", "embed_p", embed_p)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .checkpoints import load_state
-from .nn import WeightDropLSTM
+from .nn import WeightDropLSTM, refuse_options
 from .pretrained import Checkpoint, load_checkpoint
 
 __all__ = ["LockedDropout", "RNNModel", "SplitCrossEntropyLoss", "WeightDrop", "embedded_dropout"]
@@ -41,9 +41,7 @@ def embedded_dropout(
 
     scale multiplies the weights; it must expand to their shape (V, E).
     """
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embed, option):
-            raise ValueError(f"embedded_dropout has no nn.Embedding({option}={getattr(embed, option)})")
+    refuse_options(embed, "embedded_dropout")
     weight = embed.weight if scale is None else scale.expand_as(embed.weight) * embed.weight
     return ops.embedding_dropout(weight, words, dropout or 0.0, padding_idx=embed.padding_idx)
 
@@ -72,12 +70,8 @@ class WeightDrop(nn.Module):
             module = _fused(module)
         elif isinstance(module, nn.RNNBase):
             raise TypeError(f"WeightDrop takes no {type(module).__name__}: of torch's RNNs the LSTM alone")
-        self.module, self.weights, self.dropout, self.variational = (
-            module,
-            list(weights),
-            dropout,
-            variational,
-        )
+        self.module, self.weights = module, list(weights)
+        self.dropout, self.variational = dropout, variational
         for name in weights:
             module.register_parameter(name + "_raw", module._parameters.pop(name))
 
@@ -221,10 +215,8 @@ class SplitCrossEntropyLoss(nn.Module):
         splits = list(splits)
         if splits != sorted(set(splits)) or any(split <= 0 for split in splits):
             raise ValueError(f"splits must be increasing numbers greater than zero, got {splits}")
-        self.hidden_size, self.splits = (
-            hidden_size,
-            [0, *splits, _NO_END],
-        )  # as theirs, which may be read as ours
+        self.hidden_size = hidden_size
+        self.splits = [0, *splits, _NO_END]  # as theirs, which may be read as ours
         if splits:
             self.tail_vectors = nn.Parameter(torch.zeros(len(splits), hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(splits)))

@@ -26,12 +26,6 @@ def one_cycle(t, T, lr_max, pct_start=0.25, div=25.0, div_final=1e5):
     return _cosine(lr_max, lr_max / div_final, (t - rise) / max(1e-9, T - rise))
 
 
-def constant(t, T, lr_max):
-    """`lr_max` at every step."""
-    _check_step(t, T)
-    return lr_max
-
-
 def _check_step(t, T):
     if not 0 <= t < T:
         raise ValueError(f"t must be a step from 0 to T - 1 = {T - 1}, got {t}")
