@@ -28,11 +28,11 @@ class SentenceEncoder(nn.Module):
     the length.  Chunks have bptt tokens with bidir, whose reverse direction begins anew in each; otherwise
     their borders change no number, and where the batch is small they are longer, for speed.
 
-    Chunks are counted from each document's end and documents enter the batch as they begin, longest first
-    inside.  Tokens at and beyond a length are never read, and the result of a document depends neither on
-    them nor on its neighbours.  The dropout masks are drawn once and hold for the whole of each document,
-    as variational dropout has it (fastai draws them anew for each chunk).  The encoder's carried state is
-    neither used nor changed.
+    Chunks are counted from each document's end, so a document joins the batch in the chunk where it begins;
+    inside, the longest comes first.  Tokens at and beyond a length are never read, and the result of a
+    document depends neither on them nor on its neighbours.  The dropout masks are drawn once and hold for the
+    whole of each document, as variational dropout has it (fastai draws them anew for each chunk).  The
+    encoder's carried state is neither used nor changed.
 
     Args:
         module: the encoder.
@@ -123,7 +123,7 @@ class SentenceEncoder(nn.Module):
         return chunks[::-1]
 
     def _chunk_steps(self, distance: int, documents: int) -> int:
-        """Time steps of the nearest of the chunks, as few as may be and about equal, over `distance`."""
+        """Time steps of the nearest chunk where `distance` is cut into as few as allowed, about equal."""
         if self.module.n_dir == 2:
             return min(distance, self.bptt)
         chunks = -(-distance // max(self.bptt, _CHUNK_TOKENS // documents))

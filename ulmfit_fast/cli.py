@@ -49,7 +49,7 @@ def main(argv=None):
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         code = arguments.run(arguments) or 0
-        sys.stdout.flush()  # here, where a reader that has gone (`| head`) can be met
+        sys.stdout.flush()  # here, so that a reader that has gone (`| head`) is noticed inside the try
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
@@ -277,7 +277,7 @@ def _run_predict(a):
     from .runs import CONFIG
 
     texts = a.texts
-    if a.file:  # the empty lines too: line N of the output is that of line N
+    if a.file:  # empty lines too, so that line N of the output is that of line N of the file
         path = pathlib.Path(a.file)
         texts = texts + (read_texts(path, "--file") if path.suffix.lower() in TABLES else read_lines(path))
     elif not texts:

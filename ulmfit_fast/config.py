@@ -63,7 +63,7 @@ def _check_field(owner, f):
 
 
 class _Checked:
-    """Checks on construction, and the way to and from plain dicts."""
+    """Checks on construction, and conversion to and from plain dicts."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

@@ -139,7 +139,7 @@ def check_labels(labels, argument="labels"):
 
 
 def check_known(labels, classes, argument="labels"):
-    """ValueError for a label that is none of `classes`, the classes of training."""
+    """ValueError for a label that is not one of `classes`, the classes of training."""
     known = set(classes)
     for label in labels:
         if label not in known:
@@ -243,8 +243,7 @@ def _records(file, path):
 def _row(where, names, fields, columns):
     if len(fields) > len(names):
         raise ValueError(
-            f"{where}: {len(fields)} fields under {len(names)} columns; in a CSV a text with a comma in it "
-            "stands in quotes"
+            f"{where}: {len(fields)} fields under {len(names)} columns; quote CSV fields that contain commas"
         )
     row = dict(zip(names, fields, strict=False))
     for column in columns:

@@ -255,7 +255,7 @@ class AWDLSTM(nn.Module):
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
             last = layer == self.n_layers - 1
             mask_seed, drop = None if last else derive_seed(seed, first + 1), {}
-            # the layer's kernel drops its own output, unless a module of another kind has a say in it
+            # the layer's kernel drops its own output, unless the dropout module is of another kind
             if not last and dropout.training and type(dropout).forward is VariationalDropout.forward:
                 drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
             output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
@@ -298,7 +298,7 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
     """The state of `batch` rows: the first ones of `hidden`, then zeros."""
 
     def resize(h: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # one graph for every batch: no question which one is larger
+        if torch.compiler.is_compiling():  # one graph for every batch size: no branch on which is larger
             return torch.cat([h, h.new_zeros(h.size(0), batch, h.size(2))], 1)[:, :batch]
         missing = batch - h.size(1)
         if missing <= 0:

@@ -153,7 +153,7 @@ class Loop:
         if self.since_line.targets:  # interrupted after the last step, before its line was written
             self._log()
         self.team.equalise(self.model)
-        # may be interrupted: nothing is logged before
+        # an interrupt in here loses nothing: the epoch's lines are written after it
         figures = self.validate(self.interrupt.check) if self.validate else None
         line = self._line("epoch", self.in_epoch)
         self.run.log(line)
@@ -199,14 +199,14 @@ class Loop:
                 group["lr"] = self.rate * factor
 
     def _place_rates(self):
-        """Learning rates lie on the device where a graph has to find new ones there, else on the host."""
+        """Puts learning rates on the device if steps replay a CUDA graph, which reads them there."""
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
             graphed = isinstance(self.take_step, GraphedStep)
             group["lr"] = torch.tensor(rate, device=self.device) if graphed else rate
 
     def _take_step(self, batch):
-        """One update. Nothing here waits for the device, or a graph could not hold it."""
+        """One update. Nothing here may wait for the device, or a CUDA graph could not capture it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures = self.loss_of(self.wrapped, batch)
         self.optimizer.zero_grad()
@@ -226,7 +226,7 @@ class Loop:
         self.since_line.add(totals, targets, tokens, time.perf_counter() - start)
 
     def _log(self):
-        """Logs the means since the last line; counts them into the epoch's."""
+        """Logs the means since the last line and adds the sums to the epoch's."""
         start = time.perf_counter()
         totals, *counts = self.since_line.numbers()  # waits for the device
         sums = _Sums(self.team.sum(totals), *counts)
@@ -261,7 +261,7 @@ class Loop:
         return line
 
     def _check_weights(self):
-        """The loss shows what an update has spoilt only at the next step: no such weights are saved."""
+        """Refuses to save infinite or NaN weights: the loss shows a bad update only at the next step."""
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise FloatingPointError(
@@ -273,7 +273,7 @@ class Loop:
         return f"lr={self.config.lr}; a lower lr or clip helps. {self.run.path} keeps {kept}"
 
     def save(self):
-        """All that decides the numbers of later steps."""
+        """Saves everything that later steps depend on."""
         self._check_weights()
         self.run.save_state(
             {
@@ -290,7 +290,7 @@ class Loop:
         self.saved = self.step
 
     def _own_state(self):
-        """What each process has of its own."""
+        """The part of the state that differs between processes."""
         on_gpu = self.device.type == "cuda"
         return {
             "hidden": [tuple(state.cpu() for state in pair) for pair in self.get_hidden()],
@@ -332,5 +332,5 @@ class _Sums:
         self.seconds += seconds
 
     def numbers(self):
-        """What makes an equal one: numbers of the host in place of the device's."""
+        """The arguments that build an equal object, with totals as floats on the host."""
         return {name: float(x) for name, x in self.totals.items()}, self.targets, self.tokens, self.seconds

@@ -22,7 +22,7 @@ from .runs import MODEL, TOKENIZER, read_config
 from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
 from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
 
-# what has a row for each word: ends of keys
+# ends of the keys whose tensors have a row for each word
 _PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -53,7 +53,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         rows = self.parts.embedding
         if self.tokens is not None and not all(isinstance(token, str) for token in self.tokens):
-            raise ValueError(f"{self.source} comes with tokens that are no str")
+            raise ValueError(f"{self.source} comes with tokens that are not str")
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @functools.cached_property
     def parts(self) -> Parts:
-        """The weights without names, for other models than this library's."""
+        """The weights without names, for use in models other than this library's."""
         return parse(self.state, self.source)
 
     @property

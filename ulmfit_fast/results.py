@@ -100,11 +100,14 @@ class TrainedLM(_Result):
         A backward model reads the texts in their order too, but each from its end to its xxbos, and predicts
         each token from those to its right.
 
-        texts: as the `sources` of pretrain_lm, texts or paths. No dropout; state is carried from window to
-        window, beginning with zeros; every token but the very first is scored once. The stream is read in
-        `batch_size` columns, each beginning with zero state: batch_size=1 gives the figure of an unbroken
-        reading, more columns nearly the same one sooner. Words outside the vocabulary count as xxunk, so
-        perplexities of models with different vocabularies do not compare.
+        No dropout; state is carried from window to window, beginning with zeros; every token but the very
+        first is scored once. Words outside the vocabulary count as xxunk, so perplexities of models with
+        different vocabularies do not compare.
+
+        Args:
+            texts: as the `sources` of pretrain_lm, texts or paths.
+            batch_size: columns in which the stream is read, each beginning with zero state: 1 gives the
+                figure of an unbroken reading, more columns nearly the same one sooner.
         """
         batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(read_texts(texts))
@@ -118,12 +121,17 @@ class TrainedLM(_Result):
         Words of the prompt outside the vocabulary appear as xxunk. Markers count as tokens; xxbos becomes a
         line break.
 
-        A backward model continues to the left, from the last word of the prompt, with which a text ends, to
-        its first and on: the new words stand before the prompt, and all in the normal order. Its first new
-        token may be a marker, which then holds for the prompt's first word ("film" becomes "Film").
+        A backward model reads the prompt as the end of a text, from its last word to its first, and continues
+        to the left: the new words stand before the prompt, and all in the normal order. Its first new token
+        may be a marker, which then applies to the prompt's first word ("film" becomes "Film").
 
-        temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
-        draws from torch's default generator. xxunk and xxpad are never drawn.
+        Args:
+            prompt: the text to continue; "" begins a new one.
+            n: tokens to add.
+            temperature: 0 takes the most likely token each time, 1 draws from the model's distribution.
+            seed: of the drawn tokens; None draws from torch's default generator.
+
+        xxunk and xxpad are never drawn.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be str, got {type(prompt).__name__}")
@@ -147,7 +155,7 @@ class TrainedLM(_Result):
 
 
 def _draw(logits, temperature, generator):
-    """An index drawn from the softmax of logits / temperature; the likeliest at 0."""
+    """An index drawn from the softmax of logits / temperature; the most likely one at 0."""
     if temperature == 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()) / temperature  # the largest is 0: a tiny temperature overflows to -inf
@@ -176,7 +184,7 @@ def stream_loss(model, docs, batch_size, bptt, between=None):
 
 @contextlib.contextmanager
 def _evaluating(model):
-    """Evaluation mode without gradients inside, the mode it was in after it."""
+    """Evaluation mode without gradients inside the block; restores the mode after it."""
     was_training = model.training
     model.eval()
     try:
@@ -202,7 +210,7 @@ class Predictor(abc.ABC):
     def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray: ...
 
     def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
-        """The likeliest class of each text."""
+        """The most likely class of each text."""
         return [self.classes[i] for i in self.predict_proba(texts, batch_size).argmax(1)]
 
     def accuracy(self, texts: Iterable[str], labels: Labels, batch_size: int = 64) -> float:

@@ -7,8 +7,8 @@ tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
 metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
 curves.png         the same as a picture
-state.pt           while the run is unfinished: all that is needed to go on with the same numbers
-.lock              while a process trains there: its number
+state.pt           while the run is unfinished: all that is needed to continue with the same results
+.lock              while a process trains there: its process id
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)
 
 
 def as_directory(path, argument):
-    """`path` as a pathlib.Path; TypeError for anything that is none."""
+    """`path` as a pathlib.Path; TypeError if it is not a path."""
     try:
         return pathlib.Path(path)
     except TypeError:
@@ -88,8 +88,8 @@ class RunDirectory:
     """The directory of one training run, for writing.
 
     A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; an empty
-    directory starts from the beginning). One that has files of these names, but is no run's, is refused
-    always.
+    directory starts from the beginning). One that is not a run's, but has files of these names, is
+    always refused.
     """
 
     def __init__(self, path, resume=False, overwrite=False):
@@ -100,7 +100,7 @@ class RunDirectory:
         self._existing()
 
     def _existing(self):
-        """What config.json says of the run that `resume` finds, or None; an error for what must stay."""
+        """What config.json says of the run that `resume` finds, or None; an error if `path` must stay."""
         where = f"out={str(self.path)!r}"
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{where} is a file; a run needs a directory of its own")
@@ -125,7 +125,7 @@ class RunDirectory:
         return record
 
     def holds_finished(self, record):
-        """Whether `resume` finds the run that `record` describes, and complete; ValueError for another one.
+        """Whether `resume` finds the run that `record` describes, finished; ValueError if it is another run.
 
         record: stage, preset, model (ModelConfig), backwards, config (the stage's dataclass), classes, data
         (a hash).
@@ -159,7 +159,7 @@ class RunDirectory:
     def begin(self, record, tokenizer):
         """Holds the directory and yields the state to go on from, or None where the run begins.
 
-        A new run first takes away what is left of an earlier one: its weights would be loaded under the new
+        A new run first removes what is left of an earlier one, whose weights would be loaded under the new
         options. record: as for `holds_finished`.
         """
         self.record = {"format": FORMAT, **record, "finished": False}
@@ -259,7 +259,7 @@ def _options(record):
 
 
 def _is_ours(config):
-    """Whether a config.json is that of a run. A damaged one is taken for it, another program's is not."""
+    """Whether a config.json is that of a run. A damaged one counts as such, another program's does not."""
     if not config.exists():
         return False
     try:
@@ -272,7 +272,8 @@ def _is_ours(config):
 def read_history(path):
     """All lines of metrics.jsonl as dicts, none when there is no such file.
 
-    A last line that is cut short, by a power cut or a full disk, is left out; ValueError for another one.
+    A last line that is cut short, by a power cut or a full disk, is left out; a malformed earlier line raises
+    ValueError.
     """
     file = pathlib.Path(path) / METRICS
     if not file.exists():
@@ -281,7 +282,7 @@ def read_history(path):
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            entry["kind"]  # noqa: B018  (what is no metrics line raises here)
+            entry["kind"]  # noqa: B018  (raises if this is no metrics line)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{str(file)!r}, line {number} is no metrics line: {error}") from None

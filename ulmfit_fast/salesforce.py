@@ -4,13 +4,13 @@
     from ulmfit_fast.salesforce import SplitCrossEntropyLoss      # in place of: from splitcross import ...
 
 Constructors, calls, attributes and state-dict keys are theirs; sequences come first, (T, B).  What differs:
-training goes on after an evaluation (theirs raises TypeError on torch of today); an evaluation leaves nothing
-in the state dict; rnn_type is "LSTM" alone; nothing is printed.
+training goes on after an evaluation (theirs raises TypeError with current torch); an evaluation leaves
+nothing in the state dict; rnn_type is "LSTM" alone; nothing is printed.
 
 main.py keeps pickled objects, [model, criterion, optimizer], and reads them with torch.load, which since
 torch 2.6 refuses classes that it does not know.  So importing this module tells it those that such a file of
 these classes names (torch.serialization.add_safe_globals), that their criterion may be read as ours, and a
-defaultdict as a dict.  Nothing of that is needed for `RNNModel.from_checkpoint`, which reads such files as
+defaultdict as a dict.  None of this is needed for `RNNModel.from_checkpoint`, which reads such files as
 data, theirs too.
 """
 
@@ -29,7 +29,7 @@ from .pretrained import Checkpoint, load_checkpoint
 
 __all__ = ["LockedDropout", "RNNModel", "SplitCrossEntropyLoss", "WeightDrop", "embedded_dropout"]
 
-_NO_END = 100 * 1000000  # stands for the vocabulary's
+_NO_END = 100 * 1000000  # in place of the end of the vocabulary
 
 Hidden = Sequence[tuple[Tensor, Tensor]]  # per layer (h, c), each (1, B, features)
 
@@ -280,7 +280,7 @@ class SplitCrossEntropyLoss(nn.Module):
 
 
 def _dict(*args: object) -> dict:
-    """What a pickled defaultdict, empty as yet, is read as: torch.load fills nothing but dicts."""
+    """Read in place of a pickled defaultdict, which is still empty then: torch.load fills only dicts."""
     return {}
 
 

@@ -1,8 +1,8 @@
 """One run by several processes, as torchrun starts them: each computes its share of the rows of every batch.
 
 torch's DistributedDataParallel averages the gradients, so the weights stay the same in all processes, and
-the first one writes the run directory. batch_size remains the run's: more processes are a shorter run with
-the same numbers, up to rounding, the dropout masks, and the rows that batch norm sees.
+the first one writes the run directory. batch_size is that of the whole run: more processes give the results
+of one process in less time, except for rounding, the dropout masks, and the rows that batch norm sees.
 """
 
 import atexit
@@ -17,16 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 from .runs import RunDirectory
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-_hosts = {}  # {default process group: a group of the same processes that talk over the host}
+_hosts = {}  # {default process group: a gloo group of the same processes, for objects on the host}
 
 
 class Team:
-    """The processes of a run, and what they tell each other; alone (size 1) nothing is sent.
+    """The processes of a run, and what they send each other; nothing in a run of one process.
 
-    Every process calls every method, in the same order. It takes the default process group of
-    torch.distributed, and makes it where torchrun has started the process and nobody has made it yet.
+    Every process calls every method, in the same order. They use the default process group of
+    torch.distributed, which is created here if torchrun started the process and nobody has created it yet.
 
-    device: the run's; `self.device` is this process's, as each process of a machine has its own GPU.
+    Args:
+        device: the run's. `self.device` is this process's: each process of a machine has its own GPU.
     """
 
     def __init__(self, device):
@@ -57,7 +58,7 @@ class Team:
         return self.rank == 0
 
     def run_on_first(self, call):
-        """call() in the first process. What it returns, or raises, every process returns or raises."""
+        """Calls call() in the first process. What it returns or raises, every process returns or raises."""
         if self.size == 1:
             return call()
         outcome, caught = [None], None
@@ -96,9 +97,10 @@ class Team:
         return dict(zip(figures, totals.tolist(), strict=True))
 
     def share(self, batch):
-        """(the rows of `batch` for this process, their weight): the mean over the processes of weighted means
-        is the mean over the batch. A batch of fewer than two rows a process, too few for batch norm, is
-        computed whole by each.
+        """(the rows of `batch` for this process, the weight of their loss).
+
+        The mean over the processes of the weighted losses is the mean over the batch. A batch of fewer than
+        two rows per process, too few for batch norm, is computed whole by each.
         """
         rows = len(batch[0])
         if self.size == 1 or rows < 2 * self.size:
@@ -120,7 +122,7 @@ class Team:
                 dist.broadcast(buffer, 0)
 
     def own_randomness(self, seed):
-        """Dropout masks of its own for each process but the first, whose are those of a run alone."""
+        """Gives each process dropout masks of its own; the first has those of a run of one process."""
         if not self.is_first:
             torch.manual_seed(seed + (self.rank << 32))
 
@@ -132,7 +134,7 @@ class Team:
 
 
 class _SharedDirectory:
-    """A RunDirectory in which the first process writes and reads, and of which all hear the same."""
+    """A RunDirectory that only the first process reads and writes; all processes get its answers."""
 
     def __init__(self, team, directory):
         self._team, self._directory, self.path = team, directory, directory.path
@@ -147,7 +149,7 @@ class _SharedDirectory:
 
     def holds_finished(self, record):
         if len(set(self._team.gather((record["data"], record["config"])))) > 1:
-            raise ValueError("the processes of a run need the same data and options, and have others")
+            raise ValueError("the processes of a run need the same data and options, but theirs differ")
         return self._team.run_on_first(lambda: self._directory.holds_finished(record))
 
     @contextlib.contextmanager
@@ -163,12 +165,12 @@ def is_first_process():
 
 
 def _own_gpu():
-    """Makes the GPU of this process's place on its machine torch's current one; returns it. A process that
-    torchrun has not started has chosen its GPU already.
+    """Selects and returns the GPU of this process's local rank. A process that torchrun did not start has
+    selected its GPU already.
     """
     place, count = int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()), torch.cuda.device_count()
     if place >= count:
-        raise ValueError(f"process {place} of this machine has no GPU: torch sees {count}; start as many")
+        raise ValueError(f"process {place} of this machine has no GPU: torch sees {count}; start no more")
     torch.cuda.set_device(place)
     return torch.device("cuda", place)
 
@@ -177,7 +179,7 @@ def _sendable(error):
     """`error`, or a RuntimeError with its text where it cannot be sent."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does in there
+    except Exception:  # the class's own code runs here
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

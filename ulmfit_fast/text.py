@@ -40,7 +40,7 @@ _FILLER = "xxfake"  # fastai 2 lengthens a vocabulary to a multiple of 8 with it
 # English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
 _TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
 
-_AT_ONCE = 2**22  # characters that are encoded at once: while encodings live they take 100 bytes a token
+_AT_ONCE = 2**22  # characters encoded at once: an encoding takes 100 bytes per token while it lives
 
 _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiText's and Brown's escapes
     (re.compile(r"<br\s*/?>"), " "),
@@ -143,7 +143,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path, backwards=False):
-        """Reads tokenizer.json, which does not say the direction; ValueError when it is none of ours."""
+        """Reads tokenizer.json, which does not say the direction; ValueError if this
+        library did not write it.
+        """
         with open(path, encoding="utf-8") as file:
             text = file.read()
         try:
@@ -164,7 +166,7 @@ class Tokenizer:
         ids, marked, characters = [], [], 0
         for i, text in enumerate(texts):
             marked.append(mark(text))
-            characters += len(text) + 32  # and what an encoding takes without a token
+            characters += len(text) + 32  # plus the memory of an encoding without tokens
             if characters >= _AT_ONCE or i == len(texts) - 1:
                 encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
                 ids += [np.array(e.ids[::step], dtype=np.int32) for e in encodings]
@@ -214,12 +216,12 @@ def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
 
 
 def own_names(tokens):
-    """`tokens` in their order, those that are markers of another program under ours."""
+    """`tokens` in their order, with other programs' markers renamed to ours."""
     return [_ALIASES.get(token, token) for token in tokens]
 
 
 def own_vocab(tokens):
-    """The words of a foreign vocabulary as one of ours: the markers, then each other word once."""
+    """The words of a foreign vocabulary as a vocabulary of ours: the markers, then each other word once."""
     return list(SPECIALS) + [w for w in dict.fromkeys(tokens) if w not in {*SPECIALS, _FILLER}]
 
 

@@ -103,8 +103,8 @@ def linear_cross_entropy(
 
     refuse_transforms(op, h, weight, bias)
     # A mean is the sum divided here: the gradients that the op saves are then the sum's, which float16 can
-    # hold where those of a mean over thousands of positions underflow, before a gradient scaler has had its
-    # say.  But a float16 weight's is a sum over all positions, which float16 may not hold: there the gradient
+    # hold where those of a mean over thousands of positions underflow, before a gradient scaler can act.
+    # But a float16 weight's is a sum over all positions, which float16 may not hold: there the gradient
     # is computed on the way back, from the scale that arrives, and costs the logits a second time.
     grad = needs_grad(h, weight, bias)
     code = _NONE if reduction == "none" or (grad and weight.dtype == torch.float16) else _SUM
