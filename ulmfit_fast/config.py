@@ -17,10 +17,22 @@ import dataclasses
 import difflib
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config", bound="_Checked")
 
 
-def _f(default, help, *, low=None, high=None, choices=None, probability=False):
+def _f(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    probability: bool = False,
+) -> Any:
     """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in
     [0, 1).
     """
@@ -28,20 +40,20 @@ def _f(default, help, *, low=None, high=None, choices=None, probability=False):
     return field(default=default, metadata=meta)
 
 
-def _same(cls, name):
+def _same(cls: type, name: str) -> Any:
     """The field `name` of the dataclass `cls` once more."""
     f = cls.__dataclass_fields__[name]
     return field(default=f.default, metadata=f.metadata)
 
 
-def unknown_key_message(kind, key, valid):
+def unknown_key_message(kind: str, key: object, valid: Iterable[str]) -> str:
     """'unknown option lrr; did you mean lr?' with all valid names after it."""
     near = difflib.get_close_matches(str(key), list(valid), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
 
 
-def _check_field(owner, f):
+def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
     value, meta = getattr(owner, f.name), f.metadata
     where = f"{type(owner).__name__}.{f.name}"
     kind = {int: numbers.Integral, float: numbers.Real}.get(f.type, f.type)
@@ -65,15 +77,15 @@ def _check_field(owner, f):
 class _Checked:
     """Checks on construction, and conversion to and from plain dicts."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_field(self, f)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
         """Raises ValueError for an unknown key, naming the nearest valid one."""
         valid = [f.name for f in dataclasses.fields(cls)]
         for key in values:
@@ -81,7 +93,7 @@ class _Checked:
                 raise ValueError(unknown_key_message(f"{cls.__name__} option", key, valid))
         return cls(**values)
 
-    def replace(self, **changes):
+    def replace(self: _Config, **changes: Any) -> _Config:
         """A copy with `changes`; an unknown name is an error."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
@@ -121,7 +133,7 @@ class _Stage(_Checked):
     log_every: int = _f(10, "steps between two lines of metrics.jsonl", low=1)
     save_every: int = _f(500, "steps between saves of the training state; 0: only at epoch ends", low=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, p in self.dropouts().items():
             if p >= 1:
@@ -130,7 +142,7 @@ class _Stage(_Checked):
                     f"{self.drop_mult} is {p:g}; a dropout probability must stay below 1"
                 )
 
-    def dropouts(self):
+    def dropouts(self) -> dict[str, float]:
         """The five probabilities with drop_mult applied."""
         names = ("output_p", "hidden_p", "input_p", "embed_p", "weight_p")
         return {name: getattr(self, name) * self.drop_mult for name in names}
@@ -157,7 +169,7 @@ class PretrainConfig(_LanguageModelStage):
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
 
-    def model_config(self):
+    def model_config(self) -> ModelConfig:
         return ModelConfig(self.emb_sz, self.n_hid, self.n_layers)
 
 
@@ -191,7 +203,11 @@ class ClassifierConfig(_Stage):
     min_freq: int = _f(2, "a word seen less often becomes xxunk (only from scratch)", low=1)
 
 
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifierConfig}
+STAGES: dict[str, type[_Stage]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "classify": ClassifierConfig,
+}
 
 # Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The
 # small presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher
@@ -202,7 +218,7 @@ _PRETRAIN_DROPS = dict(output_p=0.1, hidden_p=0.15, input_p=0.25, embed_p=0.02, 
 _SMALL = dict(emb_sz=200, n_hid=576, n_layers=3, max_vocab=16000)
 _TINY = dict(emb_sz=64, n_hid=128, n_layers=3, max_vocab=6000)
 _ALL_AT_ONCE = dict(gradual_unfreezing=False, discriminative=1.0, lr=5e-3, clip=0.0)
-PRESETS = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "ulmfit": {
         "pretrain": dict(_PRETRAIN_DROPS, epochs=12),
         "finetune": dict(epochs=15, beta1=0.7),
@@ -223,11 +239,25 @@ PRESETS = {
 }
 
 
-def make_config(stage, preset="ulmfit", config=None, overrides=None):
-    """The configuration of `stage` ("pretrain", "finetune", "classify").
+def make_config(
+    stage: str,
+    preset: str = "ulmfit",
+    config: _Stage | dict[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """The configuration of a stage: `config` over `preset`, `overrides` over both.
 
-    Starts from `config` (a dataclass of that stage, or a dict over the preset), else from `preset`;
-    `overrides` win.
+    Args:
+        stage: "pretrain", "finetune" or "classify".
+        preset: "ulmfit", "small" or "tiny".
+        config: a dataclass of that stage, in place of the preset, or a dict over it.
+        overrides: options by name.
+
+    Returns:
+        PretrainConfig, FinetuneConfig or ClassifierConfig.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, or not what its field allows.
     """
     cls = STAGES[stage]
     if preset not in PRESETS:
