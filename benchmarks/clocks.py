@@ -1,7 +1,7 @@
 """The clocks of the speed programs: wall time on the CPU, CUDA events on a GPU. All times are seconds.
 
-A side's run(mark) works once and returns the marks it took on the way; `sample` turns them into seconds since
-the first of them: one number, or (forward, forward + backward) where there are three marks.
+A side's run(mark) does its work once and returns the marks that it took; `sample` turns them into seconds
+since the first of them: one number, or (forward, forward + backward) where there are three marks.
 """
 
 import statistics
@@ -13,7 +13,9 @@ import torch
 WARM_UPS = 3
 CALLS = 3, 30  # fewest (on a GPU) and most calls of a round
 ROUND = 0.04  # seconds that a round of one side should take
-SPIN_RATE = 2e9  # cycles a second of the kernel that only waits: about today's cards, and `SPARE` is spare
+SPIN_RATE = (
+    2e9  # clock of the kernel that only waits, in Hz: about that of current cards; `SPARE` is a margin
+)
 SPARE = 1.5
 
 
@@ -28,9 +30,9 @@ class Plan:
 
 
 class WallClock:
-    """Time on the wall. The first of a side's calls in a row does not count: it finds the memory and the
-    caches as another side left them, where in training it would find its own. One more counts, or the median
-    of as many as fill a round.
+    """Wall time. The first of a side's calls in a row does not count: it finds memory and caches as another
+    side left them, while in training it would find its own. Then one call counts, or the median of as many as
+    fill a round.
     """
 
     mark = staticmethod(time.perf_counter)

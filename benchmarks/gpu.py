@@ -55,7 +55,7 @@ def _driver():
 
 def trace(call):
     """The events of a call, on the host and on the GPU, as torch.profiler writes them."""
-    torch.cuda.synchronize()  # what was queued before is no part of it
+    torch.cuda.synchronize()  # what was queued before is not part of it
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         call()

@@ -23,7 +23,7 @@ DTYPES |= dict.fromkeys(AUTOCAST, torch.float32)
 
 @dataclass
 class Side:
-    """One contestant: run(mark) works once and returns the clock's marks, see `clocks`.
+    """One side: run(mark) does its work once and returns the clock's marks, see `clocks`.
 
     variant: what else tells it from another side. environment: variables that it runs with.
     plan: the clock's. error: why it failed on a GPU.
@@ -73,7 +73,7 @@ class Side:
 
     def attempt(self, call):
         """call() under the side's settings. On a GPU a failure becomes the side's error, and the result None:
-        a measurement there is dear, and the other sides go on without this one.
+        a measurement there is expensive, and the other sides go on without this one.
         """
         if self.error:
             return None
@@ -101,7 +101,7 @@ def under_autocast(forward, precision, device):
 
 
 def timed(mark, forward, tensors, gradient=None):
-    """Marks at the begin, after y = forward(), and after the gradients of `tensors`.
+    """Marks at the beginning, after y = forward(), and after the gradients of `tensors`.
 
     gradient: y's; or a function of y that has it ready, where its dtype is not known before.
     """
@@ -117,8 +117,8 @@ def timed(mark, forward, tensors, gradient=None):
 def interleave(sides, repeats, slow_repeats=1, clock=None):
     """{side.name: its seconds, or (forward, forward + backward), of each counted round}, taking turns.
 
-    A machine whose speed drifts is then as unkind to one side as to the others. Each round goes the other way
-    round than the one before it, so that no side always finds the caches that the same other one has left.
+    Drift of the machine's speed then affects all sides alike. The order is reversed in every other round, so
+    that no side always finds the caches that the same other one has left.
     The first round is for the clock to warm up. Sides without oneDNN stop after slow_repeats counted rounds;
     sides that fail on a GPU are left out.
     """
@@ -223,7 +223,7 @@ def peer_precisions(args):
 def comparisons(sides, cross=False):
     """Names (ours, peer) of a case's sides that compare: of like precision; with `cross` any against fp32.
 
-    What no peer has, because torch has it not there, compares with strict float32.
+    What no peer has, because torch lacks it there, is compared with strict float32.
     """
     peers = {name: side["precision"] for name, side in sides.items() if side["library"] != "ours"}
     for name, ours in sides.items():

@@ -1,6 +1,7 @@
-"""README.md's tables: a training step of both models, on one machine, and the factors on the others.
+"""A training step of both models: README.md's table, of one machine, and the factors on all others.
 
-The one is the machine measured last, of those where stock torch has every precision.
+The one is the machine measured last, of those where stock torch has every precision. The others are in
+benchmarks/README.md.
 """
 
 from .harness import ratio
@@ -12,24 +13,44 @@ STEPS = {"train_step-lm": "language model", "train_step-classifier": "classifier
 PRECISIONS = ("fp32", "bf16")
 PEERS = ("torch", "fastai")
 HEAD = ("training step", "precision", "this library", "stock torch", "fastai", "peak memory of the three")
-OTHERS = "Stock torch's time over ours in the same steps on other machines:"
+OTHERS = "Stock torch's time over ours in the training steps of the main README, on the other machines:"
 OLD = "These records are older than the present way of timing."
 
 
-def headline(records, folder=""):
-    """Markdown: the tables, where it was measured, and the plot from `folder`; without records a sentence."""
-    found = {name: (_steps(some), wrong_gradients(some)) for name, some in machines(records).items()}
-    found = {name: (steps, wrong) for name, (steps, wrong) in found.items() if steps}
+def headline(records):
+    """Markdown: the table of one machine and where it was measured; without records a sentence."""
+    found = _machines(records)
     if not found:
         return NOTHING
-    # in their order, but for machines that lack a precision or its peer
-    machine, *others = sorted(found, key=lambda name: not _has_peers(found[name][0]))
-    steps, wrong = found[machine]
+    steps, wrong = found[0]
     table = _table(HEAD, [row for record in steps for row in _rows(record, wrong)])
-    where = [_places(steps), *([OLD] if any(map(timed_single_calls, steps)) else [])]
-    elsewhere = _elsewhere([found[other] for other in others], {_sizes(record) for record in steps})
-    picture = f"![The peer's time over ours in each benchmark]({folder}speed-{machine}.png)"
-    return "\n\n".join([table, *where, *elsewhere, picture])
+    return "\n\n".join([table, _places(steps), *([OLD] if any(map(timed_single_calls, steps)) else [])])
+
+
+def elsewhere(records):
+    """Markdown: a sentence and a table, a row a machine, of `headline`'s steps on the others; "" without any.
+
+    Steps of other sizes, and those that were timed as single calls, do not compare and are left out.
+    """
+    found = _machines(records)
+    sizes = {_sizes(record) for record in found[0][0]} if found else set()
+    columns = [(step, precision) for step in STEPS for precision in PRECISIONS]
+    rows = {}
+    for steps, wrong in found[1:]:
+        for record in steps:
+            if _sizes(record) in sizes and not timed_single_calls(record):
+                cells = rows.setdefault(title(record) + _threads(record), dict.fromkeys(columns, "-"))
+                cells.update(_factors(record, wrong))
+    head = ["machine", *(f"{STEPS[step]}, {precision}" for step, precision in columns)]
+    table = _table(head, [[name, *cells.values()] for name, cells in rows.items()])
+    return f"{OTHERS}\n\n{table}" if rows else ""
+
+
+def _machines(records):
+    """[(steps, wrong gradients)] of each machine that has steps, `headline`'s first."""
+    found = [(_steps(some), wrong_gradients(some)) for some in machines(records).values()]
+    # in their order, but for machines that lack a precision or its peer
+    return sorted((each for each in found if each[0]), key=lambda each: not _has_peers(each[0]))
 
 
 def _has_peers(steps):
@@ -99,22 +120,6 @@ def _threads(record):
     if "gpu" in record:
         return ""
     return f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-
-
-def _elsewhere(machines, sizes):
-    """A sentence and a table, a row a machine, of the steps of these sizes that were timed as they are now.
-
-    machines: (steps, wrong gradients) of each.
-    """
-    columns = [(step, precision) for step in STEPS for precision in PRECISIONS]
-    rows = {}
-    for steps, wrong in machines:
-        for record in steps:
-            if _sizes(record) in sizes and not timed_single_calls(record):
-                cells = rows.setdefault(title(record) + _threads(record), dict.fromkeys(columns, "-"))
-                cells.update(_factors(record, wrong))
-    head = ["machine", *(f"{STEPS[step]}, {precision}" for step, precision in columns)]
-    return [OTHERS, _table(head, [[name, *cells.values()] for name, cells in rows.items()])] if rows else []
 
 
 def _factors(record, wrong):

@@ -97,7 +97,7 @@ def contestants(layers, args):
     """The sides; layers: {dtype: Layer}."""
     sides = [layers[DTYPES[p]].side("ours", p) for p in args.precision]
     if args.device != "cpu":
-        fitting = [p for p in args.precision if p != "fp32"]  # float32 runs there in TF32 alone
+        fitting = [p for p in args.precision if p != "fp32"]  # float32 runs there only in TF32
         sides += [layers[DTYPES[p]].side("ours", p, **PERSISTENT) for p in fitting]
     peers = ["torch"] if args.device == "cpu" else ["torch", "torch undropped"]
     sides += [layers[DTYPES[p]].side(peer, p) for peer in peers for p in harness.peer_precisions(args)]

@@ -1,7 +1,7 @@
 """What a step of the persistent recurrence takes, and its parts alone: python -m benchmarks.lstm_parts
 
 Builds the kernels several times with nvcc, each time with other parts left out, and times them by themselves
-in bf16. `rest` is what no part is in: the cells, what they load and store, the barriers within a block. Where
+in bf16. `rest` is in no part: the cells, what they load and store, the barriers within a block. Where
 the plan takes clusters on the way back, all but `all, sums in L2` run in them, and `rest` has their barriers
 and the sums as well. `relaxed polls` and `flags apart` are other ways to wait, to compare with `all`.
 """
@@ -107,7 +107,7 @@ def main():
         case = "H {}, batch {}, {} steps".format(*shape)
         cases[case] = measure(programs, shape)
         show(case, cases[case])
-        # what was measured by then is there when time is up
+        # keeps what was measured if time runs out
         record = {"benchmark": "lstm_parts", "dtype": ["bfloat16"], **place, "cases": cases}
         save(args.results / f"lstm-parts-{gpu_name(card.name)}.json", record)
     return int(any("failed" in figures for parts in cases.values() for figures in parts.values()))

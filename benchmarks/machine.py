@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 _FIELDS = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
-_SAID_OF_ALL = {"r", "tm", "cpu", "processor", *_FIELDS}  # words that tell no processor from another
+_SAID_OF_ALL = {"r", "tm", "cpu", "processor", *_FIELDS}  # words that do not distinguish processors
 # what a hypervisor's "AMD EPYC" leaves out
 _MICROARCHITECTURES = {
     "(family 25, model 1)": "Zen 3",

@@ -24,7 +24,7 @@ def peak(build, small, full, threads, device="cpu"):
         return gpu.peak_memory(build(full))
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
-    # forked from a server that has imported torch and run nothing of it: as good as a new one, and sooner
+    # forked from a server that has imported torch but run nothing: like a new process, but started faster
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.steps"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

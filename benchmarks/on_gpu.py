@@ -6,8 +6,8 @@
     sanitize  compute-sanitizer's memcheck and racecheck over every op at small sizes
     profile   the kernels of a training step
 
-Every command is a process of its own with a time limit, writes to DIR/STAGE.log, and whatever becomes of it
-the next one follows. A stage leaves time for the next ones. DIR/summary.json, and with --archive one file of
+Every command is a process of its own with a time limit and writes to DIR/STAGE.log; the next one follows
+whatever its outcome. A stage leaves time for the next ones. DIR/summary.json, and with --archive one file of
 all that is in DIR, are rewritten after each command, so that a run cut short leaves what it had.
 Exit code 1 if build, test or sanitize failed.
 """
@@ -60,7 +60,7 @@ def run_stage(name, plan, context, report, deadline):
     stage, begin = report.stage(name), time.monotonic()
     try:
         commands = plan(context)
-    except Exception as error:  # one stage's mistake is not the next one's
+    except Exception as error:  # an error in one stage must not stop the next
         commands, stage["outcome"], stage["why"] = [], "failed", f"{type(error).__name__}: {error}"
     if isinstance(commands, str):
         commands, stage["outcome"], stage["why"] = [], "skipped", commands
@@ -98,7 +98,7 @@ def run(stages, context, facts, limit):
             now = time.monotonic()
             part = 1.0 if name == list(stages)[-1] else PARTS[name]
             run_stage(name, plan, context, report, now + part * (deadline - now))
-    finally:  # also where this program is told to end
+    finally:  # also if this program is terminated
         keep(context, report.begun)
     _show(report.content["stages"])
     print(f"logs and records: {context.archive or context.out}")

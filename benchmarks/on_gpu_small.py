@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python -m benchmarks.on_gpu_small --layers
 
-Ends with an error where a result is not finite. The numbers are the tests' business.
+Ends with an error where a result is not finite. The tests check the values.
 """
 
 import argparse

@@ -59,7 +59,7 @@ def build(context):
     check = Command("import, CUDA kernels", python("-m", "benchmarks.on_gpu_check"), 90, show=True)
     if not changed and not set(before) - set(sources) and _succeeds(check.words):
         return [replace(check, name="there already: CUDA kernels")]
-    for name in changed:  # times may lie where files were copied here: what differs is to be compiled
+    for name in changed:  # modification times may mislead where files were copied
         os.utime(ROOT / name)
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*context.capability)
     environment = {"TORCH_CUDA_ARCH_LIST": wanted, "ULMFIT_FAST_CUDA": "1"}

@@ -1,4 +1,4 @@
-"""Does each stage help? Accuracy, perplexity and seconds of every arm: a record a piece, and the table.
+"""Does each stage help? Accuracy, perplexity and seconds of every arm: one record for each, and the table.
 
     python -m benchmarks.quality --dataset trec-6 --arm scratch stage1 full --seeds 0 1 2
     python -m benchmarks.quality --report

@@ -105,7 +105,7 @@ def ours(ctx, dataset, arm, seed):
 
 
 def ours_wikitext(ctx, arm, seed):
-    """WikiText-2 test perplexity after training on its validation part (its training part is not to be had).
+    """WikiText-2 test perplexity after training on its validation part (its training part is not available).
 
     `scratch` has stage 1's vocabulary, fresh weights, and all layers at one rate; `full` fine-tunes
     the general model. (`stage1` is in stage 1's own record.)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality_probe --work runs/quality --seeds 0 1 2
 
-Stands on the models that the arms `stage1` and `full` of benchmarks.quality left in --work. Features are
+Uses the models that the arms `stage1` and `full` of benchmarks.quality left in --work. Features are
 concat-pooled outputs of the language model's encoder, the classifier is logistic regression, so nothing of
 the encoder moves: what stage 3 can make up for by training all layers shows here. Beside it the perplexity of
 the questions under each language model.

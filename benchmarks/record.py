@@ -31,13 +31,13 @@ def record_path(results, dataset, arm, seed=None):
 
 
 def provenance(threads, device="cpu"):
-    """Machine, versions, commit, command: what a reader needs to believe or repeat a number.
+    """Machine, versions, commit, command: what a reader needs to judge or repeat a figure.
 
     On a GPU `device` is its name, `host` the processor's, and `gpu` the rest about it.
     """
     place = {"device": cpu_name()}
     if device != "cpu":
-        import torch  # here: who only reads records needs neither
+        import torch  # imported here: reading records needs neither
 
         from . import gpu
 
@@ -66,7 +66,7 @@ def save(path, record, show=True):
 
 
 def write(path, data):
-    """Writes the bytes aside and renames, so that an interrupted run leaves whole files alone."""
+    """Writes the bytes aside and renames, so that an interrupted run leaves only whole files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_bytes(data)
@@ -105,8 +105,8 @@ def _isa():
 
 
 def checked_out(results=RESULTS):
-    """The commit of the checkout round `results`, and whether anything outside that folder differs from it;
-    in a copy without .git what ULMFIT_FAST_COMMIT says.
+    """The commit of the checkout that holds `results`, and whether anything outside that folder differs from
+    it; in a copy without .git what ULMFIT_FAST_COMMIT says.
     """
     git = ["git", "-C", str(results.parent)]
     asked = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/", f":(exclude){results}"]

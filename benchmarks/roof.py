@@ -52,7 +52,8 @@ def _in_cache(precision, repeats):
     threads, blocks = torch.get_num_threads(), 500
     call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
     seconds = []
-    for pin in (None, _own_cpu()):  # left alone two threads may share a core; pinned, the two halves of one
+    # unpinned, two threads may share a core; pinned, they may get the two halves of one
+    for pin in (None, _own_cpu()):
         with ThreadPoolExecutor(threads, initializer=pin) as pool:
             seconds.append(_best(lambda pool=pool: list(pool.map(lambda _: call(), range(threads))), repeats))
     return threads * call() / min(seconds) / 1e9

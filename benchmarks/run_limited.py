@@ -13,8 +13,8 @@ def run_limited(words, limit, log, cwd, environment=None):
     """Runs `words` in `cwd` for at most `limit` seconds, appending its output to `log`.
 
     -> {"outcome": "passed", "failed" or "timed out", "returncode", "seconds", "tail": the last lines}.
-    At the limit it is interrupted, which makes pytest say what it knows; then aborted, which makes Python say
-    where it stood; then killed, with its children.
+    At the limit it is interrupted, on which pytest prints its results; then aborted, on which Python prints
+    where it was; then killed, with its children.
     """
     begin = time.monotonic()
     outcome, code = None, None
@@ -36,7 +36,7 @@ def run_limited(words, limit, log, cwd, environment=None):
                 outcome = "failed" if code else "passed"
             except subprocess.TimeoutExpired:
                 outcome = "timed out"
-            finally:  # also where this program itself is told to end
+            finally:  # also if this program itself is terminated
                 _end(child)
     seconds = round(time.monotonic() - begin, 1)
     with open(log, "rb") as output:
@@ -46,9 +46,9 @@ def run_limited(words, limit, log, cwd, environment=None):
 
 
 def _apart():
-    """In the child: a process group of its own, to be ended whole, and no file of its memory if it dies.
+    """In the child: a process group of its own, so that it can be ended as a whole, and no core dump.
 
-    Interruptible, too: what a shell runs in the background ignores SIGINT, and its children would.
+    SIGINT is restored: a shell's background jobs ignore it, and their children would too.
     """
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,7 +1,7 @@
 """Every op beside its wiring in stock torch, forward and forward + backward: `pytest benchmarks`.
 
-Small sizes, a glance of a minute: pytest-benchmark measures one side after the other, so that a machine whose
-speed drifts favours one of them. What is quoted comes from the programs, whose sides take turns.
+Small sizes, about a minute: pytest-benchmark measures one side after the other, so that a machine whose
+speed drifts favours one of them. Quoted figures come from the programs, whose sides take turns.
 """
 
 import pytest

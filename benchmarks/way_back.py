@@ -1,4 +1,4 @@
-"""The ways out beside the library itself, in eval: python -m benchmarks.way_back
+"""The export formats beside the library itself, in eval: python -m benchmarks.way_back
 
 A language model and a classifier as they are, as `to_torch()`'s stock modules, as these with torch's dynamic
 int8, and as their ONNX file in onnxruntime: time of a forward pass, size in a file, and how far the outputs

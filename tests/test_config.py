@@ -1,4 +1,4 @@
-"""config.py: presets, JSON, and errors that name what is wrong."""
+"""config.py: presets, plain dicts, and errors that name what is wrong."""
 
 import dataclasses
 import json
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.cpu_only("pure functions")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(stage, preset):
     config = make_config(stage, preset)
-    assert type(config).from_json(config.to_json()) == config
-    assert json.loads(config.to_json())["lr"] == config.lr
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_paper_recipe():
@@ -60,7 +59,7 @@ def test_an_integer_is_a_float_but_not_the_other_way():
 def test_numbers_of_numpy_are_numbers():
     config = PretrainConfig(lr=np.float32(0.5), weight_decay=np.float64(0.25), epochs=np.int64(2))
     assert (config.lr, config.weight_decay, config.epochs) == (0.5, 0.25, 2)
-    assert PretrainConfig.from_json(config.to_json()) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     with pytest.raises(TypeError, match="epochs must be int"):
         PretrainConfig(epochs=np.bool_(True))
 

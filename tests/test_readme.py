@@ -45,7 +45,6 @@ def test_a_block_that_needs_what_is_not_installed_is_known():
 def files(tmp_path, monkeypatch):
     """The files that the blocks read, in the current directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wiki.txt").write_text("\n".join(SENTENCES * 200), encoding="utf-8")
     for archive in ("wt103-fwd.tgz", "wt103-bwd.tgz"):
         published(tmp_path / archive, language_model())
     for i in range(40):
@@ -73,7 +72,7 @@ def test_code_blocks_run(page, files):
 def test_pages_have_code():
     counts = {page.name: page.read_text(encoding="utf-8").count("```python\n") for page in WITH_CODE}
     assert counts["README.md"] >= 8
-    assert all(counts[f"{page}.md"] for page in ("checkpoints", "export", "fastai", "salesforce"))
+    assert all(counts[f"{page}.md"] for page in ("checkpoints", "export", "fastai", "salesforce", "stages"))
 
 
 def headings(page):

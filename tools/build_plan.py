@@ -1,6 +1,6 @@
 """What setup.py builds: which sources, with or without CUDA, how many jobs, and the one line that says so.
 
-Where the build cannot go on it stops with a sentence that says what to type, not with a traceback.
+If the build cannot go on, it stops with a sentence that says what to type, without a traceback.
 """
 
 from __future__ import annotations

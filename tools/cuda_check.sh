@@ -26,8 +26,8 @@ python3 -m venv .venv-cuda
 cuda_python=$PWD/.venv-cuda/bin/python
 "$cuda_python" -m pip install --quiet --upgrade setuptools ninja numpy pytest pytest-xdist hypothesis "$torch"
 
-# The CUDA build is of a copy of the sources, so that the package built in place here is left alone; the other takes
-# the objects that lie here from that very build.
+# The CUDA build uses a copy of the sources, so that the package built in place here is left alone; the CPU build
+# reuses the object files of that package.
 list_sources() {
   if git rev-parse --git-dir >/dev/null 2>&1; then
     git ls-files -z --cached --others --exclude-standard
@@ -58,9 +58,9 @@ for python in "$cuda_python" "$cpu_python"; do
   fi
 done
 
-# Each wheel under each torch, from a directory without sources. The tests of the ops, and of the models compiled, run
-# whole for the CUDA build under its own torch; for the two mixed pairs, what reads the library's ABI. The fourth pair
-# is `make test`.
+# Each wheel under each torch, from a directory without sources. The CUDA build under its own torch runs all tests of
+# the ops and of compiled models; the two mixed pairs run those that depend on the library's ABI. The fourth pair is
+# `make test`.
 tests=$(for op in ulmfit_fast/ops/[a-z]*.py; do echo "tests/test_$(basename "$op")"; done)
 tests="$tests tests/test_compile.py tests/test_model.py"
 for built in "$work"/2.*; do

@@ -1,10 +1,10 @@
-"""Whether the persistent kernels use the matrix units as they were meant to: read from the disassembly.
+"""Whether the persistent kernels use the matrix units as intended: read from the disassembly.
 
 python tools/matrix_check.py LIBRARY.so: every lstm_persistent kernel of every architecture multiplies with
-HMMA in its own dtype (float32: in TF32), reads its weights 16 bytes at a time from shared memory and its
-states so from L2, and keeps nothing in local memory; where its blocks are clusters (sm_90 alone), it has the
-barriers of these and reads the others' shared memory. Needs cuobjdump: of the CUDA toolkit, or the one that
-triton brings with torch.
+HMMA in its own dtype (float32: in TF32), reads its weights from shared memory and its states from L2, both
+16 bytes at a time, and keeps nothing in local memory; where its blocks form clusters (sm_90 only), it has
+cluster barriers and reads the other blocks' shared memory. Needs cuobjdump: that of the CUDA toolkit, or the
+one that triton brings with torch.
 """
 
 import collections
@@ -48,7 +48,7 @@ def kernels(lines):
 
 
 def faults(name, counts):
-    """What is not as it was meant to be."""
+    """What differs from that, a sentence each."""
     dtype, rows, columns, clusters = KERNEL.search(name).groups()
     least = 2 * int(rows) * int(columns)  # of one chunk of K
     if counts[PRODUCT[dtype]] < least:

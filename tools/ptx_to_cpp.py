@@ -3,8 +3,8 @@
     python tools/ptx_to_cpp.py kernels.ptx OUT PARTS [CHOICE]
 
 writes OUT.0.cpp to OUT.<PARTS - 1>.cpp with the kernels whose mangled names match the pattern CHOICE.
-What the instructions do is in tests/cpp/ptx_on_cpu.h; one that is not there does not compile. It knows as
-much of PTX as these kernels use, and stops at anything else.
+The instructions are implemented in tests/cpp/ptx_on_cpu.h; one that is missing there does not compile. Only
+the PTX that these kernels use is known; anything else is an error.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Kernel:
             return self.set(operands[0], f"{function}<{to}, {source}>({self.get(source, operands[1])})")
         if base == "cvta":
             return self.set(operands[0], self.value(operands[1]))
-        if base == "shfl":  # its second result, whether there is such a lane, nobody reads
+        if base == "shfl":  # its second result, whether such a lane exists, is unused
             result, *arguments = operands
             return self.set(result.split("|")[0], f"{function}({', '.join(map(self.value, arguments))})")
         later = LATER_TYPES.get(base, {})

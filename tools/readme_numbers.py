@@ -6,7 +6,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import fastai_classifier, report  # noqa: E402
-from benchmarks.headline import headline  # noqa: E402
+from benchmarks.headline import elsewhere, headline  # noqa: E402
 from benchmarks.quality_report import table  # noqa: E402
 from benchmarks.record import RESULTS, load_all, write  # noqa: E402
 
@@ -15,8 +15,9 @@ def blocks():
     """{page: {name of its markers: what belongs between them}}"""
     speed, quality = load_all(RESULTS, "speed"), load_all(RESULTS)
     return {
-        "README.md": {"headline": headline(speed, folder="benchmarks/results/")},
+        "README.md": {"headline": headline(speed)},
         "benchmarks/README.md": {
+            "machines": elsewhere(speed),
             "numbers": table(quality) if quality else report.NOTHING,
             "pipeline": "\n\n".join(map(fastai_classifier.table, load_all(RESULTS, "fastai-classifier"))),
             "speed": report.summary(speed, folder="results/"),

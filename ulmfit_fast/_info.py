@@ -30,7 +30,7 @@ class Info:
     isa: str  # CPU instruction set in use; ULMFIT_FAST_ISA names another
     isas: tuple[str, ...]  # those this machine can run, newest first
     threads: int  # torch.get_num_threads()
-    missing: tuple[str, ...]  # one sentence for each thing that is not there: what it is and how to get it
+    missing: tuple[str, ...]  # one sentence for each missing thing: what it is and how to get it
 
     def __str__(self) -> str:
         cuda = self.cuda_built or "none"
@@ -72,7 +72,7 @@ def info() -> Info:
 
 
 def _isa() -> tuple[str, tuple[str, ...]]:
-    """(in use, available). An ULMFIT_FAST_ISA that cannot be had shows as its error message."""
+    """(in use, available). An ULMFIT_FAST_ISA that this CPU lacks is shown as its error message."""
     ops = torch.ops.ulmfit_fast
     try:
         available = tuple(name.strip() for name in ops.cpu_isas().split(","))

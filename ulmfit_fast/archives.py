@@ -37,7 +37,7 @@ _MAX_RATIO = 100  # of unpacked bytes to packed ones; weights hardly shrink at a
 _MAX_MEMBERS = 1000
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30
-_ATTEMPTS = 4  # in a row that bring nothing new, before it is given up
+_ATTEMPTS = 4  # in a row that bring nothing new, before giving up
 _PAUSE_S = 0.3  # before the second of them; then twice, three times as long
 
 
@@ -105,7 +105,7 @@ def _download(address: str, part: Path) -> None:
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise OSError(f"{address} cannot be downloaded: {error}") from None
-            if error.code == 416:  # what is here is no beginning of what is there
+            if error.code == 416:  # what is here is not the beginning of the file there
                 part.unlink(missing_ok=True)
             problem = str(error)
         except (OSError, http.client.HTTPException) as error:

@@ -28,7 +28,7 @@ class TokenStream:
         columns = max(1, min(batch_size, (len(stream) - 1) // bptt))
         length = (
             len(stream) - 1
-        ) // columns  # targets a column; the few tokens behind the last column are left out
+        ) // columns  # targets per column; the few tokens after the last column are left out
         self.ids = torch.from_numpy(stream[: columns * length].reshape(columns, length))
         self.targets = torch.from_numpy(stream[1 : columns * length + 1].reshape(columns, length))
         self.bptt, self.length = bptt, length
@@ -89,7 +89,7 @@ def shuffled_buckets(lengths, batch_size, seed, epoch):
     """Index lists of batches of like length in random order, a function of (seed, epoch) alone.
 
     The documents are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches
-    shuffled: little padding, and yet another make-up of each batch in each epoch. A last batch of a single
+    shuffled: little padding, and different batches in each epoch. A last batch of a single
     document joins the one before it, since batch norm needs two.
     """
     rng = np.random.default_rng([seed, epoch, 1])

@@ -44,7 +44,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 
 
 def name_file(error: OSError, path: PathLike) -> None:
-    """Give the error the file's name where the system's call had none: to write to a full disk is such."""
+    """Adds the file's name to an error that has none, such as that of a write to a full disk."""
     if error.errno is not None and error.filename is None:
         error.filename = str(path)
 
@@ -70,8 +70,8 @@ def save_model(
 ) -> None:
     """Write a module's state, or a state dict, as safetensors, atomically; shared tensors are written once.
 
-    metadata is any JSON object; `read_model` and `load_model` give it back.  A CRC over names, numbers and
-    metadata goes with them, which safetensors itself has not.
+    metadata is any JSON object; `read_model` and `load_model` give it back.  A CRC over names, data and
+    metadata is stored with them, which safetensors itself lacks.
     """
     safetensors = need("safetensors.torch")
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
@@ -88,8 +88,8 @@ def save_model(
 def read_model(path: PathLike) -> tuple[StateDict, dict]:
     """The tensors, on the CPU, and the metadata of a safetensors file, ours or another program's.
 
-    Raises OSError if it cannot be read, ValueError if it is truncated or no safetensors file, or, in a file
-    of ours, if a byte of it has changed.
+    Raises OSError if it cannot be read, ValueError if it is truncated or not a safetensors file, or, in a
+    file of ours, if a byte of it has changed.
     """
     safetensors = need("safetensors")
     content = Path(path).read_bytes()
@@ -159,7 +159,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "the
 
 
 def _sizes_that_differ(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """What most misfits come from, in words: another vocabulary, or 1150 hidden units and not 1152."""
+    """The usual causes in words: another vocabulary, or 1150 hidden units instead of 1152."""
     sizes = (
         ("words", "encoder.weight", 0),
         ("embedding features", "encoder.weight", 1),

@@ -12,8 +12,9 @@ from .devices import to_device
 from .encoder import AWDLSTM, is_exporting, unique_groups
 from .ops._common import check_probability
 
-# Tokens that a chunk may have where its borders change no number, those of 64 documents by 72: each chunk
-# prepares the weights again, which fewer notice; longer chunks of 64 were slower, as they left the caches.
+# Token budget per chunk (64 documents x 72 steps) where chunk borders cannot affect results. Weights are
+# repacked for every chunk, so fewer chunks are cheaper. Longer chunks of 64 documents were slower: they no
+# longer fitted into the caches.
 _CHUNK_TOKENS = 64 * 72
 
 
@@ -27,11 +28,16 @@ class SentenceEncoder(nn.Module):
     the length.  Chunks have bptt tokens with bidir, whose reverse direction begins anew in each; otherwise
     their borders change no number, and where the batch is small they are longer, for speed.
 
-    Chunks are counted from each document's end and documents enter the batch as they begin, longest first
-    inside.  Tokens at and beyond a length are never read, and the result of a document depends neither on
-    them nor on its neighbours.  The dropout masks are drawn once and hold for the whole of each document,
-    as variational dropout has it (fastai draws them anew for each chunk).  The encoder's carried state is
-    neither used nor changed.
+    Chunks are counted from each document's end, so a document joins the batch in the chunk where it begins;
+    inside, the longest comes first.  Tokens at and beyond a length are never read, and the result of a
+    document depends neither on them nor on its neighbours.  The dropout masks are drawn once and hold for the
+    whole of each document, as variational dropout has it (fastai draws them anew for each chunk).  The
+    encoder's carried state is neither used nor changed.
+
+    Args:
+        module: the encoder.
+        bptt: the length of a chunk in tokens.  It does not truncate back-propagation; max_len does.
+        max_len: tokens at the end of each document through which gradients flow; None: all of them.
 
     Under torch.compile and torch.export the values of lengths are not known: every document takes part in
     every chunk, and a wrong length is a RuntimeError.  One graph serves all widths, but with bidir, whose
@@ -53,7 +59,20 @@ class SentenceEncoder(nn.Module):
         self.module.reset()
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """A document of length 0 gives zeros.  lengths are best on the host, where they are needed."""
+        """Reads and pools the documents.
+
+        Args:
+            ids: (B, T) int64 or int32 token numbers; what is at and beyond a length is not read.
+            lengths: (B,) int64 or int32 in 0..T, in any order; None for T each.  Best on the host, where they
+                are needed.
+
+        Returns:
+            (B, 3 * emb_sz); zeros for a document of length 0.
+
+        Raises:
+            ValueError: ids or lengths are not what is said above (RuntimeError for the value of a length
+                under torch.compile).
+        """
         lengths = _check_documents(ids, lengths)
         longest_first = torch.argsort(lengths, descending=True, stable=True)
         counts = None if torch.compiler.is_compiling() else lengths[longest_first].tolist()
@@ -104,7 +123,7 @@ class SentenceEncoder(nn.Module):
         return chunks[::-1]
 
     def _chunk_steps(self, distance: int, documents: int) -> int:
-        """Time steps of the nearest of the chunks, as few as may be and about equal, over `distance`."""
+        """Time steps of the nearest chunk where `distance` is cut into as few as allowed, about equal."""
         if self.module.n_dir == 2:
             return min(distance, self.bptt)
         chunks = -(-distance // max(self.bptt, _CHUNK_TOKENS // documents))
@@ -207,8 +226,17 @@ class PoolingLinearClassifier(nn.Module):
 class TextClassifier(nn.Sequential):
     """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
 
-    lin_ftrs are the widths of the head's hidden layers, ps its dropouts: one before each linear layer, the
-    first of which drops the pooled features.
+    Args:
+        encoder: the AWDLSTM, held and trained, not copied.
+        n_classes: the number of classes, that of the logits.
+        bptt: the length of a chunk in tokens, see `SentenceEncoder`; it does not truncate back-propagation.
+        max_len: tokens at the end of each document through which gradients flow; None: all of them.
+        lin_ftrs: the widths of the head's hidden layers.
+        ps: the head's dropout probabilities, in [0, 1): one before each linear layer; the first drops pooled
+            features.
+
+    Raises:
+        ValueError, TypeError: an argument is not what is said above.
     """
 
     def __init__(
@@ -229,9 +257,13 @@ class TextClassifier(nn.Sequential):
     def from_language_model(
         cls, lm: nn.Sequential, n_classes: int, *, dropout: dict[str, float] | None = None, **options
     ) -> "TextClassifier":
-        """A classifier on a copy of the encoder of the `LanguageModel` lm.
+        """A classifier on a copy of a language model's encoder, with a fresh head.
 
-        dropout holds the arguments of `AWDLSTM.set_dropout`, options those of the class.
+        Args:
+            lm: a `LanguageModel`; it is left as it is.
+            n_classes: as of the class.
+            dropout: arguments of `AWDLSTM.set_dropout`; None keeps the probabilities of `lm`.
+            **options: bptt, max_len, lin_ftrs and ps, as of the class.
         """
         encoder = copy.deepcopy(lm[0])
         encoder.bs = 1
@@ -240,10 +272,7 @@ class TextClassifier(nn.Sequential):
         return cls(encoder, n_classes, **options)
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """ids (B, T), padded on the right with anything; lengths (B,) in 0..T, in any order, None for T each.
-
-        -> logits (B, n_classes)
-        """
+        """Logits (B, n_classes) of ids (B, T) and lengths (B,), as `SentenceEncoder.forward` takes them."""
         return self[1](self[0](ids, lengths))
 
     def reset(self) -> None:

@@ -49,7 +49,7 @@ def main(argv=None):
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         code = arguments.run(arguments) or 0
-        sys.stdout.flush()  # here, where a reader that has gone (`| head`) can be met
+        sys.stdout.flush()  # here, so that a reader that has gone (`| head`) is noticed inside the try
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
@@ -99,7 +99,7 @@ def _parsers():
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         build(sub)
-        sub.add_argument("--traceback", action="store_true", help="show where an error arose")
+        sub.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser, commands.choices
 
 
@@ -182,10 +182,10 @@ def _stage_options(sub, stage, default_preset=None):
         metavar="CSV" if one else "SOURCE",
         help="held-out data to measure after each epoch (default: none)",
     )
-    sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in DIR")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted run in DIR")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     sub.add_argument("--device", help="cpu or cuda (default: cuda where it can be used)")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar, no lines")
+    sub.add_argument("--quiet", action="store_true", help="no progress, no summary")
     group = sub.add_argument_group("hyper-parameters", "Defaults in brackets: ulmfit / small / tiny.")
     for f in dataclasses.fields(STAGES[stage]):
         defaults = [PRESETS[p][stage].get(f.name, f.default) for p in ("ulmfit", "small", "tiny")]
@@ -253,14 +253,19 @@ def _predict(sub):
         action="append",
         default=[],
         metavar="RUN",
-        help="another classifier, whose probabilities are averaged with those of RUN; once for each run",
+        help="another classifier, whose probabilities are averaged with those of RUN; may be repeated",
     )
     sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
     sub.add_argument("--tokens", type=int, default=40, help="tokens to add (language model; default: 40)")
     sub.add_argument(
-        "--temperature", type=float, default=1.0, help="0: likeliest (language model; default: 1)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature; 0 picks the most likely token (language model; default: 1)",
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the drawn tokens (language model; default: 0)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="random seed for sampling (language model; default: 0)"
+    )
     sub.add_argument("--device", help="cpu or cuda (default: cuda where it can be used)")
     sub.set_defaults(run=_run_predict)
 
@@ -272,7 +277,7 @@ def _run_predict(a):
     from .runs import CONFIG
 
     texts = a.texts
-    if a.file:  # the empty lines too: line N of the output is that of line N
+    if a.file:  # empty lines too, so that line N of the output is that of line N of the file
         path = pathlib.Path(a.file)
         texts = texts + (read_texts(path, "--file") if path.suffix.lower() in TABLES else read_lines(path))
     elif not texts:
@@ -316,8 +321,8 @@ def _demo(sub):
     sub.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="where the runs go (default: runs/demo)"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    sub.add_argument("--quiet", action="store_true", help="print the table alone")
+    sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    sub.add_argument("--quiet", action="store_true", help="print only the table")
     sub.set_defaults(run=_run_demo)
 
 

@@ -1,4 +1,4 @@
-"""Every hyper-parameter of the three stages: one frozen dataclass per stage, JSON in and out, typos refused.
+"""Every hyper-parameter of the three stages: one frozen dataclass per stage, typos refused.
 
 Where the values of the dataclasses and of the preset "ulmfit" are from:
 
@@ -15,13 +15,24 @@ Nothing here imports torch.
 
 import dataclasses
 import difflib
-import json
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config", bound="_Checked")
 
 
-def _f(default, help, *, low=None, high=None, choices=None, probability=False):
+def _f(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    probability: bool = False,
+) -> Any:
     """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in
     [0, 1).
     """
@@ -29,14 +40,20 @@ def _f(default, help, *, low=None, high=None, choices=None, probability=False):
     return field(default=default, metadata=meta)
 
 
-def unknown_key_message(kind, key, valid):
+def _same(cls: type, name: str) -> Any:
+    """The field `name` of the dataclass `cls` once more."""
+    f = cls.__dataclass_fields__[name]
+    return field(default=f.default, metadata=f.metadata)
+
+
+def unknown_key_message(kind: str, key: object, valid: Iterable[str]) -> str:
     """'unknown option lrr; did you mean lr?' with all valid names after it."""
     near = difflib.get_close_matches(str(key), list(valid), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
 
 
-def _check_field(owner, f):
+def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
     value, meta = getattr(owner, f.name), f.metadata
     where = f"{type(owner).__name__}.{f.name}"
     kind = {int: numbers.Integral, float: numbers.Real}.get(f.type, f.type)
@@ -58,20 +75,17 @@ def _check_field(owner, f):
 
 
 class _Checked:
-    """Checks on construction, and the way to and from plain dicts."""
+    """Checks on construction, and conversion to and from plain dicts."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_field(self, f)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def to_json(self):
-        return json.dumps(self.to_dict(), indent=2)
-
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
         """Raises ValueError for an unknown key, naming the nearest valid one."""
         valid = [f.name for f in dataclasses.fields(cls)]
         for key in values:
@@ -79,11 +93,7 @@ class _Checked:
                 raise ValueError(unknown_key_message(f"{cls.__name__} option", key, valid))
         return cls(**values)
 
-    @classmethod
-    def from_json(cls, text):
-        return cls.from_dict(json.loads(text))
-
-    def replace(self, **changes):
+    def replace(self: _Config, **changes: Any) -> _Config:
         """A copy with `changes`; an unknown name is an error."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
@@ -92,7 +102,7 @@ class _Checked:
 class ModelConfig(_Checked):
     """What fixes the shape of the encoder, and with it which checkpoints fit."""
 
-    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
+    emb_sz: int = _f(400, "embedding size, also that of the last layer's output", low=1)
     n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
     n_layers: int = _f(3, "LSTM layers", low=1)
 
@@ -101,7 +111,7 @@ class ModelConfig(_Checked):
 class _Stage(_Checked):
     """What all stages share."""
 
-    epochs: int = _f(12, "epochs, in stage 2 after head_epochs, in stage 3 with those of unfreezing", low=1)
+    epochs: int = _f(12, "epochs", low=1)
     batch_size: int = _f(64, "columns of the token stream that are read side by side", low=1)
     lr: float = _f(4e-3, "peak learning rate of the last layer group", low=0)
     schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))
@@ -111,7 +121,7 @@ class _Stage(_Checked):
     beta2: float = _f(0.99, "Adam's beta 2", probability=True)
     eps: float = _f(1e-5, "Adam's epsilon", low=0)
     weight_decay: float = _f(0.01, "decoupled weight decay", low=0)
-    clip: float = _f(0.4, "largest norm of the gradient; 0 does not clip", low=0)
+    clip: float = _f(0.4, "largest norm of the gradient; 0: no clipping", low=0)
     output_p: float = _f(0.4, "dropout on the encoder's output", probability=True)
     hidden_p: float = _f(0.3, "variational dropout between the layers", probability=True)
     input_p: float = _f(0.4, "variational dropout on the embedded input", probability=True)
@@ -119,11 +129,11 @@ class _Stage(_Checked):
     weight_p: float = _f(0.5, "DropConnect on the hidden-to-hidden weights", probability=True)
     drop_mult: float = _f(1.0, "multiplies the five dropouts above", low=0)
     precision: str = _f("fp32", "bf16: autocast over fp32 master weights", choices=("fp32", "bf16"))
-    seed: int = _f(0, "seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
+    seed: int = _f(0, "random seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
     log_every: int = _f(10, "steps between two lines of metrics.jsonl", low=1)
-    save_every: int = _f(500, "steps between two saves of the training state; 0: at epoch ends alone", low=0)
+    save_every: int = _f(500, "steps between saves of the training state; 0: only at epoch ends", low=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, p in self.dropouts().items():
             if p >= 1:
@@ -132,7 +142,7 @@ class _Stage(_Checked):
                     f"{self.drop_mult} is {p:g}; a dropout probability must stay below 1"
                 )
 
-    def dropouts(self):
+    def dropouts(self) -> dict[str, float]:
         """The five probabilities with drop_mult applied."""
         names = ("output_p", "hidden_p", "input_p", "embed_p", "weight_p")
         return {name: getattr(self, name) * self.drop_mult for name in names}
@@ -142,7 +152,7 @@ class _Stage(_Checked):
 class _LanguageModelStage(_Stage):
     """What the stages of the language model share."""
 
-    bptt: int = _f(70, "tokens a window of truncated back-propagation", low=1)
+    bptt: int = _f(70, "tokens per truncated-BPTT window", low=1)
     alpha: float = _f(2.0, "activation regularisation (AR)", low=0)
     beta: float = _f(1.0, "temporal activation regularisation (TAR)", low=0)
     cuda_graph: bool = _f(False, "on a GPU: whole steps of bptt tokens from a CUDA graph")
@@ -152,14 +162,14 @@ class _LanguageModelStage(_Stage):
 class PretrainConfig(_LanguageModelStage):
     """Stage 1: language model on general text."""
 
-    emb_sz: int = _f(400, "embedding size, and the size of the last layer's output", low=1)
-    n_hid: int = _f(1152, "hidden units of every layer but the last", low=1)
-    n_layers: int = _f(3, "LSTM layers", low=1)
+    emb_sz: int = _same(ModelConfig, "emb_sz")
+    n_hid: int = _same(ModelConfig, "n_hid")
+    n_layers: int = _same(ModelConfig, "n_layers")
     backwards: bool = _f(False, "read each text from its end to its beginning, here and in the later stages")
     max_vocab: int = _f(60000, "largest vocabulary, markers included", low=10)
     min_freq: int = _f(3, "a word seen less often becomes xxunk", low=1)
 
-    def model_config(self):
+    def model_config(self) -> ModelConfig:
         return ModelConfig(self.emb_sz, self.n_hid, self.n_layers)
 
 
@@ -167,8 +177,9 @@ class PretrainConfig(_LanguageModelStage):
 class FinetuneConfig(_LanguageModelStage):
     """Stage 2: the language model on the target's text. `epochs` counts those after the head's own."""
 
+    epochs: int = _f(12, "epochs in which all layers train, after those of head_epochs", low=1)
     head_epochs: int = _f(1, "epochs of embedding and decoder alone before all layers train", low=0)
-    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
+    discriminative: float = _f(2.6, "rate of each layer group over that of the group below it", low=1)
     max_vocab: int = _f(60000, "most words taken from the target's text, markers included", low=10)
     min_freq: int = _f(3, "a word new to the base model and seen less often becomes xxunk", low=1)
     keep_base_vocab: bool = _f(True, "keep words of the base model that the target's text lacks")
@@ -179,19 +190,24 @@ class FinetuneConfig(_LanguageModelStage):
 class ClassifierConfig(_Stage):
     """Stage 3: the classifier."""
 
-    batch_size: int = _f(64, "documents a batch", low=2)  # batch norm needs two
-    gradual_unfreezing: bool = _f(True, "one more layer group each epoch, from the last; false: all at once")
-    discriminative: float = _f(2.6, "the rate of each layer group over that of the one below it", low=1)
-    bptt: int = _f(72, "tokens a chunk that is read at once (BPT3C), or more where the batch is small", low=1)
-    max_len: int = _f(1440, "tokens of a document, the last it reads, through which gradients flow", low=1)
+    epochs: int = _f(12, "epochs, those of gradual unfreezing included", low=1)
+    batch_size: int = _f(64, "documents per batch", low=2)  # batch norm needs two
+    gradual_unfreezing: bool = _f(True, "one more layer group per epoch, from the last; false: all at once")
+    discriminative: float = _f(2.6, "rate of each layer group over that of the group below it", low=1)
+    bptt: int = _f(72, "tokens per chunk of a document (BPT3C); more where the batch is small", low=1)
+    max_len: int = _f(1440, "tokens at the end of a document through which gradients flow", low=1)
     head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
     head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
     label_smoothing: float = _f(0.0, "share of the target spread over all classes", probability=True)
-    max_vocab: int = _f(60000, "largest vocabulary (from scratch alone)", low=10)
-    min_freq: int = _f(2, "a word seen less often becomes xxunk (from scratch alone)", low=1)
+    max_vocab: int = _f(60000, "largest vocabulary (only from scratch)", low=10)
+    min_freq: int = _f(2, "a word seen less often becomes xxunk (only from scratch)", low=1)
 
 
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "classify": ClassifierConfig}
+STAGES: dict[str, type[_Stage]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "classify": ClassifierConfig,
+}
 
 # Stage 1 sees much text once or a few times: fastai 2's dropouts for it; stages 2 and 3 take the paper's. The
 # small presets have less capacity to regularise and far fewer steps, hence the lower drop_mult and the higher
@@ -202,7 +218,7 @@ _PRETRAIN_DROPS = dict(output_p=0.1, hidden_p=0.15, input_p=0.25, embed_p=0.02, 
 _SMALL = dict(emb_sz=200, n_hid=576, n_layers=3, max_vocab=16000)
 _TINY = dict(emb_sz=64, n_hid=128, n_layers=3, max_vocab=6000)
 _ALL_AT_ONCE = dict(gradual_unfreezing=False, discriminative=1.0, lr=5e-3, clip=0.0)
-PRESETS = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "ulmfit": {
         "pretrain": dict(_PRETRAIN_DROPS, epochs=12),
         "finetune": dict(epochs=15, beta1=0.7),
@@ -223,11 +239,25 @@ PRESETS = {
 }
 
 
-def make_config(stage, preset="ulmfit", config=None, overrides=None):
-    """The configuration of `stage` ("pretrain", "finetune", "classify").
+def make_config(
+    stage: str,
+    preset: str = "ulmfit",
+    config: _Stage | dict[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """The configuration of a stage: `config` over `preset`, `overrides` over both.
 
-    Starts from `config` (a dataclass of that stage, or a dict over the preset), else from `preset`;
-    `overrides` win.
+    Args:
+        stage: "pretrain", "finetune" or "classify".
+        preset: "ulmfit", "small" or "tiny".
+        config: a dataclass of that stage, in place of the preset, or a dict over it.
+        overrides: options by name.
+
+    Returns:
+        PretrainConfig, FinetuneConfig or ClassifierConfig.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, or not what its field allows.
     """
     cls = STAGES[stage]
     if preset not in PRESETS:

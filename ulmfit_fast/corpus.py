@@ -6,7 +6,8 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 from .text import as_list, check_texts
 
@@ -19,7 +20,7 @@ SUFFIXES = (".txt", *TABLES)
 UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".zip", ".json", ".jsonl", ".parquet", ".xlsx")
 
 
-def is_path(source):
+def is_path(source: object) -> bool:
     """Whether `source`, given alone, is a file: a pathlib.Path, a str that ends in .txt, .csv or .tsv, or one
     that is the name of a file.
     """
@@ -28,11 +29,11 @@ def is_path(source):
     return isinstance(source, str) and (_has_suffix(source) or os.path.isfile(source))
 
 
-def _has_suffix(source):
+def _has_suffix(source: str) -> bool:
     return len(source) <= 4096 and "\n" not in source and source.lower().endswith(SUFFIXES)
 
 
-def _listed_path(source, where):
+def _listed_path(source: object, where: str) -> bool:
     """Whether `source`, an entry of a list, is a file: a pathlib.Path, or a str that ends in .txt, .csv or
     .tsv and either exists or is a single word.
 
@@ -55,7 +56,7 @@ def _listed_path(source, where):
     )
 
 
-def read_texts(sources, argument="texts"):
+def read_texts(sources: Sources, argument: str = "texts") -> list[str]:
     """Texts of `sources`: one path, or a list of texts and paths in any mixture.
 
     A str in the list is a text, but one that ends in .txt, .csv or .tsv, and exists or is a single word, is a
@@ -84,7 +85,9 @@ def read_texts(sources, argument="texts"):
     return check_texts(texts, argument)
 
 
-def read_labelled(texts, labels=None, argument="texts"):
+def read_labelled(
+    texts: str | pathlib.Path | Iterable[str], labels: Labels | None = None, argument: str = "texts"
+) -> tuple[list[str], list[str] | list[int]]:
     """(texts, labels): two lists, or a CSV with the columns `text` and `label` and no `labels`.
 
     With `labels` every entry of a list is a text, whatever it looks like.
@@ -108,14 +111,14 @@ def read_labelled(texts, labels=None, argument="texts"):
     return texts, labels
 
 
-def check_one_length(texts, labels, argument="texts"):
+def check_one_length(texts: list[str], labels: list, argument: str = "texts") -> None:
     if len(texts) != len(labels):
         raise ValueError(
             f"{argument} and labels must have one length, got {len(texts)} texts and {len(labels)} labels"
         )
 
 
-def check_labels(labels, argument="labels"):
+def check_labels(labels: Labels, argument: str = "labels") -> list[str] | list[int]:
     """Labels as a list of str or of int (numpy scalars and tensors become Python's)."""
     labels = as_list(labels, argument, "labels, one per text")
     for i, label in enumerate(labels):
@@ -138,15 +141,15 @@ def check_labels(labels, argument="labels"):
     return labels
 
 
-def check_known(labels, classes, argument="labels"):
-    """ValueError for a label that is none of `classes`, the classes of training."""
+def check_known(labels: list, classes: list, argument: str = "labels") -> None:
+    """ValueError for a label that is not one of `classes`, the classes of training."""
     known = set(classes)
     for label in labels:
         if label not in known:
             raise ValueError(f"{argument} has the label {label!r}, which the training labels lack: {classes}")
 
 
-def label_classes(labels):
+def label_classes(labels: list) -> list[str] | list[int]:
     """The classes in order; fewer than two are refused."""
     classes = sorted(set(labels))
     if len(classes) < 2:
@@ -155,7 +158,7 @@ def label_classes(labels):
 
 
 @contextlib.contextmanager
-def _opened(path):
+def _opened(path: str | pathlib.Path) -> Iterator[TextIO]:
     """A text file to iterate over, line ends as \\n, without a byte order mark."""
     path = pathlib.Path(path)
     if not path.exists():
@@ -177,7 +180,7 @@ def _opened(path):
             ) from None
 
 
-def _first_wrong_byte(path):
+def _first_wrong_byte(path: pathlib.Path) -> str:
     if not path.is_file():  # a pipe: what was read is gone
         return ""
     data = path.read_bytes()
@@ -188,17 +191,17 @@ def _first_wrong_byte(path):
     return ""  # a byte order mark that is cut short, or a file that has changed
 
 
-def read_lines(path):
+def read_lines(path: str | pathlib.Path) -> list[str]:
     """All lines of a text file, the empty ones too."""
     with _opened(path) as file:
         return [line.removesuffix("\n") for line in file]
 
 
-def split_lines(text):
+def split_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def _read_csv(path, columns):
+def _read_csv(path: str | pathlib.Path, columns: list[str]) -> list[dict[str, str]]:
     """The rows as dicts; every row has all of `columns`, and a label is never blank."""
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
@@ -220,7 +223,7 @@ def _read_csv(path, columns):
     return [_row(where, names, fields, columns) for where, fields in records[1:]]
 
 
-def _records(file, path):
+def _records(file: TextIO, path: str | pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     """(place, fields) of the heading and of each row. A TSV has no quoting: its quotation marks are text."""
     tsv = str(path).lower().endswith(".tsv")
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else {}
@@ -240,11 +243,10 @@ def _records(file, path):
             yield where, fields
 
 
-def _row(where, names, fields, columns):
+def _row(where: str, names: list[str], fields: list[str], columns: list[str]) -> dict[str, str]:
     if len(fields) > len(names):
         raise ValueError(
-            f"{where}: {len(fields)} fields under {len(names)} columns; in a CSV a text with a comma in it "
-            "stands in quotes"
+            f"{where}: {len(fields)} fields under {len(names)} columns; quote CSV fields that contain commas"
         )
     row = dict(zip(names, fields, strict=False))
     for column in columns:

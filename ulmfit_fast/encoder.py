@@ -62,21 +62,36 @@ class WeightDropLayer(nn.Module):
 
 
 class AWDLSTM(nn.Module):
-    """The AWD-LSTM encoder (Merity et al. 2017): embedding, then n_layers LSTMs, under five dropouts.
+    """The AWD-LSTM encoder (Merity et al. 2017): embedding, then n_layers LSTMs, under dropouts.
 
-    Layers have n_hid features, the last one emb_sz (halved per direction with bidir).  input_p drops
-    features of the embeddings, hidden_p of the output of every layer but the last, embed_p whole words,
-    weight_p recurrent weights; the fifth dropout, of the output, belongs to the decoder.  The state of each
-    call is carried, detached, into the next one: `hidden` is [(h, c)] per layer, `bs` its batch size, which
-    may change between calls (rows beyond it start from zero, missing ones are forgotten).  It follows the
-    module's device and dtype and is no part of the state dict.  Under torch.export and torch.jit.trace
-    each call starts from zeros and nothing is carried, as a program has no place for it: export a module
-    that calls `run` for a state that goes in and out.  torch.jit.trace wants torch.no_grad() around it, or
-    check_trace=False: its check runs without gradients, where the ops save nothing and the graph differs.
-    torch.utils.checkpoint would repeat forward from a state that has moved on: an error, but not under
-    torch.compile, which cannot see it.  `run` may be checkpointed.
+    Args:
+        vocab_sz: words, the rows of the embedding.
+        emb_sz: features of the embedding and of the last layer's output.
+        n_hid: features of the output of every other layer.
+        n_layers: LSTM layers.
+        pad_token: the row of the embedding that gets no gradient from the look-up, in [0, vocab_sz); None for
+            no such row.
+        hidden_p: variational dropout of the output of every layer but the last.
+        input_p: variational dropout of the embedded words.
+        embed_p: dropout of whole words, rows of the embedding.
+        weight_p: DropConnect of the recurrent weights.  Each p is a probability in [0, 1); a fifth one, of
+            the output, belongs to the decoder.
+        bidir: read in both directions.  Each direction then has half of a layer's features, emb_sz // 2 in
+            the last layer and n_hid // 2 in the others, so both sizes must be even.  Unlike in fastai the
+            recurrent weights of the reverse direction are dropped too.
 
-    Unlike in fastai, with bidir the recurrent weights of the reverse direction are dropped too.
+    The state of each call is carried, detached, into the next one: `hidden` is [(h, c)] per layer, `bs` its
+    batch size, which may change between calls (rows beyond it start from zero, missing ones are forgotten).
+    It follows the module's device and dtype and is no part of the state dict.
+
+    Under torch.export and torch.jit.trace each call starts from zeros and nothing is carried, as a program
+    has no place for it: export a module that calls `run` for a state that goes in and out.  torch.jit.trace
+    wants torch.no_grad() around it, or check_trace=False: its check runs without gradients, where the ops
+    save nothing and the graph differs.  torch.utils.checkpoint would repeat forward from a state that has
+    moved on: an error, but not under torch.compile, which cannot see it.  `run` may be checkpointed.
+
+    Raises:
+        ValueError, TypeError: an argument is not what is said above.
     """
 
     def __init__(
@@ -163,9 +178,20 @@ class AWDLSTM(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Read inp and carry the state into the next call.
 
-        inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds; lengths (B,), 0..T in any
-        order: steps beyond carry the state and give zeros.  -> output (B, T, emb_sz); with return_raw also
-        the list of every layer's output before dropout (the last one is `output`: nothing drops it here).
+        Args:
+            inp: (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds.
+            from_embeds: whether inp is embeddings.
+            lengths: int64 (B,), each in 0..T, in any order: steps beyond carry the state and give zeros.
+            return_raw: whether to return every layer's output too.
+            seed: of all dropout masks, as `run`; None draws one.
+
+        Returns:
+            output (B, T, emb_sz); with return_raw also the list of every layer's output before dropout (the
+            last one is `output`: nothing drops it here).
+
+        Raises:
+            ValueError: inp has another shape.
+            RuntimeError: the call is one that torch.utils.checkpoint repeats.
         """
         exporting = is_exporting() or torch.jit.is_tracing()
         if not exporting:
@@ -198,10 +224,20 @@ class AWDLSTM(nn.Module):
         lengths: Tensor | None = None,
         seed: Seed = None,
     ) -> tuple[list[Tensor], Hidden]:
-        """`forward` as a function of the state: -> every layer's output before dropout, new state (attached).
+        """`forward` as a function of the state; the module's own is neither read nor changed.
 
-        hidden may have another batch size than inp; its first rows go on, further ones start from zeros.
-        Calls with the same seed use the same masks, row for row, whatever the batch size.
+        Args:
+            inp, from_embeds, lengths: as in `forward`.
+            hidden: [(h, c)] per layer, each (directions, B, features of one direction).  It may have another
+                batch size than inp: its first rows go on, further ones start from zeros.
+            seed: of all dropout masks.  Calls with the same seed use the same masks, row for row, whatever
+                the batch size.  None draws one where a dropout is active.
+
+        Returns:
+            every layer's output before dropout; the new state, laid out as `hidden`, attached to the graph.
+
+        Raises:
+            ValueError: inp has another shape.
         """
         if inp.dim() != (3 if from_embeds else 2):
             raise ValueError(
@@ -219,7 +255,7 @@ class AWDLSTM(nn.Module):
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
             last = layer == self.n_layers - 1
             mask_seed, drop = None if last else derive_seed(seed, first + 1), {}
-            # the layer's kernel drops its own output, unless a module of another kind has a say in it
+            # the layer's kernel drops its own output, unless the dropout module is of another kind
             if not last and dropout.training and type(dropout).forward is VariationalDropout.forward:
                 drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
             output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
@@ -262,7 +298,7 @@ def _resize_hidden(hidden: Hidden, batch: int) -> Hidden:
     """The state of `batch` rows: the first ones of `hidden`, then zeros."""
 
     def resize(h: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # one graph for every batch: no question which one is larger
+        if torch.compiler.is_compiling():  # one graph for every batch size: no branch on which is larger
             return torch.cat([h, h.new_zeros(h.size(0), batch, h.size(2))], 1)[:, :batch]
         missing = batch - h.size(1)
         if missing <= 0:

@@ -74,8 +74,8 @@ def _is_linear(module: nn.Module) -> bool:
 class Logits(Tensor):
     """Logits (B, T, V) that do not exist until they are read: a decoder's weights and its input (B, T, E).
 
-    Shape, dtype and device are known; everything else is done with the real ones, made then and kept.
-    Like fastai's mixed precision wants them, they are float32 where the input has 16 bits.  RuntimeError
+    Shape, dtype and device are known; every other operation makes the real ones first, and keeps them.
+    As fastai's mixed precision expects, they are float32 where the input has 16 bits.  RuntimeError
     where the weights were changed before the first reading, so that they cannot be made any more.
     """
 
@@ -94,7 +94,7 @@ class Logits(Tensor):
             h, weight, bias = self.parts()
             if not torch.is_autocast_enabled(h.device.type):
                 h = h.to(weight.dtype)
-            # not a plain Tensor: fastai casts one that it gets out of a Logits to the type it put in
+            # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
             kind = TensorBase if type(self.h) is Tensor else type(self.h)
             self.made = linear(h, weight, bias).to(self.dtype).as_subclass(kind)
         return self.made
@@ -134,9 +134,9 @@ class Logits(Tensor):
 
 
 def _looks(tensor: Tensor | None) -> tuple[tuple, Tensor]:
-    """What a change of a weight changes: autograd's count of changes, and some of its elements.
+    """A fingerprint of a weight: autograd's version counter, and some of its elements.
 
-    The latter because fastai's optimizers write to `p.data`, which is not counted.
+    The elements are needed because fastai's optimizers write to `p.data`, which autograd does not count.
     """
     if tensor is None:
         return (), torch.empty(0)
@@ -160,7 +160,7 @@ class FusedDecoder(core.LinearDecoder):
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if not _is_linear(self.decoder) or any(getattr(self.decoder, name) for name in hooks):
             return False
-        # these two look, in what the model returns, for the parameters that will have a gradient
+        # both modes search what the model returns for the parameters that will have a gradient
         ddp = DistributedDataParallel._get_active_ddp_module()
         return ddp is None or not (ddp.find_unused_parameters or ddp.static_graph)
 
@@ -189,6 +189,6 @@ class FusedLoss(CrossEntropyLossFlat):
         return vars(self) | {"learn": None}
 
     def _read_after_the_step(self) -> bool:
-        """Whether a metric will want the logits of this training batch, when the weights are others."""
+        """Whether a metric will read this training batch's logits after the step has changed the weights."""
         learn = self.learn
         return getattr(learn, "training", False) and _in_training(learn) and bool(_readers(learn))

@@ -32,7 +32,7 @@ __all__ = [
 
 
 class _Plain(nn.Module):
-    """Stands before a class of fastai, which ours has for isinstance, so that its constructor is not run."""
+    """Mixed in before a fastai base class: isinstance holds, but fastai's constructor is not called."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -52,12 +52,12 @@ def dropout_mask(x: Tensor, sz: list[int], p: float) -> Tensor:
 
 
 class InnerLSTM(WeightDropLSTM):
-    """What stands in place of the `nn.LSTM` that a `WeightDropout` wraps.
+    """Replaces the `nn.LSTM` that a `WeightDropout` wraps.
 
-    `weight_hh_l0` is there to be looked at, as in fastai: made when it is read, from the last call's mask.
+    `weight_hh_l0` can be read, as in fastai: it is made at that moment, from the last call's mask.
     """
 
-    def __getattr__(self, name: str) -> Any:  # of what is not found otherwise
+    def __getattr__(self, name: str) -> Any:  # only for names that are not found otherwise
         if name == "weight_hh_l0" and "recall" in vars(self):
             return self.recall()
         return super().__getattr__(name)
@@ -127,7 +127,7 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
 class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
     """fastai's `AWD_LSTM`: its constructor, attributes, outputs and state-dict keys, on our kernels.
 
-    What is not as in fastai: with bidir the reverse direction's recurrent weights are dropped too; no weight
+    Differences from fastai: with bidir the reverse direction's recurrent weights are dropped too; no weight
     is copied in eval; it can be deep-copied, pickled and compiled whole.
     """
 
@@ -149,7 +149,7 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         dropouts = dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p)
         for name, p in dropouts.items():
             try:
-                dropouts[name] = p = float(p)  # of NumPy's numbers too, and of tensors
+                dropouts[name] = p = float(p)  # NumPy numbers and tensors too
             except (TypeError, ValueError):
                 raise TypeError(f"{name} must be a number, got {p!r}") from None
             if not 0 <= p < 1:

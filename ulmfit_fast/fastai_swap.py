@@ -47,7 +47,7 @@ class Accelerated:
     """
 
     swapped: list[tuple[Any, str, nn.Module, nn.Module]] = field(default_factory=list)
-    loss_func: Callable | None = None  # the learner's own, where ours stands in its place
+    loss_func: Callable | None = None  # the learner's own, while ours replaces it
     loss: str = ""
 
     def __repr__(self) -> str:
@@ -70,8 +70,8 @@ def accelerate(learn: Learner) -> Learner:
         learn; one that is accelerated already is left as it is.
 
     Raises:
-        TypeError: learn is no Learner, holds no `AWD_LSTM`, or one that was changed: with a module of another
-            class, a forward of its own, an option that the kernels do not have, or compiled already.
+        TypeError: learn is not a Learner, holds no `AWD_LSTM`, or one that was changed: with a module of
+            another class, a forward of its own, an option that the kernels do not have, or compiled already.
     """
     if _record(learn):
         return learn
@@ -114,7 +114,7 @@ def accelerate(learn: Learner) -> Learner:
 
 
 def restore(learn: Learner) -> Learner:
-    """Undo `accelerate`: fastai's own modules and loss again, with the weights and the state of now.
+    """Undo `accelerate`: fastai's own modules and loss again, with the current weights and state.
 
     Raises:
         ValueError: learn was not accelerated.
@@ -126,7 +126,7 @@ def restore(learn: Learner) -> Learner:
         if type(old) is awdlstm.AWD_LSTM:
             _copy_state(old, new)
         else:
-            vars(old).update(vars(new))  # `training`; the rest is the same objects
+            vars(old).update(vars(new))  # `training`; all else is shared
         setattr(parent, name, old)
     if isinstance(learn.loss_func, FusedLoss):
         learn.loss_func = record.loss_func
@@ -156,7 +156,10 @@ def _with_class(module: nn.Module, kind: type) -> nn.Module:
 
 
 def _encoder_like(theirs: awdlstm.AWD_LSTM, name: str) -> AWD_LSTM:
-    """Ours with the parameters of theirs, which is `learn.<name>`; TypeError if ours would compute else."""
+    """Ours with the parameters of theirs, which is `learn.<name>`.
+
+    TypeError if ours would compute something different.
+    """
     if type(theirs.encoder) is not nn.Embedding:
         raise _unlike(f"{name}.encoder", theirs.encoder, "nn.Embedding itself")
     with torch.device("meta"):
@@ -174,7 +177,7 @@ def _encoder_like(theirs: awdlstm.AWD_LSTM, name: str) -> AWD_LSTM:
 
 
 def _check_alike(theirs: nn.Module, ours: nn.Module, name: str) -> None:
-    """TypeError, naming the module, where one of theirs is other than fastai makes it."""
+    """TypeError, naming the module, if one of theirs differs from what fastai builds."""
     twins = dict(ours.named_modules())
     for key, module in theirs.named_modules():
         path = ".".join(filter(None, (name, key)))
@@ -228,5 +231,5 @@ def _copy_state(to: nn.Module, source: nn.Module) -> None:
     for kind, p in (("rnns", "weight_p"), ("hidden_dps", "p")):
         for twin, module in zip(getattr(to, kind), getattr(source, kind), strict=True):
             setattr(twin, p, float(getattr(module, p)))
-    to.reset()  # what the layers keep of a call before
+    to.reset()  # clears what the layers keep from the last call
     to.bs, to.hidden = source.bs, list(source.hidden)

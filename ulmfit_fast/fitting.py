@@ -24,7 +24,7 @@ Callback = Callable[[dict[str, Any]], object] | None
 
 
 class Job(NamedTuple):
-    """Who trains a stage, where, and whom it tells."""
+    """What a stage needs besides its model and data: processes, run directory, progress, callback."""
 
     team: Team
     run: RunDirectory
@@ -91,7 +91,7 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
     shuffle = finetune and config.shuffle_texts
     epoch_stream(
         docs, config.batch_size, config.bptt, config.seed, 0, shuffle
-    )  # raises here when there is too little
+    )  # raises here if the text is too short
     valid_docs = held_out and tokenizer.encode(held_out)
     if valid_docs and sum(map(len, valid_docs)) < 2:
         raise ValueError("valid is too short: 1 token, a perplexity needs at least 2")
@@ -137,7 +137,7 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
 
 
 def prepare(config, out, resume, overwrite, device, progress, callback):
-    """The Job, with all that can be refused before a text is read."""
+    """Validates every argument that can be checked before reading text, and returns the Job."""
     check_train_extras()
     check_show(progress)
     device = pick_device(device)
@@ -145,16 +145,16 @@ def prepare(config, out, resume, overwrite, device, progress, callback):
         raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
     team = Team(device)
     if getattr(config, "cuda_graph", False) and team.size > 1:
-        raise ValueError(f"cuda_graph=True is for one process, and {team.size} train here")
+        raise ValueError(f"cuda_graph=True works in one process only, and {team.size} train here")
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function of a metrics line, got {callback!r}")
+        raise TypeError(f"callback must be None or a function that takes a metrics line, got {callback!r}")
     run = team.directory(out, resume, overwrite)
     return Job(team, run, progress if team.is_first else False, callback)
 
 
 @contextlib.contextmanager
 def own_randomness(seed, device):
-    """torch's default generators begin with `seed` inside, and are the caller's again after it."""
+    """Seeds torch's default generators inside the block, and restores the caller's state after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

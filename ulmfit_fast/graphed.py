@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: captured once, replayed without the host's launching kernel by kernel."""
+"""A training step as a CUDA graph: captured once, replayed without the host launching each kernel."""
 
 from collections import Counter
 

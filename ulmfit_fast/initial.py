@@ -27,7 +27,7 @@ def start_from_frequencies(model, docs):
 
 
 def starting_point(run, argument, backwards=None, decoder=True):
-    """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage is told to start from.
+    """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage starts from.
 
     The Checkpoint's `backwards` is a bool.
 

@@ -1,4 +1,4 @@
-"""How a run that is asked to stop gets to the end of its step."""
+"""Lets a run that is asked to stop finish its step first."""
 
 import contextlib
 import signal
@@ -6,10 +6,10 @@ import threading
 
 
 class DelayedInterrupt(contextlib.AbstractContextManager):
-    """Lets a first Ctrl-C or a SIGTERM wait for `check`: a step is never torn. A second Ctrl-C acts at once.
+    """Delays a first Ctrl-C or a SIGTERM until `check`, between steps. A second Ctrl-C acts at once.
 
-    A signal that the program ignores, or a SIGTERM that it handles, is left to it. Signals reach the main
-    thread alone: elsewhere this does nothing. All processes of a team are interrupted where one is.
+    A signal that the program ignores, or a SIGTERM that it handles, is left to it. Signals reach only the
+    main thread: elsewhere this does nothing. All processes of a team are interrupted where one is.
     """
 
     def __init__(self, team):

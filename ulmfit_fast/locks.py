@@ -9,7 +9,7 @@ _held = set()  # open lock files
 
 
 def _close_copies():
-    """A forked child's copies would hold the locks for as long as it lives."""
+    """Closes a forked child's copies, which would hold the locks for as long as it lives."""
     for file in _held:
         file.close()
     _held.clear()
@@ -23,7 +23,7 @@ def locked(path, what):
     """Holds the lock file `path` and removes it in the end.
 
     BlockingIOError where another process, or another thread of this one, holds it; the message begins with
-    `what` and gives the number of the process. A file system without locks gives a warning.
+    `what` and gives the process id. A file system without locks gives a warning.
     """
     file = _acquire(path, what)
     _held.add(file)
@@ -58,7 +58,7 @@ def _acquire(path, what):
             file.write(str(os.getpid()))
             file.flush()
             return file
-        file.close()  # the holder before has just removed it
+        file.close()  # the previous holder has just removed it
 
 
 def _is_at(file, path):

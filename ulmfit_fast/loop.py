@@ -14,15 +14,25 @@ from .progress import Progress
 class Loop:
     """Trains `model` and leaves everything in a run directory.
 
-    groups: lists of parameters, first layer group to last.      plan: list of schedules.Phase.
-    batches(epoch): a sequence of the epoch's batches, tuples of tensors, the last of which holds the targets;
-    a function of the epoch alone.
-    loss_of(model, batch): (loss to minimise, {name: mean over the batch's rows}), by `model` or its wrapper.
-    tokens_of(batch): how many tokens a batch has.
-    validate(between): figures of the validation set; it calls between(), if not None, after each batch.
-    validate_first: it is also measured before the first step.
-    before_epoch(): called before an epoch's first step.         hidden: get/set of state carried between
-    steps.                                                       team: the processes that train together.
+    Args:
+        model: on the device where it trains.
+        groups: lists of parameters, first layer group to last.
+        plan: list of schedules.Phase.
+        config: the stage's dataclass.
+        run: the RunDirectory, which the caller has begun.
+        team: the processes that train together.
+        batches: batches(epoch) is the sequence of the epoch's batches, tuples of tensors, the last of which
+            holds the targets; a function of the epoch alone.
+        loss_of: loss_of(model, batch) is (loss to minimise, {name: mean over the batch's rows}); it gets
+            `model`, or the team's wrapper of it.
+        tokens_of: tokens_of(batch) is the number of tokens in a batch.
+        validate: validate(between) gives the figures of the validation set; it calls between(), if not None,
+            after each batch. None: there is no validation set.
+        validate_first: whether to validate before the first step too.
+        before_epoch: called without arguments before an epoch's first step.
+        get_hidden, set_hidden: read and replace the state that is carried between steps, [(h, c)] per layer.
+        title: what the progress bar is called.
+        progress, callback: as in `train.pretrain_lm`.
     """
 
     def __init__(
@@ -73,7 +83,7 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
         self.n_trainable, self.rate = None, 0.0
-        self.wrapped, self.weight = model, 1.0  # the model as the team trains it; of this process's rows
+        self.wrapped, self.loss_share = model, 1.0  # DDP-wrapped model; loss weight of this process's rows
         self.saved = None  # the step of the state that the directory holds
         self.since_line, self.in_epoch = _Sums(), _Sums()
 
@@ -83,6 +93,10 @@ class Loop:
         Ctrl-C or SIGTERM ends the step under way, or the batch of a validation, saves the state and raises
         KeyboardInterrupt; so does a KeyboardInterrupt of the callback, which is called with a metrics line
         after each logged step.
+
+        Raises:
+            FloatingPointError: the loss or a weight became infinite or NaN; what was saved before is kept.
+            ValueError: `state` was saved by another number of processes.
         """
         self.model.train()
         if state is not None:
@@ -139,7 +153,7 @@ class Loop:
         if self.since_line.targets:  # interrupted after the last step, before its line was written
             self._log()
         self.team.equalise(self.model)
-        # may be interrupted: nothing is logged before
+        # an interrupt in here loses nothing: the epoch's lines are written after it
         figures = self.validate(self.interrupt.check) if self.validate else None
         line = self._line("epoch", self.in_epoch)
         self.run.log(line)
@@ -185,18 +199,18 @@ class Loop:
                 group["lr"] = self.rate * factor
 
     def _place_rates(self):
-        """Learning rates lie on the device where a graph has to find new ones there, else on the host."""
+        """Puts learning rates on the device if steps replay a CUDA graph, which reads them there."""
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
             graphed = isinstance(self.take_step, GraphedStep)
             group["lr"] = torch.tensor(rate, device=self.device) if graphed else rate
 
     def _take_step(self, batch):
-        """One update. Nothing here waits for the device, or a graph could not hold it."""
+        """One update. Nothing here may wait for the device, or a CUDA graph could not capture it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures = self.loss_of(self.wrapped, batch)
         self.optimizer.zero_grad()
-        (loss * self.weight).backward()
+        (loss * self.loss_share).backward()
         if self.config.clip:
             trainable = [p for group in self.groups for p in group if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trainable, self.config.clip)
@@ -205,14 +219,14 @@ class Loop:
 
     def _account(self, batch):
         start = time.perf_counter()
-        mine, self.weight = self.team.share(batch)
+        mine, self.loss_share = self.team.share(batch)
         targets, tokens = batch[-1].numel(), self.tokens_of(batch)
-        part = targets * self.weight / self.team.size
+        part = targets * self.loss_share / self.team.size
         totals = {name: x.double() * part for name, x in self.take_step(mine).items()}
         self.since_line.add(totals, targets, tokens, time.perf_counter() - start)
 
     def _log(self):
-        """Logs the means since the last line; counts them into the epoch's."""
+        """Logs the means since the last line and adds the sums to the epoch's."""
         start = time.perf_counter()
         totals, *counts = self.since_line.numbers()  # waits for the device
         sums = _Sums(self.team.sum(totals), *counts)
@@ -239,7 +253,7 @@ class Loop:
         def call():
             self.callback(line)
 
-        self.team.first(call)
+        self.team.run_on_first(call)
 
     def _log_valid(self, epoch, figures):
         line = {"kind": "valid", "step": self.step, "epoch": epoch, **figures}
@@ -247,7 +261,7 @@ class Loop:
         return line
 
     def _check_weights(self):
-        """The loss shows what an update has spoilt only at the next step: no such weights are saved."""
+        """Refuses to save infinite or NaN weights: the loss shows a bad update only at the next step."""
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise FloatingPointError(
@@ -259,7 +273,7 @@ class Loop:
         return f"lr={self.config.lr}; a lower lr or clip helps. {self.run.path} keeps {kept}"
 
     def save(self):
-        """All that decides the numbers of later steps."""
+        """Saves everything that later steps depend on."""
         self._check_weights()
         self.run.save_state(
             {
@@ -276,7 +290,7 @@ class Loop:
         self.saved = self.step
 
     def _own_state(self):
-        """What each process has of its own."""
+        """The part of the state that differs between processes."""
         on_gpu = self.device.type == "cuda"
         return {
             "hidden": [tuple(state.cpu() for state in pair) for pair in self.get_hidden()],
@@ -318,5 +332,5 @@ class _Sums:
         self.seconds += seconds
 
     def numbers(self):
-        """What makes an equal one: numbers of the host in place of the device's."""
+        """The arguments that build an equal object, with totals as floats on the host."""
         return {name: float(x) for name, x in self.totals.items()}, self.targets, self.tokens, self.seconds

@@ -23,6 +23,13 @@ def derive_seed(seed: Seed, k: int) -> Seed:
     return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
 
 
+def refuse_options(emb: nn.Embedding, owner: str) -> None:
+    """ValueError for an embedding with options that the op lacks; `owner` is whose argument it is."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(emb, option):
+            raise ValueError(f"{owner} has no nn.Embedding({option}={getattr(emb, option)})")
+
+
 class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
@@ -55,9 +62,7 @@ class EmbeddingDropout(nn.Module):
 
     def __init__(self, emb: nn.Embedding, embed_p: float) -> None:
         super().__init__()
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(emb, option):
-                raise ValueError(f"EmbeddingDropout has no nn.Embedding({option}={getattr(emb, option)})")
+        refuse_options(emb, "EmbeddingDropout")
         self.emb = emb
         self.embed_p = check_probability("EmbeddingDropout", "embed_p", embed_p)
 
@@ -180,11 +185,25 @@ class WeightDropLSTM(nn.Module):
         dropout_p: float | None = None,
         dropout_seed: Seed = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """-> output, (h_n, c_n); where dropout_p is given also output after a variational dropout with it.
+        """All layers over x.
 
-        x (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H), without
-        B where x has none; output like x with directions * H features; h_n, c_n like hx; weights in place
-        of the module's own, in the order of `all_weights`; dropout_p is used as it is, in eval too.
+        Args:
+            x: (T, B, I), or (B, T, I) with batch_first, or (T, I) for one sequence.
+            hx: (h_0, c_0), each (layers * directions, B, H), without B where x has none; None for zeros.
+            lengths: int64 (B,), each in 0..T, in any order, see the class.
+            seed: of all masks, see the class; None draws one where a mask is wanted.
+            weights: used in place of the module's own, in the order of `all_weights`.
+            dropout_p: where given, output is also returned after a variational dropout with this probability,
+                in eval too.
+            dropout_seed: of that dropout's mask.
+
+        Returns:
+            output, like x with directions * H features; (h_n, c_n), each like h_0; where dropout_p is given
+            also the dropped output (with dropout_p=0 output itself).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an argument is not what is said above; where `nn.LSTM` raises
+                too, with its type and message.
         """
         weights = self.all_weights if weights is None else weights
         self._check_input(x, weights[0][0], lengths)

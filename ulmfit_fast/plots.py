@@ -52,7 +52,7 @@ def _line(axis, lines, key, colour, label, **style):
 
 
 def _smoothed(lines, key):
-    """The mean over about a twentieth of the points, half of them before and half behind each."""
+    """The mean over about a twentieth of the points, half of them before and half after each."""
     half, out = max(1, len(lines) // 40), []
     for i, line in enumerate(lines):
         near = lines[max(0, i - half) : i + half + 1]

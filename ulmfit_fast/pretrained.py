@@ -22,7 +22,7 @@ from .runs import MODEL, TOKENIZER, read_config
 from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
 from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
 
-# what has a row for each word: ends of keys
+# ends of the keys whose tensors have a row for each word
 _PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -31,12 +31,15 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 class Checkpoint:
     """Weights under fastai 2's names, which are this library's own, and what came with them.
 
-    source: the file or URL. format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7",
-    "salesforce" or "torch". state: of a language model, a classifier or an encoder, on the CPU. tokens: the
-    word of each row of the embedding, or None where the file has none. notes: what was missing, left out or
-    unusual. known: after `with_tokens`, how many of the words were known. backwards: whether the model reads
-    texts from their ends, where the file says it: in a run directory or a file of `save_checkpoint`; else
-    None.
+    Args:
+        source: the file or URL.
+        format: whose it was: "ulmfit_fast", "fastai 2", "fastai 1", "fastai 0.7", "salesforce" or "torch".
+        state: of a language model, a classifier or an encoder, on the CPU.
+        tokens: the word of each row of the embedding, or None where the file has none.
+        notes: what was missing, left out or unusual.
+        known: after `with_tokens`, how many of the words were known.
+        backwards: whether the model reads texts from their ends, where the file says it (a run directory or a
+            file of `save_checkpoint`); else None.
     """
 
     source: str
@@ -50,7 +53,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         rows = self.parts.embedding
         if self.tokens is not None and not all(isinstance(token, str) for token in self.tokens):
-            raise ValueError(f"{self.source} comes with tokens that are no str")
+            raise ValueError(f"{self.source} comes with tokens that are not str")
         if self.tokens is not None and (rows is None or len(self.tokens) != len(rows)):
             words = "no embedding" if rows is None else f"an embedding of {len(rows):,}"
             raise ValueError(f"{self.source} comes with {len(self.tokens):,} words, but {words}")
@@ -59,7 +62,7 @@ class Checkpoint:
 
     @functools.cached_property
     def parts(self) -> Parts:
-        """The weights without names, for other models than this library's."""
+        """The weights without names, for use in models other than this library's."""
         return parse(self.state, self.source)
 
     @property
@@ -147,18 +150,23 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None = None) -> Checkpoint:
-    """The weights at a path or URL, whoever wrote them: see `Checkpoint` for what can be done with them.
+    """The weights at a path or URL, whoever wrote them. No code of a file ever runs.
 
-    path: a run directory; a safetensors file; a torch file of fastai 2 or 1 (language model, classifier or
-    encoder, with or without optimizer), of fastai 0.7 (named .h5), of salesforce/awd-lstm-lm (the pickled
-    [model, criterion, optimizer], or a state dict), of stock nn.LSTMs; a published archive such as
-    wt103-fwd.tgz with its words. A str that begins with http://, https:// or file:// is fetched first
-    (`archives.local_copy`).
-    tokens: the words, or the path of their pickle (itos_wt103.pkl), where they are not in the file itself;
-    None looks for NAME_itos.pkl beside NAME.pth, which `save_checkpoint` writes.
+    Args:
+        path: a run directory; a safetensors file; a torch file of fastai 2 or 1 (language model, classifier
+            or encoder, with or without optimizer), of fastai 0.7 (named .h5), of salesforce/awd-lstm-lm (the
+            pickled [model, criterion, optimizer], or a state dict), of stock nn.LSTMs; a published archive
+            such as wt103-fwd.tgz with its words. A str that begins with http://, https:// or file:// is
+            fetched first (`archives.local_copy`).
+        tokens: the words, or the path of their pickle (itos_wt103.pkl), where they are not in the file
+            itself; None looks for NAME_itos.pkl beside NAME.pth, which `save_checkpoint` writes.
 
-    No code of a file ever runs. Raises OSError if it cannot be read, ValueError, naming it, if it is damaged,
-    unsafe, or not a whole AWD-LSTM.
+    Returns:
+        Checkpoint, whose methods build the models.
+
+    Raises:
+        OSError: the file cannot be read or fetched.
+        ValueError: the file is damaged, unsafe, or not a whole AWD-LSTM; the message names it.
     """
     source = str(path)
     path = archives.local_copy(source) if archives.is_address(source) else Path(path)
@@ -255,11 +263,10 @@ def save_checkpoint(
 ) -> None:
     """Write weights such that another program loads them; `load_checkpoint` reads all of them back.
 
-    model: a language model, a classifier or an encoder, of this library or with known keys, a Checkpoint, a
-    TrainedLM or TrainedClassifier, or a state dict. format:
+    Files appear whole or not at all. The formats:
 
     - "ulmfit_fast": safetensors, with the words and, where it is known, the direction. The other formats have
-      no place for it: UserWarning where the name of the file tells another one.
+      no place for the direction: a UserWarning says so if the file name implies the other one.
     - "fastai": what `learn.load`, `load_encoder` (an encoder) and `pretrained_fnames` take; the words go into
       NAME_itos.pkl beside NAME.pth. For a model whose decoder has no bias the config there needs
       out_bias=False.
@@ -268,8 +275,16 @@ def save_checkpoint(
       nn.LSTMs, decoder.weight and .bias for an nn.Linear, head.{i}.0 and .2 for a classifier's BatchNorm1d
       and its nn.Linear without bias.
 
-    tokens: the words of the rows; None takes those of a Checkpoint, a TrainedLM or a TrainedClassifier.
-    Files appear whole or not at all. ValueError: the model has no such form.
+    Args:
+        path: the file to write.
+        model: a language model, a classifier or an encoder, of this library or with known keys, a Checkpoint,
+            a TrainedLM or TrainedClassifier, or a state dict.
+        format: one of the above.
+        tokens: the words of the rows; None takes those of a Checkpoint, a TrainedLM or a TrainedClassifier.
+
+    Raises:
+        ValueError: `format` is none of these, the model has no such form, or `tokens` has not one word for
+            each row of the embedding.
     """
     if format not in ("ulmfit_fast", *FORMATS):
         raise ValueError(f"format must be one of ulmfit_fast, {', '.join(FORMATS)}, got {format!r}")

@@ -12,7 +12,7 @@ def check_show(show):
 
 
 def announce(text, show):
-    """A line on standard error, where a run with this `show` writes there at all."""
+    """Prints a line on standard error if a run with this `show` writes there."""
     if show in (True, "lines") or (show is None and sys.stderr.isatty()):
         print(text, file=sys.stderr, flush=True)
 

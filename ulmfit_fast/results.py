@@ -7,33 +7,40 @@ import contextlib
 import math
 import numbers
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from . import ops
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
+from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
 
+_Model = TypeVar("_Model", bound=nn.Module)
+_Config = TypeVar("_Config")
 
-def build_lm(sizes, vocab_size, dropouts):
+
+def build_lm(sizes: ModelConfig, vocab_size: int, dropouts: dict[str, float]) -> LanguageModel:
     """A LanguageModel with fresh weights. sizes: ModelConfig; dropouts: the five probabilities."""
     return LanguageModel(build_encoder(sizes, vocab_size, dropouts), output_p=dropouts["output_p"])
 
 
-def build_encoder(sizes, vocab_size, dropouts):
+def build_encoder(sizes: ModelConfig, vocab_size: int, dropouts: dict[str, float]) -> AWDLSTM:
     inner = {name: dropouts[name] for name in ("hidden_p", "input_p", "embed_p", "weight_p")}
     return AWDLSTM(vocab_size, sizes.emb_sz, sizes.n_hid, sizes.n_layers, pad_token=PAD_ID, **inner)
 
 
-def build_classifier(sizes, vocab_size, n_classes, config):
+def build_classifier(
+    sizes: ModelConfig, vocab_size: int, n_classes: int, config: ClassifierConfig
+) -> TextClassifier:
     """A TextClassifier with fresh weights, as a ClassifierConfig describes it."""
     dropouts = config.dropouts()
     hidden = [config.head_hidden] if config.head_hidden else []
@@ -47,13 +54,27 @@ def build_classifier(sizes, vocab_size, n_classes, config):
     )
 
 
-class _Result:
-    """model (in eval mode), tokenizer, config (the stage's dataclass), path, history (all lines of
-    metrics.jsonl).
+class _Result(Generic[_Model, _Config]):
+    """What TrainedLM and TrainedClassifier share.
+
+    Args:
+        model: put into eval mode.
+        tokenizer: the run's.
+        config: the stage's dataclass.
+        path: the run directory, made absolute; None: there is none.
+        history: all lines of metrics.jsonl.
     """
 
-    def __init__(self, model, tokenizer, config, path=None, history=()):
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+    def __init__(
+        self,
+        model: _Model,
+        tokenizer: Tokenizer,
+        config: _Config,
+        path: str | pathlib.Path | None = None,
+        history: Iterable[dict[str, Any]] = (),
+    ) -> None:
+        self.model: _Model = model.eval()
+        self.tokenizer, self.config = tokenizer, config
         self.path = None if path is None else pathlib.Path(path).absolute()  # also after os.chdir
         self.history = list(history)
 
@@ -91,7 +112,7 @@ class _Result:
         return f"{type(self).__name__}({str(self.path)!r}, {words} words, {way}on {self.device})"
 
 
-class TrainedLM(_Result):
+class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
     """A language model of stage 1 or 2."""
 
     def perplexity(self, texts: Sources, batch_size: int = 16) -> float:
@@ -100,11 +121,14 @@ class TrainedLM(_Result):
         A backward model reads the texts in their order too, but each from its end to its xxbos, and predicts
         each token from those to its right.
 
-        texts: as the `sources` of pretrain_lm, texts or paths. No dropout; state is carried from window to
-        window, beginning with zeros; every token but the very first is scored once. The stream is read in
-        `batch_size` columns, each beginning with zero state: batch_size=1 gives the figure of an unbroken
-        reading, more columns nearly the same one sooner. Words outside the vocabulary count as xxunk, so
-        perplexities of models with different vocabularies do not compare.
+        No dropout; state is carried from window to window, beginning with zeros; every token but the very
+        first is scored once. Words outside the vocabulary count as xxunk, so perplexities of models with
+        different vocabularies do not compare.
+
+        Args:
+            texts: as the `sources` of pretrain_lm, texts or paths.
+            batch_size: columns in which the stream is read, each beginning with zero state: 1 gives the
+                figure of an unbroken reading, more columns nearly the same one sooner.
         """
         batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(read_texts(texts))
@@ -118,12 +142,17 @@ class TrainedLM(_Result):
         Words of the prompt outside the vocabulary appear as xxunk. Markers count as tokens; xxbos becomes a
         line break.
 
-        A backward model continues to the left, from the last word of the prompt, with which a text ends, to
-        its first and on: the new words stand before the prompt, and all in the normal order. Its first new
-        token may be a marker, which then holds for the prompt's first word ("film" becomes "Film").
+        A backward model reads the prompt as the end of a text, from its last word to its first, and continues
+        to the left: the new words stand before the prompt, and all in the normal order. Its first new token
+        may be a marker, which then applies to the prompt's first word ("film" becomes "Film").
 
-        temperature: 0 takes the likeliest token each time, 1 draws from the model's distribution. seed: None
-        draws from torch's default generator. xxunk and xxpad are never drawn.
+        Args:
+            prompt: the text to continue; "" begins a new one.
+            n: tokens to add.
+            temperature: 0 takes the most likely token each time, 1 draws from the model's distribution.
+            seed: of the drawn tokens; None draws from torch's default generator.
+
+        xxunk and xxpad are never drawn.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be str, got {type(prompt).__name__}")
@@ -146,15 +175,21 @@ class TrainedLM(_Result):
         return self.tokenizer.decode(ids)
 
 
-def _draw(logits, temperature, generator):
-    """An index drawn from the softmax of logits / temperature; the likeliest at 0."""
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    """An index drawn from the softmax of logits / temperature; the most likely one at 0."""
     if temperature == 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()) / temperature  # the largest is 0: a tiny temperature overflows to -inf
     return int(torch.multinomial(scaled.softmax(0), 1, generator=generator))
 
 
-def stream_loss(model, docs, batch_size, bptt, between=None):
+def stream_loss(
+    model: LanguageModel,
+    docs: Sequence[np.ndarray],
+    batch_size: int,
+    bptt: int,
+    between: Callable[[], object] | None = None,
+) -> float:
     """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves its mode and its
     carried state as they were. between: called after each batch; what it raises ends the measurement.
     """
@@ -175,8 +210,8 @@ def stream_loss(model, docs, batch_size, bptt, between=None):
 
 
 @contextlib.contextmanager
-def _evaluating(model):
-    """Evaluation mode without gradients inside, the mode it was in after it."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; restores the mode after it."""
     was_training = model.training
     model.eval()
     try:
@@ -186,7 +221,7 @@ def _evaluating(model):
         model.train(was_training)
 
 
-def _count(name, value, least):
+def _count(name: str, value: Any, least: int) -> int:
     """`value` as an int; ValueError unless it is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -202,7 +237,7 @@ class Predictor(abc.ABC):
     def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray: ...
 
     def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
-        """The likeliest class of each text."""
+        """The most likely class of each text."""
         return [self.classes[i] for i in self.predict_proba(texts, batch_size).argmax(1)]
 
     def accuracy(self, texts: Iterable[str], labels: Labels, batch_size: int = 64) -> float:
@@ -213,10 +248,18 @@ class Predictor(abc.ABC):
         return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), labels, strict=True)]))
 
 
-class TrainedClassifier(_Result, Predictor):
+class TrainedClassifier(_Result[TextClassifier, ClassifierConfig], Predictor):
     """A classifier of stage 3; `classes` in the order of predict_proba's columns."""
 
-    def __init__(self, model, tokenizer, config, classes, path=None, history=()):
+    def __init__(
+        self,
+        model: TextClassifier,
+        tokenizer: Tokenizer,
+        config: ClassifierConfig,
+        classes: Iterable[str] | Iterable[int],
+        path: str | pathlib.Path | None = None,
+        history: Iterable[dict[str, Any]] = (),
+    ) -> None:
         super().__init__(model, tokenizer, config, path, history)
         self.classes = list(classes)
 
@@ -227,7 +270,13 @@ class TrainedClassifier(_Result, Predictor):
         return document_logits(self.model, docs, len(self.classes), batch_size).softmax(1).numpy()
 
 
-def document_logits(model, docs, n_classes, batch_size, between=None):
+def document_logits(
+    model: TextClassifier,
+    docs: Sequence[np.ndarray],
+    n_classes: int,
+    batch_size: int,
+    between: Callable[[], object] | None = None,
+) -> Tensor:
     """float32 (len(docs), n_classes) on the CPU, in the order of `docs`; leaves the model's mode as it
     was. between: as in stream_loss.
     """

@@ -7,8 +7,8 @@ tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
 metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
 curves.png         the same as a picture
-state.pt           while the run is unfinished: all that is needed to go on with the same numbers
-.lock              while a process trains there: its number
+state.pt           while the run is unfinished: all that is needed to continue with the same results
+.lock              while a process trains there: its process id
 """
 
 import contextlib
@@ -19,12 +19,16 @@ import os
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from .checkpoints import atomic_write, load_model, name_file, save_model
 from .config import STAGES, ModelConfig, unknown_key_message
 from .locks import locked
+from .text import Tokenizer
 
 FORMAT, STATE_FORMAT = 1, 3
 CONFIG, TOKENIZER, MODEL, METRICS = "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl"
@@ -32,8 +36,8 @@ CURVES, STATE, LOCK = "curves.png", "state.pt", ".lock"
 FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)
 
 
-def as_directory(path, argument):
-    """`path` as a pathlib.Path; TypeError for anything that is none."""
+def as_directory(path: str | os.PathLike[str], argument: str) -> pathlib.Path:
+    """`path` as a pathlib.Path; TypeError if it is not a path."""
     try:
         return pathlib.Path(path)
     except TypeError:
@@ -42,7 +46,7 @@ def as_directory(path, argument):
         ) from None
 
 
-def fingerprint(*data):
+def fingerprint(*data: Any) -> str:
     """A hash of what a run learns from: dicts of tensors, lists and other values that JSON has."""
     digest = hashlib.sha256()
     for part in data:
@@ -57,7 +61,7 @@ def fingerprint(*data):
     return digest.hexdigest()
 
 
-def read_config(path, argument="run_dir"):
+def read_config(path: str | os.PathLike[str], argument: str = "run_dir") -> dict[str, Any]:
     """The contents of config.json in `path`, checked; "config" becomes the stage's dataclass, "model" a
     ModelConfig. Without "backwards" it is False: earlier versions read forwards alone.
     """
@@ -88,19 +92,19 @@ class RunDirectory:
     """The directory of one training run, for writing.
 
     A directory that holds a run is refused unless `overwrite` (start anew) or `resume` (go on; an empty
-    directory starts from the beginning). One that has files of these names, but is no run's, is refused
-    always.
+    directory starts from the beginning). One that is not a run's, but has files of these names, is
+    always refused.
     """
 
-    def __init__(self, path, resume=False, overwrite=False):
+    def __init__(self, path: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> None:
         self.path, self.resume, self.overwrite = as_directory(path, "out"), resume, overwrite
         if resume and overwrite:
             raise ValueError("resume=True and overwrite=True contradict each other")
         self._lines = 0
         self._existing()
 
-    def _existing(self):
-        """What config.json says of the run that `resume` finds, or None; an error for what must stay."""
+    def _existing(self) -> dict[str, Any] | None:
+        """What config.json says of the run that `resume` finds, or None; an error if `path` must stay."""
         where = f"out={str(self.path)!r}"
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{where} is a file; a run needs a directory of its own")
@@ -124,8 +128,8 @@ class RunDirectory:
             )
         return record
 
-    def holds_finished(self, record):
-        """Whether `resume` finds the run that `record` describes, and complete; ValueError for another one.
+    def holds_finished(self, record: dict[str, Any]) -> bool:
+        """Whether `resume` finds the run that `record` describes, finished; ValueError if it is another run.
 
         record: stage, preset, model (ModelConfig), backwards, config (the stage's dataclass), classes, data
         (a hash).
@@ -136,7 +140,7 @@ class RunDirectory:
         self._compare(old, record)
         return old["finished"]
 
-    def _compare(self, old, new):
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         where = f"out={str(self.path)!r}"
         if old["stage"] != new["stage"]:
             raise ValueError(
@@ -156,10 +160,10 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def begin(self, record, tokenizer):
+    def begin(self, record: dict[str, Any], tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
         """Holds the directory and yields the state to go on from, or None where the run begins.
 
-        A new run first takes away what is left of an earlier one: its weights would be loaded under the new
+        A new run first removes what is left of an earlier one, whose weights would be loaded under the new
         options. record: as for `holds_finished`.
         """
         self.record = {"format": FORMAT, **record, "finished": False}
@@ -179,7 +183,7 @@ class RunDirectory:
             self._write(TOKENIZER, tokenizer.to_json().encode())
             yield None
 
-    def _read_state(self):
+    def _read_state(self) -> dict[str, Any]:
         file = self.path / STATE
         try:
             with zipfile.ZipFile(file) as archive:
@@ -195,30 +199,30 @@ class RunDirectory:
             raise ValueError(f"{str(file)!r} cannot be read ({reason}); overwrite=True starts anew") from None
         return state
 
-    def _write(self, name, data):
+    def _write(self, name: str, data: bytes | memoryview) -> None:
         atomic_write(self.path / name, data)
 
-    def _write_config(self):
+    def _write_config(self) -> None:
         plain = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in self.record.items()}
         self._write(CONFIG, (json.dumps(plain, indent=2) + "\n").encode())
 
-    def save_state(self, state):
+    def save_state(self, state: dict[str, Any]) -> None:
         """Replaces state.pt as a whole. state: dicts, lists, numbers and tensors."""
         buffer = io.BytesIO()
         torch.save({**state, "format": STATE_FORMAT, "metric_lines": self._lines}, buffer)
         self._write(STATE, buffer.getbuffer())
 
-    def save_model(self, model):
+    def save_model(self, model: nn.Module) -> None:
         save_model(self.path / MODEL, model)
 
-    def finish(self, model):
+    def finish(self, model: nn.Module) -> None:
         """The final weights; then config.json says finished, and state.pt goes."""
         self.save_model(model)
         self.record["finished"] = True
         self._write_config()
         (self.path / STATE).unlink(missing_ok=True)
 
-    def log(self, line):
+    def log(self, line: dict[str, Any]) -> None:
         """Appends one metrics line (a dict), or nothing where the disk is full (OSError)."""
         file = self.path / METRICS
         size = file.stat().st_size if file.exists() else 0
@@ -232,17 +236,17 @@ class RunDirectory:
             raise
         self._lines += 1
 
-    def keep_lines(self, n):
+    def keep_lines(self, n: int) -> None:
         """Drops the metrics lines written after the state that is resumed."""
         file = self.path / METRICS
         lines = file.read_bytes().splitlines(keepends=True)[:n] if file.exists() else []
         self._write(METRICS, b"".join(lines))
         self._lines = len(lines)
 
-    def history(self):
+    def history(self) -> list[dict[str, Any]]:
         return read_history(self.path)
 
-    def plot(self):
+    def plot(self) -> None:
         """Draws curves.png from metrics.jsonl; where that fails, a warning says why."""
         try:
             from .plots import curves
@@ -253,13 +257,13 @@ class RunDirectory:
             warnings.warn(f"{str(self.path / CURVES)!r} could not be drawn: {reason}", stacklevel=2)
 
 
-def _options(record):
+def _options(record: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters, sizes and direction of a record in one dict."""
     return {**record["config"].to_dict(), **record["model"].to_dict(), "backwards": record["backwards"]}
 
 
-def _is_ours(config):
-    """Whether a config.json is that of a run. A damaged one is taken for it, another program's is not."""
+def _is_ours(config: pathlib.Path) -> bool:
+    """Whether a config.json is that of a run. A damaged one counts as such, another program's does not."""
     if not config.exists():
         return False
     try:
@@ -269,10 +273,11 @@ def _is_ours(config):
     return isinstance(content, dict) and bool({"format", "stage"} & content.keys())
 
 
-def read_history(path):
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl as dicts, none when there is no such file.
 
-    A last line that is cut short, by a power cut or a full disk, is left out; ValueError for another one.
+    A last line that is cut short, by a power cut or a full disk, is left out; a malformed earlier line raises
+    ValueError.
     """
     file = pathlib.Path(path) / METRICS
     if not file.exists():
@@ -281,7 +286,7 @@ def read_history(path):
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            entry["kind"]  # noqa: B018  (what is no metrics line raises here)
+            entry["kind"]  # noqa: B018  (raises if this is no metrics line)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{str(file)!r}, line {number} is no metrics line: {error}") from None
@@ -290,7 +295,7 @@ def read_history(path):
     return history
 
 
-def load_weights(model, path):
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads model.safetensors of the run at `path` into `model`."""
     file = pathlib.Path(path) / MODEL
     if not file.exists():

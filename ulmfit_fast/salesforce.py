@@ -4,13 +4,13 @@
     from ulmfit_fast.salesforce import SplitCrossEntropyLoss      # in place of: from splitcross import ...
 
 Constructors, calls, attributes and state-dict keys are theirs; sequences come first, (T, B).  What differs:
-training goes on after an evaluation (theirs raises TypeError on torch of today); an evaluation leaves nothing
-in the state dict; rnn_type is "LSTM" alone; nothing is printed.
+training goes on after an evaluation (theirs raises TypeError with current torch); an evaluation leaves
+nothing in the state dict; rnn_type is "LSTM" alone; nothing is printed.
 
 main.py keeps pickled objects, [model, criterion, optimizer], and reads them with torch.load, which since
 torch 2.6 refuses classes that it does not know.  So importing this module tells it those that such a file of
 these classes names (torch.serialization.add_safe_globals), that their criterion may be read as ours, and a
-defaultdict as a dict.  Nothing of that is needed for `RNNModel.from_checkpoint`, which reads such files as
+defaultdict as a dict.  None of this is needed for `RNNModel.from_checkpoint`, which reads such files as
 data, theirs too.
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from . import ops
 from .checkpoints import load_state
-from .nn import WeightDropLSTM
+from .nn import WeightDropLSTM, refuse_options
 from .pretrained import Checkpoint, load_checkpoint
 
 __all__ = ["LockedDropout", "RNNModel", "SplitCrossEntropyLoss", "WeightDrop", "embedded_dropout"]
 
-_NO_END = 100 * 1000000  # stands for the vocabulary's
+_NO_END = 100 * 1000000  # in place of the end of the vocabulary
 
 Hidden = Sequence[tuple[Tensor, Tensor]]  # per layer (h, c), each (1, B, features)
 
@@ -41,9 +41,7 @@ def embedded_dropout(
 
     scale multiplies the weights; it must expand to their shape (V, E).
     """
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embed, option):
-            raise ValueError(f"embedded_dropout has no nn.Embedding({option}={getattr(embed, option)})")
+    refuse_options(embed, "embedded_dropout")
     weight = embed.weight if scale is None else scale.expand_as(embed.weight) * embed.weight
     return ops.embedding_dropout(weight, words, dropout or 0.0, padding_idx=embed.padding_idx)
 
@@ -72,12 +70,8 @@ class WeightDrop(nn.Module):
             module = _fused(module)
         elif isinstance(module, nn.RNNBase):
             raise TypeError(f"WeightDrop takes no {type(module).__name__}: of torch's RNNs the LSTM alone")
-        self.module, self.weights, self.dropout, self.variational = (
-            module,
-            list(weights),
-            dropout,
-            variational,
-        )
+        self.module, self.weights = module, list(weights)
+        self.dropout, self.variational = dropout, variational
         for name in weights:
             module.register_parameter(name + "_raw", module._parameters.pop(name))
 
@@ -221,10 +215,8 @@ class SplitCrossEntropyLoss(nn.Module):
         splits = list(splits)
         if splits != sorted(set(splits)) or any(split <= 0 for split in splits):
             raise ValueError(f"splits must be increasing numbers greater than zero, got {splits}")
-        self.hidden_size, self.splits = (
-            hidden_size,
-            [0, *splits, _NO_END],
-        )  # as theirs, which may be read as ours
+        self.hidden_size = hidden_size
+        self.splits = [0, *splits, _NO_END]  # as theirs, which may be read as ours
         if splits:
             self.tail_vectors = nn.Parameter(torch.zeros(len(splits), hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(splits)))
@@ -288,7 +280,7 @@ class SplitCrossEntropyLoss(nn.Module):
 
 
 def _dict(*args: object) -> dict:
-    """What a pickled defaultdict, empty as yet, is read as: torch.load fills nothing but dicts."""
+    """Read in place of a pickled defaultdict, which is still empty then: torch.load fills only dicts."""
     return {}
 
 

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 
-def stlr(t, T, lr_max, cut_frac=0.1, ratio=32.0):
+def stlr(t: int, T: int, lr_max: float, cut_frac: float = 0.1, ratio: float = 32.0) -> float:
     """Slanted triangular rate at step t of T (Howard and Ruder 2018, equation 3), t from 0 to T - 1.
 
     Rises linearly to `lr_max` over the first floor(T * cut_frac) steps and falls linearly to lr_max / ratio.
@@ -15,7 +15,9 @@ def stlr(t, T, lr_max, cut_frac=0.1, ratio=32.0):
     return lr_max * (1 + p * (ratio - 1)) / ratio
 
 
-def one_cycle(t, T, lr_max, pct_start=0.25, div=25.0, div_final=1e5):
+def one_cycle(
+    t: int, T: int, lr_max: float, pct_start: float = 0.25, div: float = 25.0, div_final: float = 1e5
+) -> float:
     """Cosine from lr_max / div up to `lr_max` and down to lr_max / div_final (Smith 2018, with fastai 2's
     numbers).
     """
@@ -26,22 +28,16 @@ def one_cycle(t, T, lr_max, pct_start=0.25, div=25.0, div_final=1e5):
     return _cosine(lr_max, lr_max / div_final, (t - rise) / max(1e-9, T - rise))
 
 
-def constant(t, T, lr_max):
-    """`lr_max` at every step."""
-    _check_step(t, T)
-    return lr_max
-
-
-def _check_step(t, T):
+def _check_step(t: int, T: int) -> None:
     if not 0 <= t < T:
         raise ValueError(f"t must be a step from 0 to T - 1 = {T - 1}, got {t}")
 
 
-def _cosine(start, end, share):
+def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def discriminative_lrs(lr, n_groups, factor=2.6):
+def discriminative_lrs(lr: float, n_groups: int, factor: float = 2.6) -> list[float]:
     """Rates of the layer groups, first to last: the last has `lr`, each one below it 1/factor of the next."""
     if n_groups < 1 or factor < 1:
         raise ValueError(f"n_groups must be at least 1 and factor at least 1, got {n_groups} and {factor}")
@@ -55,13 +51,13 @@ class Phase(NamedTuple):
     n_trainable: int
 
 
-def head_first_plan(head_epochs, epochs, n_groups):
+def head_first_plan(head_epochs: int, epochs: int, n_groups: int) -> list[Phase]:
     """Stage 2: the last group (embedding and decoder) alone, then all."""
     plan = [Phase(head_epochs, 1), Phase(epochs, n_groups)]
     return [phase for phase in plan if phase.epochs]
 
 
-def gradual_unfreezing_plan(epochs, n_groups, gradual=True):
+def gradual_unfreezing_plan(epochs: int, n_groups: int, gradual: bool = True) -> list[Phase]:
     """Stage 3: one more group each epoch, from the last; the rest of the epochs train all.
 
     With fewer epochs than groups the last epoch still trains all of them.

@@ -1,35 +1,44 @@
 """One run by several processes, as torchrun starts them: each computes its share of the rows of every batch.
 
 torch's DistributedDataParallel averages the gradients, so the weights stay the same in all processes, and
-the first one writes the run directory. batch_size remains the run's: more processes are a shorter run with
-the same numbers, up to rounding, the dropout masks, and the rows that batch norm sees.
+the first one writes the run directory. batch_size is that of the whole run: more processes give the results
+of one process in less time, except for rounding, the dropout masks, and the rows that batch norm sees.
 """
 
 import atexit
 import contextlib
 import os
 import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .runs import RunDirectory
+from .text import Tokenizer
+
+_T = TypeVar("_T")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-_hosts = {}  # {default process group: a group of the same processes that talk over the host}
+_hosts: dict[
+    Any, Any
+] = {}  # {default process group: a gloo group of the same processes, for objects on the host}
 
 
 class Team:
-    """The processes of a run, and what they tell each other; alone (size 1) nothing is sent.
+    """The processes of a run, and what they send each other; nothing in a run of one process.
 
-    Every process calls every method, in the same order. It takes the default process group of
-    torch.distributed, and makes it where torchrun has started the process and nobody has made it yet.
+    Every process calls every method, in the same order. They use the default process group of
+    torch.distributed, which is created here if torchrun started the process and nobody has created it yet.
 
-    device: the run's; `self.device` is this process's, as each process of a machine has its own GPU.
+    Args:
+        device: the run's. `self.device` is this process's: each process of a machine has its own GPU.
     """
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = 0, 1, device
         if not dist.is_available():
             return
@@ -53,11 +62,11 @@ class Team:
         self._host = _hosts[world]
 
     @property
-    def is_first(self):
+    def is_first(self) -> bool:
         return self.rank == 0
 
-    def first(self, call):
-        """call() in the first process. What it returns, or raises, every process returns or raises."""
+    def run_on_first(self, call: Callable[[], _T]) -> _T:
+        """Calls call() in the first process. What it returns or raises, every process returns or raises."""
         if self.size == 1:
             return call()
         outcome, caught = [None], None
@@ -72,14 +81,14 @@ class Team:
             raise caught or error
         return result
 
-    def gather(self, value):
+    def gather(self, value: _T) -> list[_T]:
         """[value of the first process, of the second, ...], in all of them."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, self._host)
         return values
 
-    def any(self, flag):
+    def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
         if self.size == 1:
             return flag
@@ -87,7 +96,7 @@ class Team:
         dist.all_reduce(flags, dist.ReduceOp.MAX, self._host)
         return bool(flags)
 
-    def sum(self, figures):
+    def sum(self, figures: dict[str, float]) -> dict[str, float]:
         """{name: sum over the processes} of numbers."""
         if self.size == 1 or not figures:
             return figures
@@ -95,10 +104,11 @@ class Team:
         dist.all_reduce(totals, dist.ReduceOp.SUM, self._host)
         return dict(zip(figures, totals.tolist(), strict=True))
 
-    def share(self, batch):
-        """(the rows of `batch` for this process, their weight): the mean over the processes of weighted means
-        is the mean over the batch. A batch of fewer than two rows a process, too few for batch norm, is
-        computed whole by each.
+    def share(self, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], float]:
+        """(the rows of `batch` for this process, the weight of their loss).
+
+        The mean over the processes of the weighted losses is the mean over the batch. A batch of fewer than
+        two rows per process, too few for batch norm, is computed whole by each.
         """
         rows = len(batch[0])
         if self.size == 1 or rows < 2 * self.size:
@@ -106,82 +116,84 @@ class Team:
         mine = tuple(tensor[self.rank :: self.size] for tensor in batch)
         return mine, len(mine[0]) * self.size / rows
 
-    def wrap(self, model):
+    def wrap(self, model: nn.Module) -> nn.Module:
         """`model`, with gradients that are averaged over the processes: those that require one now."""
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
-    def equalise(self, model):
+    def equalise(self, model: nn.Module) -> None:
         """Gives all processes the first one's buffers, batch norm's running statistics."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def own_randomness(self, seed):
-        """Dropout masks of its own for each process but the first, whose are those of a run alone."""
+    def own_randomness(self, seed: int) -> None:
+        """Gives each process dropout masks of its own; the first has those of a run of one process."""
         if not self.is_first:
             torch.manual_seed(seed + (self.rank << 32))
 
-    def directory(self, out, resume, overwrite):
+    def directory(
+        self, out: str | os.PathLike[str], resume: bool, overwrite: bool
+    ) -> "RunDirectory | _SharedDirectory":
         """The run directory `out`; see RunDirectory."""
         if self.size == 1:
             return RunDirectory(out, resume, overwrite)
-        return _SharedDirectory(self, self.first(lambda: RunDirectory(out, resume, overwrite)))
+        return _SharedDirectory(self, self.run_on_first(lambda: RunDirectory(out, resume, overwrite)))
 
 
 class _SharedDirectory:
-    """A RunDirectory in which the first process writes and reads, and of which all hear the same."""
+    """A RunDirectory that only the first process reads and writes; all processes get its answers."""
 
-    def __init__(self, team, directory):
+    def __init__(self, team: Team, directory: RunDirectory) -> None:
         self._team, self._directory, self.path = team, directory, directory.path
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._directory, name)
 
         def call(*arguments):
-            return self._team.first(lambda: method(*arguments))
+            return self._team.run_on_first(lambda: method(*arguments))
 
         return call
 
-    def holds_finished(self, record):
+    def holds_finished(self, record: dict[str, Any]) -> bool:
         if len(set(self._team.gather((record["data"], record["config"])))) > 1:
-            raise ValueError("the processes of a run need the same data and options, and have others")
-        return self._team.first(lambda: self._directory.holds_finished(record))
+            raise ValueError("the processes of a run need the same data and options, but theirs differ")
+        return self._team.run_on_first(lambda: self._directory.holds_finished(record))
 
     @contextlib.contextmanager
-    def begin(self, record, tokenizer):
+    def begin(self, record: dict[str, Any], tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
         with contextlib.ExitStack() as held:
             begin = self._directory.begin(record, tokenizer)
-            yield self._team.first(lambda: held.enter_context(begin))
+            yield self._team.run_on_first(lambda: held.enter_context(begin))
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this process speaks for its team, or has none."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _own_gpu():
-    """Makes the GPU of this process's place on its machine torch's current one; returns it. A process that
-    torchrun has not started has chosen its GPU already.
+def _own_gpu() -> torch.device:
+    """Selects and returns the GPU of this process's local rank. A process that torchrun did not start has
+    selected its GPU already.
     """
     place, count = int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()), torch.cuda.device_count()
     if place >= count:
-        raise ValueError(f"process {place} of this machine has no GPU: torch sees {count}; start as many")
+        raise ValueError(f"process {place} of this machine has no GPU: torch sees {count}; start no more")
     torch.cuda.set_device(place)
     return torch.device("cuda", place)
 
 
-def _sendable(error):
+def _sendable(error: BaseException) -> BaseException:
     """`error`, or a RuntimeError with its text where it cannot be sent."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does in there
+    except Exception:  # the class's own code runs here
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
-def _leave():
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,9 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +42,7 @@ _FILLER = "xxfake"  # fastai 2 lengthens a vocabulary to a multiple of 8 with it
 # English clitics ('s, 't), runs of letters, up to four digits at a time, and every other sign alone.
 _TOKEN = r"'(?:s|t|re|ve|ll|d|m)\b|[\p{L}\p{M}]+|\d{1,4}|[^\s\p{L}\p{M}\d]"
 
-_AT_ONCE = 2**22  # characters that are encoded at once: while encodings live they take 100 bytes a token
+_AT_ONCE = 2**22  # characters encoded at once: an encoding takes 100 bytes per token while it lives
 
 _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiText's and Brown's escapes
     (re.compile(r"<br\s*/?>"), " "),
@@ -53,14 +55,14 @@ _REPEATED_WORD = re.compile(r"(?<!\S)(\S+)((?:\s+\1){2,})(?!\S)")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
-def _mark_case(match):
+def _mark_case(match: re.Match[str]) -> str:
     word = match[0]
     if not word[0].isupper():
         return word
     return f" {UP} {word} " if word.isupper() else f" {MAJ} {word}"
 
 
-def mark(text):
+def mark(text: str) -> str:
     """`text` with xxbos before it and repetitions and capitals spelt out as markers, in lower case."""
     for pattern, instead in _CLEAN:
         text = pattern.sub(instead, text)
@@ -69,7 +71,7 @@ def mark(text):
     return f"{BOS} {_WORD.sub(_mark_case, text).lower()}"
 
 
-def as_list(values, argument, what="texts"):
+def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[Any]:
     """`values` as a list; TypeError for one str, and for a table, whose entries are its columns' names."""
     if isinstance(values, (str, bytes)):
         raise TypeError(
@@ -84,7 +86,7 @@ def as_list(values, argument, what="texts"):
         raise TypeError(f"{argument} must be a list of {what}, got {type(values).__name__}") from None
 
 
-def check_texts(texts, argument="texts", allow_empty=False):
+def check_texts(texts: Iterable[str], argument: str = "texts", allow_empty: bool = False) -> list[str]:
     """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
     text.
     """
@@ -116,19 +118,19 @@ class Tokenizer:
     puts `reverse_text`, a flip of the indices, behind Numericalize for both kinds of model.
     """
 
-    def __init__(self, inner, backwards=False):
+    def __init__(self, inner: Any, backwards: bool = False) -> None:
         self._inner, self.backwards = inner, backwards
-        vocab = inner.get_vocab()
-        self.itos = sorted(vocab, key=vocab.get)
+        vocab: dict[str, int] = inner.get_vocab()
+        self.itos: list[str] = sorted(vocab, key=vocab.get)  # type: ignore[arg-type]
         self.stoi = vocab
         if tuple(self.itos[: len(SPECIALS)]) != SPECIALS or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"not a vocabulary of ulmfit_fast: it must start with {' '.join(SPECIALS)}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.itos)
 
     @classmethod
-    def from_vocab(cls, itos, backwards=False):
+    def from_vocab(cls, itos: Sequence[str], backwards: bool = False) -> "Tokenizer":
         """`itos`: the words in order, the markers (`SPECIALS`) first, no word twice."""
         tk = need("tokenizers")
         inner = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(itos)}, unk_token=UNK))
@@ -136,14 +138,18 @@ class Tokenizer:
         return cls(inner, backwards)
 
     @classmethod
-    def train(cls, texts, max_vocab=60000, min_freq=2, backwards=False):
+    def train(
+        cls, texts: Iterable[str], max_vocab: int = 60000, min_freq: int = 2, backwards: bool = False
+    ) -> "Tokenizer":
         """The most frequent words of `texts` seen at least `min_freq` times, `max_vocab` with the markers."""
         words = frequent_words(texts, max_vocab - len(SPECIALS), min_freq)
         return cls.from_vocab(list(SPECIALS) + words, backwards)
 
     @classmethod
-    def load(cls, path, backwards=False):
-        """Reads tokenizer.json, which does not say the direction; ValueError when it is none of ours."""
+    def load(cls, path: str | PathLike[str], backwards: bool = False) -> "Tokenizer":
+        """Reads tokenizer.json, which does not say the direction; ValueError if this
+        library did not write it.
+        """
         with open(path, encoding="utf-8") as file:
             text = file.read()
         try:
@@ -153,35 +159,35 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer of ulmfit_fast: {error}") from None
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The text of tokenizer.json, readable by the `tokenizers` library alone (it splits and looks up)."""
         return self._inner.to_str()
 
-    def encode(self, texts, argument="texts"):
+    def encode(self, texts: Iterable[str], argument: str = "texts") -> list[np.ndarray]:
         """One int32 array of indices per text, in the order of reading: xxbos first, or last if backwards."""
         texts = check_texts(texts, argument, allow_empty=True)
         step = -1 if self.backwards else 1
         ids, marked, characters = [], [], 0
         for i, text in enumerate(texts):
             marked.append(mark(text))
-            characters += len(text) + 32  # and what an encoding takes without a token
+            characters += len(text) + 32  # plus the memory of an encoding without tokens
             if characters >= _AT_ONCE or i == len(texts) - 1:
                 encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
                 ids += [np.array(e.ids[::step], dtype=np.int32) for e in encodings]
                 marked, characters = [], 0
         return ids
 
-    def tokens(self, text):
+    def tokens(self, text: str) -> list[str]:
         """The words of one text after all rules, unknown ones as they are, from left to right."""
         return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(mark(text))]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Readable text of indices as `encode` gives them: markers undone, punctuation joined to its word."""
         words = [self.itos[int(i)] for i in ids]
         return join_tokens(words[::-1] if self.backwards else words)
 
 
-def frequent_words(texts, max_words, min_freq):
+def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[str]:
     """Words of `texts` with at least `min_freq` occurrences, most frequent first (ties by spelling), no
     markers.
     """
@@ -198,7 +204,9 @@ def frequent_words(texts, max_words, min_freq):
     return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)[:max_words]
 
 
-def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
+def target_vocab(
+    base: Sequence[str], texts: Sequence[str], max_vocab: int, min_freq: int, keep_base: bool = True
+) -> list[str]:
     """Vocabulary of stage 2: words of `texts` that are frequent or known to `base`, most frequent first.
 
     base: the base model's itos. keep_base: all of `base` stays, in its order, and new words follow; otherwise
@@ -213,17 +221,17 @@ def target_vocab(base, texts, max_vocab, min_freq, keep_base=True):
     return list(SPECIALS) + words[:room]
 
 
-def own_names(tokens):
-    """`tokens` in their order, those that are markers of another program under ours."""
+def own_names(tokens: Iterable[str]) -> list[str]:
+    """`tokens` in their order, with other programs' markers renamed to ours."""
     return [_ALIASES.get(token, token) for token in tokens]
 
 
-def own_vocab(tokens):
-    """The words of a foreign vocabulary as one of ours: the markers, then each other word once."""
+def own_vocab(tokens: Iterable[str]) -> list[str]:
+    """The words of a foreign vocabulary as a vocabulary of ours: the markers, then each other word once."""
     return list(SPECIALS) + [w for w in dict.fromkeys(tokens) if w not in {*SPECIALS, _FILLER}]
 
 
-def transfer_rows(old, new):
+def transfer_rows(old: Iterable[str], new: Iterable[str]) -> np.ndarray:
     """For each word of `new` its row in `old`, -1 for a word that `old` lacks (fastai's match_embeds): int64
     array.
     """
@@ -235,7 +243,7 @@ _NO_SPACE_BEFORE = re.compile(r"\s+([.,;:!?%)\]}]|'(?:s|t|re|ve|ll|d|m)\b)")
 _NO_SPACE_AFTER = re.compile(r"([(\[{$#])\s+")
 
 
-def join_tokens(tokens):
+def join_tokens(tokens: Sequence[str]) -> str:
     """Undoes the markers: ["xxmaj", "the", "xxrep", "3", "!"] -> "The!!!"."""
     words, case, queue = [], None, list(reversed(tokens))
     while queue:

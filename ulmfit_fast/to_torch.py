@@ -134,8 +134,8 @@ def _at(x: Tensor, position: Tensor, features: int) -> Tensor:
 def _read_both_ways(rnn: nn.LSTM, x: Tensor, turned: Tensor) -> Tensor:
     """One bidirectional layer whose reverse direction reads the steps x[turned[0]], x[turned[1]], ...
 
-    It begins with its last input, so these are given to it from the end; nn.LSTM's other direction then reads
-    in vain.
+    It begins with its last input, so these are given to it from the end; nn.LSTM's other direction is then
+    computed and discarded.
     """
     forth, _ = rnn(x)
     back, _ = rnn(_at(x, turned, rnn.input_size).flip(1))

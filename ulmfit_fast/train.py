@@ -19,7 +19,7 @@ from .runs import fingerprint
 from .schedules import Phase, head_first_plan
 from .text import Tokenizer, own_vocab, target_vocab
 
-# Fresh weights have nothing to thaw, nor lower layers to spare.
+# Fresh weights need neither gradual unfreezing nor lower rates in lower layers.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
 
 __all__ = ["finetune_lm", "load", "pretrain_lm", "train_classifier"]
@@ -39,28 +39,45 @@ def pretrain_lm(
     callback: Callback = None,
     **overrides: Any,
 ) -> TrainedLM:
-    """Stage 1: trains a language model on general text and returns it as a TrainedLM.
+    """Stage 1 (Howard and Ruder 2018, section 3.1): trains a language model on general text.
 
-    sources: a list of texts, of paths of text files (one text a line) and of CSV files (column `text`), or
-    one path; a TSV file is read as a CSV. A str in a list is a path if it ends in .txt, .csv or .tsv and
-    either exists or is a single word, else a text; give pathlib.Path for any other file.
-    out: the run directory.         preset: "ulmfit", "small" or "tiny".
-    config: a PretrainConfig, or a dict over the preset; `overrides` (lr=..., epochs=...) win over both. With
-    backwards=True the model reads each text from its end to its beginning (see `text.Tokenizer`), and so do
-    the later stages that start from it.
-    valid: sources of a validation set, whose perplexity is measured after each epoch, in stage 2 also before
-    the first.
-    resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had; it
-    needs the same sources and options (ValueError). A finished run of these is returned as it is, an empty
-    directory starts from the beginning.
-    overwrite: start anew although `out` holds a run, which is removed first.
-    device: None is CUDA where it can be used, else the CPU.     progress: see progress.Progress.
-    callback: called with each metrics line (a dict) of training: every `log_every` steps and at the end of an
-    epoch. A KeyboardInterrupt that it raises stops the run with its state saved.
     Processes that torchrun started share the run: each calls the stage, with the same arguments, and gets the
-    result; the first alone writes, shows progress and calls the callback. See team.py.
+    result. The first alone writes, shows progress and calls the callback (see team.py). The caller's random
+    state is left as it was: everything follows from the option `seed`.
 
-    The caller's random state is left as it was: everything follows from the option `seed`.
+    Args:
+        sources: a list of texts, of paths of text files (one text a line) and of CSV or TSV files (column
+            `text`), or one path. A str in a list is a path if it ends in .txt, .csv or .tsv and either exists
+            or is a single word, else a text; give pathlib.Path for any other file.
+        out: the run directory.
+        preset: "ulmfit", "small" or "tiny".
+        config: a PretrainConfig, or a dict over the preset.
+        valid: sources of a validation set, whose perplexity is measured after each epoch.
+        resume: go on with the interrupted run in `out`, with the numbers an uninterrupted run would have had.
+            It needs the same sources and options. A finished run of these is returned as it is; an empty
+            directory starts from the beginning.
+        overwrite: start anew although `out` holds a run, which is removed first.
+        device: where to train; None is CUDA where it can be used, else the CPU.
+        progress: None draws a bar on a terminal, True anywhere; "lines" prints a line at the end of each
+            epoch, False nothing.
+        callback: called with each metrics line (a dict) of training: every `log_every` steps and at the end
+            of an epoch. A KeyboardInterrupt that it raises stops the run with its state saved.
+        **overrides: options of PretrainConfig (lr=..., epochs=...), which win over `preset` and `config`.
+            With backwards=True the model reads each text from its end to its beginning (see
+            `text.Tokenizer`), and so do the later stages that start from it.
+
+    Returns:
+        TrainedLM of the finished run.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, the text is too short, or `resume` finds
+            a run of other sources or options.
+        FileNotFoundError: a source does not exist.
+        FileExistsError: `out` holds a run, without `resume` or `overwrite`, or another program's files.
+        BlockingIOError: another process trains in `out`.
+        FloatingPointError: the loss or a weight became infinite or NaN.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or the callback stopped the run; its state is saved.
+        ImportError: a package of the extra [train] is missing.
     """
     config = make_config("pretrain", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
@@ -96,16 +113,31 @@ def finetune_lm(
     callback: Callback = None,
     **overrides: Any,
 ) -> TrainedLM:
-    """Stage 2: fine-tunes the language model of `base_run` on the target's texts; returns a TrainedLM.
+    """Stage 2 (Howard and Ruder 2018, section 3.2): fine-tunes a language model on the target's texts.
 
-    base_run: a run directory of stage 1 (or 2), the TrainedLM, or a published language model with its words:
-    the path or URL of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it. Words known to
-    it keep their embedding, new ones begin with the mean; config.json says how many were known. The embedding
-    and decoder train alone first, then all layers at discriminative rates.
-    preset: None is the base run's, "ulmfit" for a checkpoint; the sizes are the model's own.
-    backwards: the direction of a checkpoint that does not say it. None goes by its name: backwards where that
-    has "bwd" in it ("wt103-bwd.tgz"). A run has a direction of its own (ValueError for another one).
-    The other arguments are those of `pretrain_lm`, `texts` as its `sources`.
+    Words known to the model keep their embedding, new ones begin with the mean; config.json says how many
+    were known. The embedding and decoder train alone first, then all layers at discriminative rates.
+
+    Args:
+        base_run: a run directory of stage 1 (or 2), the TrainedLM, or a published language model with its
+            words: the path or URL of a checkpoint ("wt103-fwd.tgz"), or what load_checkpoint made of it.
+        texts: as `sources` of `pretrain_lm`.
+        out: the run directory.
+        preset: None is that of `base_run`, "ulmfit" for a checkpoint; the sizes are the model's own.
+        config: a FinetuneConfig, or a dict over the preset.
+        valid: as in `pretrain_lm`; the perplexity is also measured before the first epoch.
+        backwards: the direction of a checkpoint that does not say it. None goes by its name: backwards where
+            that has "bwd" in it ("wt103-bwd.tgz"). A run says its direction, which this must not contradict.
+        resume, overwrite, device, progress, callback: as in `pretrain_lm`.
+        **overrides: options of FinetuneConfig, which win over `preset` and `config`.
+
+    Returns:
+        TrainedLM of the finished run.
+
+    Raises:
+        ValueError: `base_run` is a classifier's run, has not finished, or has another direction than
+            `backwards`.
+        As `pretrain_lm` in all else, and as `load_checkpoint` for a checkpoint.
     """
     check_direction(backwards)
     base, sizes, base_preset = starting_point(base_run, "base_run", backwards)
@@ -152,19 +184,33 @@ def train_classifier(
     callback: Callback = None,
     **overrides: Any,
 ) -> TrainedClassifier:
-    """Stage 3: trains a classifier on the encoder of `lm_run` and returns it as a TrainedClassifier.
+    """Stage 3 (Howard and Ruder 2018, section 3.3): trains a classifier on the encoder of `lm_run`.
 
-    lm_run: as base_run of `finetune_lm`, of stage 2 (or 1); an encoder's checkpoint will do. None trains
-    from scratch, with a vocabulary of its own, and so does from_scratch=True with the vocabulary of `lm_run`:
-    fresh weights, all layers from the first step at one rate.
-    texts, labels: two lists (labels all str or all int; every str of texts is a text), or the path of a CSV
-    or TSV with the columns text and label, whose labels are str. texts may also be the path of a text file,
-    with labels as a list.
-    valid: (texts, labels) or such a path; its accuracy is measured after each epoch.
-    preset: None is that of lm_run, or "ulmfit" without one.
-    backwards: as in `finetune_lm`; of a classifier from scratch its own direction, None being that of lm_run
-    or, without one, forwards.
-    The other arguments are those of `pretrain_lm`.
+    Args:
+        lm_run: as `base_run` of `finetune_lm`, of stage 2 (or 1); an encoder's checkpoint will do. None
+            trains from scratch, with a vocabulary of its own.
+        texts: a list, of which every str is a text; or the path of a CSV or TSV with the columns text and
+            label; or, with `labels` as a list, the path of a text file.
+        labels: one for each text, all str or all int; None for the column label, whose labels are str.
+        out: the run directory; it must be given.
+        preset: None is that of `lm_run`, or "ulmfit" without one.
+        config: a ClassifierConfig, or a dict over the preset.
+        valid: (texts, labels), or the path of a CSV or TSV; its accuracy is measured after each epoch.
+        from_scratch: fresh weights, with the vocabulary and sizes of `lm_run`. From scratch, here and with
+            lm_run=None, all layers train from the first step at one rate, unless `config` or `overrides` say
+            otherwise.
+        backwards: as in `finetune_lm`; of a classifier from scratch its own direction, None being that of
+            `lm_run` or, without one, forwards.
+        resume, overwrite, device, progress, callback: as in `pretrain_lm`.
+        **overrides: options of ClassifierConfig, which win over `preset` and `config`.
+
+    Returns:
+        TrainedClassifier of the finished run.
+
+    Raises:
+        TypeError: `out` is missing, or labels are neither all str nor all int.
+        ValueError: there are fewer than two classes, or a label of `valid` is none of them.
+        As `finetune_lm` in all else.
     """
     if out is None:
         raise TypeError("out is missing: name the run directory")

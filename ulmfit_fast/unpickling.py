@@ -1,8 +1,9 @@
 """Torch files and pickled token lists read as data: tensors and words come out, no code of a file runs.
 
 Not through torch.load(weights_only=True): it refuses older files that hold modules, believes the sizes that a
-file claims, checks no CRC, and what it allows is the process's, not ours.  The unpickler here knows tensors
-alone. What else such files name (salesforce's model, optimizers) becomes objects that can do nothing.
+file claims, checks no CRC, and shares its list of allowed classes with the whole process.  The unpickler
+here knows only tensors. What else such files name (salesforce's model, optimizers) becomes objects that can
+do nothing.
 """
 
 import io
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that older files begin with
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of older files
 
 # modules whose classes may be named beside the tensors; none of them is imported
 _IGNORED = re.compile(
@@ -71,9 +72,9 @@ class Inert:
 def read_torch(data: bytes, source: str) -> object:
     """The content of a file of `torch.save`, its tensors on the CPU, every other object an `Inert`.
 
-    ValueError, naming `source`: no torch file, a damaged or truncated one, one that names anything else than
-    tensors and the classes above, one that would take more memory than its own size.  In a zip file any
-    changed byte of a tensor is noticed (CRC); the older format has no check sum.
+    ValueError, naming `source`: it is not a torch file, is damaged or truncated, names anything other than
+    tensors and the classes above, or would take more memory than its own size.  In a zip file any changed
+    byte of a tensor is noticed (CRC); the older format has no checksum.
     """
     try:
         content = _read_zip(data) if data.startswith(ZIP_MAGIC) else _read_legacy(data)
@@ -122,7 +123,7 @@ class _WordsOnly(pickle.Unpickler):
 
 
 def _read_zip(data: bytes) -> object:
-    """torch's format since 1.6: NAME/data.pkl, and the numbers of each storage in NAME/data/KEY."""
+    """torch's format since 1.6: NAME/data.pkl, and the bytes of each storage in NAME/data/KEY."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         members = {m.filename: m for m in file.infolist()}
         if len(members) != len(file.infolist()):
@@ -146,15 +147,16 @@ def _read_zip(data: bytes) -> object:
     return content
 
 
-def _fill(storage: Tensor, key: str, numbers: bytes) -> None:
-    if len(numbers) != storage.nbytes:
-        raise ValueError(f"the numbers of storage {key} are incomplete")
-    if numbers:
-        storage.copy_(torch.frombuffer(bytearray(numbers), dtype=storage.dtype))
+def _fill(storage: Tensor, key: str, content: bytes) -> None:
+    if len(content) != storage.nbytes:
+        how = "truncated" if len(content) < storage.nbytes else "too long"
+        raise ValueError(f"storage {key} is {how}: {len(content):,} of {storage.nbytes:,} bytes")
+    if content:
+        storage.copy_(torch.frombuffer(bytearray(content), dtype=storage.dtype))
 
 
 def _stand_in(name: str) -> Callable:
-    """What a global that is no tensor's becomes: a new thing for each, so that no file changes another's."""
+    """What a global other than a tensor's becomes: a new class each time, so that files stay apart."""
     if name == "collections.defaultdict":
         return lambda *args: {}
     if not _IGNORED.fullmatch(name):
@@ -163,10 +165,10 @@ def _stand_in(name: str) -> Callable:
 
 
 def _read_legacy(data: bytes) -> object:
-    """torch's format before 1.6: five pickles (magic, version, system, content, keys), then the numbers."""
+    """torch's format before 1.6: five pickles (magic, version, system, content, keys), then the storages."""
     file = io.BytesIO(data)
     if not data.startswith(LEGACY_MAGIC):
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not begin like one")
     storages: dict[str, Tensor] = {}
     for _ in range(4):  # the last of them is the content
         content = _TensorsOnly(file, storages, len(data)).load()
@@ -176,12 +178,12 @@ def _read_legacy(data: bytes) -> object:
         count = int.from_bytes(file.read(8), "little")
         _fill(storage, key, file.read(count * storage.element_size()))
     if missing:
-        raise ValueError(f"the numbers of {len(missing)} storages are missing")
+        raise ValueError(f"{len(missing)} storages are missing")
     return content
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Knows tensors, and `Inert` for the rest; numbers are filled in afterwards, `storages` says where."""
+    """Knows tensors, and `Inert` for the rest; the bytes of `storages` are filled in later."""
 
     def __init__(self, file: io.BytesIO, storages: dict[str, Tensor], limit: int) -> None:
         _check_opcodes(file, _OBJECTS)
@@ -192,7 +194,7 @@ class _TensorsOnly(pickle.Unpickler):
         path = f"{module}.{name}"
         if re.fullmatch(r"torch(\.cuda|\.storage)?\.\w+Storage", path):
             if name.removesuffix("Storage") not in _DTYPES:
-                raise pickle.UnpicklingError(f"it holds numbers of the type {name}")
+                raise pickle.UnpicklingError(f"it holds data of the type {name}")
             return _DTYPES[name.removesuffix("Storage")]
         if path in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return lambda base, offset, size, stride, *rest: base.as_strided(
@@ -223,7 +225,7 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def _check_opcodes(file: io.BytesIO, allowed: frozenset[str]) -> None:
-    """Refuses, before anything of the pickle at the file's position is built, what data does not need."""
+    """Refuses opcodes that data does not need, before anything of the pickle at `file` is built."""
     start, size = file.tell(), file.getbuffer().nbytes
     for code, argument, _ in pickletools.genops(file):
         if code.name not in allowed:

@@ -25,8 +25,8 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
     if seed is None:
         if p == 0:
             return torch.zeros((), dtype=torch.int64, device=device)
-        # by the device itself, which nobody waits for; a replayed CUDA graph draws another. torch.manual_seed
-        # governs the generators of all devices.
+        # drawn by the device itself, so nobody waits for it; a replayed CUDA graph draws another.
+        # torch.manual_seed seeds the generators of all devices.
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(
@@ -79,7 +79,8 @@ def check_shape(op: str, name: str, value: Tensor, layout: str, shape: tuple[int
 def readable(value: Tensor) -> bool:
     """Whether the values of `value` may be checked here without a wait or a graph break.
 
-    Otherwise the kernel checks them (RuntimeError).
+    Not for a tensor subclass, under torch.compile or on another device: there the kernel checks them
+    (RuntimeError; an assertion on CUDA).
     """
     if torch.compiler.is_compiling():
         return False
@@ -103,7 +104,7 @@ def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch
     """lengths: int64 (B,), each in 0..T."""
     check_tensor(op, "lengths", lengths, (torch.int64,), device)
     check_shape(op, "lengths", lengths, "(B,)", (batch,))
-    if readable(lengths):  # asked here too: in a graph the message's number would be kept for good
+    if readable(lengths):  # checked here too: a graph would specialise on the number in the message
         check_range(
             op, "lengths", lengths, 0, time + 1, f"in 0..{time}, the number of time steps", ValueError
         )
@@ -188,7 +189,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
 
 
 def register_gradient(op: str, backward: Callable, setup_context: Callable) -> None:
-    """The autograd formula of `op`; its backward op gets one that only explains."""
+    """The autograd formula of `op`; its backward op gets one that only raises an explanation."""
 
     def checked(ctx: object, *grads: Tensor | None) -> tuple:
         refuse_transforms(op, *grads)

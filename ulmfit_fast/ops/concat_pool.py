@@ -26,7 +26,7 @@ def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not what is said above (RuntimeError for a length under
-        torch.compile; on CUDA an assertion of the kernel).
+            torch.compile and for tensor subclasses; on CUDA an assertion of the kernel).
     """
     op = "concat_pool"
     check_input(op, "out", out)

@@ -29,8 +29,10 @@ def dropout_mask(
         shape: sizes, each >= 0.
         p: probability of zero, in [0, 1).
         dtype: float64, float32, bfloat16 or float16.
-        device: where the mask lies; default: the seed's device if it is a tensor, else torch's default
-        device.
+        device: where the mask lies; None is the seed's device if that is a tensor, else torch's default.
+
+    Returns:
+        A tensor of `shape` and `dtype` on `device`.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.

@@ -40,8 +40,8 @@ def embedding_dropout(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        IndexError: an id is outside the vocabulary (RuntimeError under torch.compile; on
-            CUDA an assertion of the kernel).
+        IndexError: an id is outside the vocabulary (RuntimeError under torch.compile and for tensor
+            subclasses; on CUDA an assertion of the kernel).
     """
     op = "embedding_dropout"
     check_input(op, "weight", weight)

@@ -47,8 +47,10 @@ def linear_cross_entropy(
 
     Args:
         h: (..., E); float64, float32, bfloat16 or float16.
-        weight: (V, E), in h's dtype, or float32 where h is 16-bit (master weights); its gradient has its
-        dtype. bias: (V,) in weight's dtype, or None. target: (...) int64, each in 0..V-1 or ignore_index.
+        weight: (V, E), in h's dtype, or float32 where h is 16-bit (master weights).  Its gradient has its
+            dtype.
+        bias: (V,) in weight's dtype, or None.
+        target: (...), h's leading sizes, int64, each in 0..V-1 or ignore_index.
         ignore_index: positions with this target have loss 0, no gradient, and do not count in the mean.
         label_smoothing: s in [0, 1]: the target distribution is 1-s on the target plus s/V everywhere.
         reduction: "mean" over the positions that count, "sum", or "none".
@@ -61,8 +63,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile; on
-            CUDA an assertion of the kernel).
+        IndexError: a target is outside the vocabulary (RuntimeError under torch.compile and for tensor
+            subclasses; on CUDA an assertion of the kernel).
     """
     op = "linear_cross_entropy"
     check_input(op, "h", h)
@@ -101,8 +103,8 @@ def linear_cross_entropy(
 
     refuse_transforms(op, h, weight, bias)
     # A mean is the sum divided here: the gradients that the op saves are then the sum's, which float16 can
-    # hold where those of a mean over thousands of positions underflow, before a gradient scaler has had its
-    # say.  But a float16 weight's is a sum over all positions, which float16 may not hold: there the gradient
+    # hold where those of a mean over thousands of positions underflow, before a gradient scaler can act.
+    # But a float16 weight's is a sum over all positions, which float16 may not hold: there the gradient
     # is computed on the way back, from the scale that arrives, and costs the logits a second time.
     grad = needs_grad(h, weight, bias)
     code = _NONE if reduction == "none" or (grad and weight.dtype == torch.float16) else _SUM
@@ -141,6 +143,7 @@ def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_
 
 
 def _weight_gradients(weight: Tensor, bias: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Shapes of both; wanted (the ops' need_dw, "gradient of the weight") holds for the bias too."""
     dbias = weight.new_empty(bias.shape if wanted and bias is not None else (0,))
     return weight.new_empty(weight.shape if wanted else (0,)), dbias
 

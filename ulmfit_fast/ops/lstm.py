@@ -72,11 +72,12 @@ def lstm(
     Returns:
         y, like x with H features; h_n and c_n (B, H), the state after the last step read; where dropout_p is
         given also y * dropout_mask(dropout_seed, (B, H), dropout_p) for every step, as `variational_dropout`
-        gives it.  All in x's dtype, which under autocast is autocast's.
+        gives it.  With dropout_p=0 this fourth result is y itself, so an in-place change of one changes both.
+        All in x's dtype, which under autocast is autocast's.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above (RuntimeError for a length under
-        torch.compile; on CUDA an assertion of the kernel).
+            torch.compile and for tensor subclasses; on CUDA an assertion of the kernel).
     """
     op = "lstm"
     check_input(op, "x", x)
@@ -185,9 +186,9 @@ def _backward(
     if not ctx.saved:
         raise RuntimeError("ulmfit_fast::lstm was called with save=False, so it has no gradient")
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_ = ctx.needs_input_grad
-    need_w = need_w_ih or need_w_hh or need_b_ih or need_b_hh
+    need_dw = need_w_ih or need_w_hh or need_b_ih or need_b_hh  # one flag: the op computes all four or none
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.ulmfit_fast.lstm_backward(
-        dy, dh_n, dc_n, ddropped, *ctx.saved_tensors, *ctx.options, need_x, need_w
+        dy, dh_n, dc_n, ddropped, *ctx.saved_tensors, *ctx.options, need_x, need_dw
     )
     db_hh = db.clone() if need_b_ih and need_b_hh else db  # for in-place changes of one alone
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db_hh)
