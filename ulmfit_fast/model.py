@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
-from . import ops, to_torch
+from . import to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM, unique_groups
 from .nn import VariationalDropout
-from .ops._logits import logits
+from .ops._logits import cross_entropy, logits
 
 __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]
 
@@ -77,8 +77,7 @@ class LanguageModel(nn.Sequential):
         if targets.shape != ids.shape:
             raise ValueError(f"targets must be like ids, {tuple(ids.shape)}, got {tuple(targets.shape)}")
         dropped = self[1].output_dp(output)
-        weight, bias = self[1].decoder.weight, self[1].decoder.bias
-        entropy = ops.linear_cross_entropy(dropped, weight, bias, targets, ignore_index=ignore_index)
+        entropy = cross_entropy(self[1].decoder, dropped, targets, ignore_index)
         loss = entropy
         if self.training and alpha:
             loss = loss + alpha * dropped.float().pow(2).mean()

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .ops._common import Seed, check_probability
+from .ops._logits import is_plain
 
 _SEED_MASK = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
@@ -63,7 +64,14 @@ class EmbeddingDropout(nn.Module):
 
     def forward(self, ids: Tensor, scale: float | None = None, seed: Seed = None) -> Tensor:
         p = self.embed_p if self.training else 0.0
-        out = ops.embedding_dropout(self.emb.weight, ids, p, seed=seed, padding_idx=self.emb.padding_idx)
+        if is_plain(self.emb, nn.Embedding):
+            out = ops.embedding_dropout(self.emb.weight, ids, p, seed=seed, padding_idx=self.emb.padding_idx)
+        else:  # hooks, or a forward of its own: the same rows and masks, by a call of the module
+            out = self.emb(ids)
+            if p > 0:
+                words = self.emb.weight.shape[0]
+                mask = ops.dropout_mask(seed, words, p, dtype=out.dtype, device=out.device)
+                out = out * mask[ids].unsqueeze(-1)
         return out if scale is None else out * scale
 
     def extra_repr(self) -> str:

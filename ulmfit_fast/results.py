@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import ops
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
 from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
+from .ops._logits import cross_entropy
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
 
@@ -160,14 +160,11 @@ def stream_loss(model, docs, batch_size, bptt, between=None):
     """
     device, (encoder, decoder) = next(model.parameters()).device, model
     hidden, total, count = encoder.zero_hidden(0), 0.0, 0
-    weight, bias = decoder.decoder.weight, decoder.decoder.bias
     with _evaluating(model):
         for ids, targets in evaluation_windows(docs, batch_size, bptt):
             outputs, hidden = encoder.run(ids.to(device), hidden)
             if n := int((targets != IGNORE).sum()):
-                mean = ops.linear_cross_entropy(
-                    outputs[-1], weight, bias, targets.to(device), ignore_index=IGNORE
-                )
+                mean = cross_entropy(decoder.decoder, outputs[-1], targets.to(device), IGNORE)
                 total, count = total + float(mean.double()) * n, count + n
             if between:
                 between()
