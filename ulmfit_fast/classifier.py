@@ -185,20 +185,34 @@ class BatchNorm1d(nn.BatchNorm1d):
 class PoolingLinearClassifier(nn.Module):
     """Batch norm, dropout, linear without bias, once or more, ReLU between: (B, dims[0]) -> (B, dims[-1])."""
 
-    def __init__(self, dims: Sequence[int], ps: Sequence[float]) -> None:
+    def __init__(
+        self,
+        dims: Sequence[int],
+        ps: Sequence[float],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         if len(ps) != len(dims) - 1:
             raise ValueError(
                 f"ps must have one dropout for each of {len(dims) - 1} linear layers, got {list(ps)}"
             )
         blocks = []
         for i, p in enumerate(ps):
-            norm = BatchNorm1d(dims[i])
+            norm = BatchNorm1d(dims[i], **factory)
             nn.init.constant_(norm.bias, 1e-3)  # fastai's
             dropout = nn.Dropout(check_probability("TextClassifier", "ps", p))
-            block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False)]
+            block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False, **factory)]
             blocks.append(nn.Sequential(*block, *([nn.ReLU()] if i < len(ps) - 1 else [])))
         self.layers = nn.Sequential(*blocks)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and statistics."""
+        for norm, _, linear, *_ in self.layers:
+            norm.reset_parameters()
+            nn.init.constant_(norm.bias, 1e-3)
+            linear.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -208,7 +222,7 @@ class TextClassifier(nn.Sequential):
     """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
 
     lin_ftrs are the widths of the head's hidden layers, ps its dropouts: one before each linear layer, the
-    first of which drops the pooled features.
+    first of which drops the pooled features.  The head is made on the device and in the dtype of the encoder.
     """
 
     def __init__(
@@ -222,7 +236,8 @@ class TextClassifier(nn.Sequential):
     ) -> None:
         if n_classes <= 0:
             raise ValueError(f"n_classes must be greater than zero, got {n_classes}")
-        head = PoolingLinearClassifier([3 * encoder.emb_sz, *lin_ftrs, n_classes], ps)
+        weight, dims = encoder.encoder.weight, [3 * encoder.emb_sz, *lin_ftrs, n_classes]
+        head = PoolingLinearClassifier(dims, ps, weight.device, weight.dtype)
         super().__init__(SentenceEncoder(encoder, bptt, max_len), head)
 
     @classmethod

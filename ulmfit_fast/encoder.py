@@ -1,6 +1,8 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,11 +31,18 @@ class WeightDropLayer(nn.Module):
     dropout_p is given also output after a variational dropout.
     """
 
-    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> None:
+    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> None:
         super().__init__()
-        self.module = WeightDropLSTM(n_in, n_out, batch_first=True, bidirectional=bidir, weight_p=weight_p)
+        options = dict(batch_first=True, bidirectional=bidir, weight_p=weight_p, **factory)
+        self.module = WeightDropLSTM(n_in, n_out, **options)
         self.weight_hh_l0_raw = self.module.weight_hh_l0
         del self.module.weight_hh_l0
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, as `WeightDropLSTM.reset_parameters`, whose module has one of them no more."""
+        self.module.reset_parameters()
+        bound = 1.0 / math.sqrt(self.module.hidden_size)
+        nn.init.uniform_(self.weight_hh_l0_raw, -bound, bound)
 
     @property
     def weight_p(self) -> float:
@@ -91,6 +100,8 @@ class AWDLSTM(nn.Module):
         embed_p: float = 0.1,
         weight_p: float = 0.5,
         bidir: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = {"vocab_sz": vocab_sz, "emb_sz": emb_sz, "n_hid": n_hid, "n_layers": n_layers}
@@ -104,11 +115,12 @@ class AWDLSTM(nn.Module):
         self.emb_sz, self.n_hid, self.n_layers, self.pad_token = emb_sz, n_hid, n_layers, pad_token
         self.bs = 1
         self.n_dir = 2 if bidir else 1
-        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token)
+        factory = {"device": device, "dtype": dtype}
+        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token, **factory)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
         self.rnns = nn.ModuleList(
-            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p)
+            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p, **factory)
             for layer in range(n_layers)
         )
         self.input_dp = VariationalDropout(input_p)
@@ -117,8 +129,16 @@ class AWDLSTM(nn.Module):
         self._carries = False  # whether `hidden` is what a call left
         self.reset()
 
-    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropLayer:
-        return WeightDropLayer(n_in, n_out, bidir, weight_p)
+    def reset_parameters(self) -> None:
+        """Fresh weights, those of all modules within among them."""
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        for rnn in self.rnns:
+            rnn.reset_parameters()
+
+    def _one_rnn(
+        self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any
+    ) -> WeightDropLayer:
+        return WeightDropLayer(n_in, n_out, bidir, weight_p, **factory)
 
     def _features(self, layer: int) -> int:
         return (self.n_hid if layer < self.n_layers - 1 else self.emb_sz) // self.n_dir

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import to_torch
@@ -16,7 +17,7 @@ __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer
 class LinearDecoder(nn.Module):
     """Output dropout, then the linear map to the vocabulary, whose weight may be the encoder's.
 
-    x (B, T, E) -> logits (B, T, V).
+    x (B, T, E) -> logits (B, T, V).  device and dtype are by default those of tie_encoder.
     """
 
     def __init__(
@@ -26,15 +27,23 @@ class LinearDecoder(nn.Module):
         output_p: float = 0.1,
         tie_encoder: nn.Embedding | None = None,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = nn.Linear(n_hid, n_out, bias=bias)
-        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        if bias:
-            nn.init.zeros_(self.decoder.bias)
+        if tie_encoder is not None:
+            device, dtype = device or tie_encoder.weight.device, dtype or tie_encoder.weight.dtype
+        self.decoder = nn.Linear(n_hid, n_out, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
         if tie_encoder is not None:
             self.decoder.weight = tie_encoder.weight
         self.output_dp = VariationalDropout(output_p)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, the encoder's too where the weight is its own."""
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if self.decoder.bias is not None:
+            nn.init.zeros_(self.decoder.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return logits(self.decoder, self.output_dp(x))
@@ -44,15 +53,15 @@ class LanguageModel(nn.Sequential):
     """An AWD-LSTM and its decoder; model[0] is the encoder, model[1] the decoder, as in fastai.
 
     With tie_weights the decoder's weight is the encoder's, and stays so through copying, moving, casting
-    and loading.
+    and loading.  The decoder is made on the device and in the dtype of the encoder.
     """
 
     def __init__(
         self, encoder: AWDLSTM, output_p: float = 0.1, tie_weights: bool = True, bias: bool = True
     ) -> None:
-        embedding = encoder.encoder
-        tied = embedding if tie_weights else None
-        super().__init__(encoder, LinearDecoder(*embedding.weight.shape, output_p, tied, bias))
+        embedding, weight = encoder.encoder, encoder.encoder.weight
+        tied, factory = embedding if tie_weights else None, dict(device=weight.device, dtype=weight.dtype)
+        super().__init__(encoder, LinearDecoder(*weight.shape, output_p, tied, bias, **factory))
         self.tie_weights = tie_weights
         self.register_load_state_dict_post_hook(_tie)
 
