@@ -112,6 +112,24 @@ def test_predictions_do_not_depend_on_order_or_batch(clf):
     assert clf.accuracy(texts[:2], ["good", "bad"]) == 1.0
 
 
+@pytest.fixture(params=["dtype", "device"])
+def another_default(request):
+    if request.param == "dtype":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def test_predictions_do_not_ask_for_torchs_defaults(clf, another_default):
+    wanted = clf.predict_proba(TEXTS[:3])
+    assert wanted.dtype == np.float32 and wanted.shape == (3, 2)
+    clf.model(torch.zeros(2, 3, dtype=torch.int64, device=DEVICE), [3, 1])
+    clf.model(torch.zeros(2, 3, dtype=torch.int64, device=DEVICE), torch.tensor([3, 1], device="cpu"))
+
+
 def test_public_functions_say_their_types():
     functions = [uf.pretrain_lm, uf.finetune_lm, uf.train_classifier, uf.load]
     functions += [uf.results.TrainedLM.perplexity, uf.results.TrainedLM.generate]

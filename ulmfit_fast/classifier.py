@@ -153,7 +153,8 @@ def _check_documents(ids: Tensor, lengths: Tensor | None) -> Tensor:
     batch, steps = ids.shape
     if lengths is None:
         return torch.full((batch,), steps, device="cpu")
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):  # torch's default device would move one
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"lengths must be ({batch},) int64, one for each row of ids, "

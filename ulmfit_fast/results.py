@@ -230,7 +230,7 @@ def document_logits(model, docs, n_classes, batch_size, between=None):
     """
     device = next(model.parameters()).device
     order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # like lengths together: little padding
-    logits = torch.zeros(len(docs), n_classes)
+    logits = torch.zeros(len(docs), n_classes, dtype=torch.float32, device="cpu")
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
