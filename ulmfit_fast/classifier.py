@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from . import ops, to_torch
 from .devices import to_device
-from .encoder import AWDLSTM, is_exporting, unique_groups
+from .encoder import AWDLSTM, Stack, is_exporting, unique_groups
 from .ops._common import check_probability
 
 # Tokens that a chunk may have where its borders change no number, those of 64 documents by 72: each chunk
@@ -219,7 +219,7 @@ class PoolingLinearClassifier(nn.Module):
         return self.layers(x)
 
 
-class TextClassifier(nn.Sequential):
+class TextClassifier(Stack):
     """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
 
     lin_ftrs are the widths of the head's hidden layers, ps its dropouts: one before each linear layer, the

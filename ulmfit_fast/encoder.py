@@ -1,6 +1,7 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -271,6 +272,15 @@ class AWDLSTM(nn.Module):
 
         self.hidden = [(moved(h), moved(c)) for h, c in self.hidden]
         return self
+
+
+class Stack(nn.Sequential):
+    """An nn.Sequential with a constructor of its own, which nn.Sequential's slices would call."""
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
 
 
 def is_exporting() -> bool:

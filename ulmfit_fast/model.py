@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from . import to_torch
 from .classifier import TextClassifier
-from .encoder import AWDLSTM, unique_groups
+from .encoder import AWDLSTM, Stack, unique_groups
 from .nn import VariationalDropout
 from .ops._logits import cross_entropy, logits
 
@@ -49,7 +49,7 @@ class LinearDecoder(nn.Module):
         return logits(self.decoder, self.output_dp(x))
 
 
-class LanguageModel(nn.Sequential):
+class LanguageModel(Stack):
     """An AWD-LSTM and its decoder; model[0] is the encoder, model[1] the decoder, as in fastai.
 
     With tie_weights the decoder's weight is the encoder's, and stays so through copying, moving, casting
@@ -116,14 +116,23 @@ class LanguageModel(nn.Sequential):
 
 
 def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
-    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty().
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
+    if model.tie_weights:
+        tie(model[1].decoder, model[0].encoder, incompatible_keys)
+
+
+def tie(decoder: nn.Module, encoder: nn.Module, incompatible_keys: object = None) -> None:
+    """Give both the decoder's weight, as loading without assign does, which copies it last; the encoder's
+    where no decoder was loaded.
 
     Not where either has no such parameter any more: torch's parametrizations and its dynamic quantisation put
     others in its place.
     """
-    decoder, encoder = model[1].decoder, model[0].encoder
-    if model.tie_weights and "weight" in decoder._parameters and "weight" in encoder._parameters:
-        decoder.weight = encoder.weight
+    if "weight" in decoder._parameters and "weight" in encoder._parameters:
+        if any(key.endswith("decoder.weight") for key in getattr(incompatible_keys, "missing_keys", ())):
+            decoder.weight = encoder.weight
+        else:
+            encoder.weight = decoder.weight
 
 
 def layer_groups(model: nn.Module) -> list[list[nn.Parameter]]:
