@@ -36,7 +36,7 @@ def check_drawn(model):
         bound, values = 0.1, parameter.detach()
         if ".rnns." in name or name.startswith("rnns."):
             owner = model.get_submodule(name[: name.index("rnns.") + len("rnns.0")])
-            bound = owner.module.hidden_size ** -0.5
+            bound = owner.module.hidden_size**-0.5
         elif ".layers." in name and values.dim() == 2:
             bound = values.size(1) ** -0.5
         elif values.dim() == 1:  # a decoder's bias; a batch norm's weight and bias

@@ -112,6 +112,15 @@ def test_predictions_do_not_depend_on_order_or_batch(clf):
     assert clf.accuracy(texts[:2], ["good", "bad"]) == 1.0
 
 
+def test_the_mode_of_each_module_stays(clf):
+    inner = clf.model[0].module.train()
+    clf.predict(TEXTS[:2])
+    try:
+        assert inner.training and inner.rnns[0].training and not clf.model.training
+    finally:
+        clf.model.eval()
+
+
 @pytest.fixture(params=["dtype", "device"])
 def another_default(request):
     if request.param == "dtype":

@@ -261,8 +261,12 @@ class AWDLSTM(nn.Module):
 
     def draw_seed(self) -> Tensor | None:
         """A seed for `run`, or None where no dropout is active."""
-        active = self.encoder_dp.embed_p, self.input_dp.p, self.hidden_dps[0].p, self.rnns[0].weight_p
-        return draw_seed(self.encoder.weight.device) if self.training and any(p > 0 for p in active) else None
+        if not self.training:
+            return None
+        between = [getattr(dropout, "p", 0) for dropout in self.hidden_dps[:-1]]  # a stand-in may have none
+        inside = [rnn.weight_p for rnn in self.rnns]
+        active = any(p > 0 for p in (self.encoder_dp.embed_p, self.input_dp.p, *between, *inside))
+        return draw_seed(self.encoder.weight.device) if active else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":
         super()._apply(fn, recurse)

@@ -1,6 +1,7 @@
 """Modules over the ops: the weight-dropped LSTM, embedding dropout and variational dropout."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,12 @@ class WeightDropLSTM(nn.Module):
         self.dropout = check_probability("WeightDropLSTM", "dropout", dropout)
         self.bidirectional = bidirectional
         self.proj_size = 0
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(  # as nn.LSTM does
+                "dropout is that between layers, so it has no effect where there is one: "
+                f"got dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
         self.weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p)
         for layer in range(num_layers):
             n_in = input_size if layer == 0 else hidden_size * self.num_directions
@@ -179,7 +186,7 @@ class WeightDropLSTM(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
@@ -190,10 +197,12 @@ class WeightDropLSTM(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """-> output, (h_n, c_n); where dropout_p is given also output after a variational dropout with it.
 
-        x (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H), without
-        B where x has none; output like x with directions * H features; h_n, c_n like hx; weights in place
-        of the module's own, in the order of `all_weights`; dropout_p is used as it is, in eval too.
+        input (T, B, I), or (B, T, I) with batch_first, or (T, I); hx two of (layers * directions, B, H),
+        without B where input has none; output like input with directions * H features; h_n, c_n like hx;
+        weights in place of the module's own, in the order of `all_weights`; dropout_p is used as it is, in
+        eval too.
         """
+        x = input  # nn.LSTM's name
         weights = self.all_weights if weights is None else weights
         self._check_input(x, weights[0][0], lengths)
         if dropout_p is None and dropout_seed is not None:
@@ -265,7 +274,7 @@ class WeightDropLSTM(nn.Module):
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
         if lengths is not None and x.dim() == 2:
-            raise ValueError("lengths needs a batch dimension; cut the 2-D input x instead: x[:length]")
+            raise ValueError("lengths needs a batch dimension; cut the 2-D input instead: input[:length]")
 
     def _check_hidden(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> None:
         if not isinstance(hx, tuple | list) or len(hx) != 2:

@@ -173,14 +173,15 @@ def stream_loss(model, docs, batch_size, bptt, between=None):
 
 @contextlib.contextmanager
 def _evaluating(model):
-    """Evaluation mode without gradients inside, the mode it was in after it."""
-    was_training = model.training
+    """Evaluation mode without gradients inside, and the mode that each module was in after it."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _count(name, value, least):
