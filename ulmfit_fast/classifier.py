@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, Stack, is_exporting, unique_groups
-from .ops._common import check_probability
+from .ops._common import check_probability, check_size
 
 # Tokens that a chunk may have where its borders change no number, those of 64 documents by 72: each chunk
 # prepares the weights again, which fewer notice; longer chunks of 64 were slower, as they left the caches.
@@ -178,7 +178,7 @@ class BatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.size(0) < 2:
+        if self.training and x.size(0) < 2 and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
@@ -235,8 +235,7 @@ class TextClassifier(Stack):
         lin_ftrs: Sequence[int] = (50,),
         ps: Sequence[float] = (0.4, 0.1),
     ) -> None:
-        if n_classes <= 0:
-            raise ValueError(f"n_classes must be greater than zero, got {n_classes}")
+        n_classes = check_size("n_classes", n_classes)
         weight, dims = encoder.encoder.weight, [3 * encoder.emb_sz, *lin_ftrs, n_classes]
         head = PoolingLinearClassifier(dims, ps, weight.device, weight.dtype)
         super().__init__(SentenceEncoder(encoder, bptt, max_len), head)
@@ -249,7 +248,10 @@ class TextClassifier(Stack):
 
         dropout holds the arguments of `AWDLSTM.set_dropout`, options those of the class.
         """
-        encoder = copy.deepcopy(lm[0])
+        encoder = next(lm.children(), None) if isinstance(lm, nn.Sequential) else None
+        if not isinstance(encoder, AWDLSTM):
+            raise TypeError(f"lm must be a LanguageModel (that of a TrainedLM is its model), got {lm!r:.100}")
+        encoder = copy.deepcopy(encoder)
         encoder.bs = 1
         encoder.reset()
         encoder.set_dropout(**(dropout or {}))

@@ -16,7 +16,7 @@ from .nn import (
     derive_seed,
     draw_seed,
 )
-from .ops._common import Seed, check_probability
+from .ops._common import Seed, as_int, check_probability, check_seed, check_size
 
 Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
 
@@ -106,11 +106,11 @@ class AWDLSTM(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"vocab_sz": vocab_sz, "emb_sz": emb_sz, "n_hid": n_hid, "n_layers": n_layers}
-        for name, size in sizes.items():
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
-        if pad_token is not None and not 0 <= pad_token < vocab_sz:
-            raise ValueError(f"pad_token must be None or in [0, vocab_sz={vocab_sz}), got {pad_token}")
+        vocab_sz, emb_sz, n_hid, n_layers = (check_size(name, size) for name, size in sizes.items())
+        pad, given = as_int(pad_token), pad_token is not None
+        if given and (pad is None or not 0 <= pad < vocab_sz):
+            raise ValueError(f"pad_token must be None or in [0, vocab_sz={vocab_sz}), got {pad_token!r}")
+        pad_token = pad
         if bidir and (emb_sz % 2 or n_hid % 2):
             raise ValueError(f"bidir needs an even emb_sz and n_hid, got {emb_sz} and {n_hid}")
         self.emb_sz, self.n_hid, self.n_layers, self.pad_token = emb_sz, n_hid, n_layers, pad_token
@@ -224,14 +224,15 @@ class AWDLSTM(nn.Module):
         hidden may have another batch size than inp; its first rows go on, further ones start from zeros.
         Calls with the same seed use the same masks, row for row, whatever the batch size.
         """
+        if not isinstance(inp, Tensor):
+            raise TypeError(f"inp must be a tensor, got {type(inp).__name__}")
         if inp.dim() != (3 if from_embeds else 2):
             raise ValueError(
                 f"inp must be {'(B, T, emb_sz) embeddings' if from_embeds else '(B, T) token numbers'}, "
                 f"got shape {tuple(inp.shape)}"
             )
         hidden = _resize_hidden(hidden, inp.size(0))
-        if seed is None:
-            seed = self.draw_seed()
+        seed = self.draw_seed() if seed is None else check_seed("AWDLSTM", seed)
         output = inp if from_embeds else self.encoder_dp(inp, seed=derive_seed(seed, _EMBEDDING))
         output = self.input_dp(output, seed=derive_seed(seed, _INPUT))
         raw_outputs, new_hidden = [], []

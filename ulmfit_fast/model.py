@@ -88,9 +88,10 @@ class LanguageModel(Stack):
         dropped = self[1].output_dp(output)
         entropy = cross_entropy(self[1].decoder, dropped, targets, ignore_index)
         loss = entropy
-        if self.training and alpha:
+        regularised = self.training and dropped.numel() > 0  # a mean over nothing is NaN
+        if regularised and alpha:
             loss = loss + alpha * dropped.float().pow(2).mean()
-        if self.training and beta and output.size(1) > 1:
+        if regularised and beta and output.size(1) > 1:
             loss = loss + beta * (output[:, 1:] - output[:, :-1]).float().pow(2).mean()
         return loss, entropy
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .ops._common import Seed, check_probability
+from .ops._common import Seed, check_probability, check_seed, check_size
 from .ops._logits import is_plain
 
 _SEED_MASK = 2**63 - 1
@@ -112,12 +112,9 @@ class WeightDropLSTM(nn.Module):
         weight_p: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
+        input_size = check_size("input_size", input_size)
+        hidden_size = check_size("hidden_size", hidden_size)
+        num_layers = check_size("num_layers", num_layers)
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
@@ -205,6 +202,7 @@ class WeightDropLSTM(nn.Module):
         x = input  # nn.LSTM's name
         weights = self.all_weights if weights is None else weights
         self._check_input(x, weights[0][0], lengths)
+        seed = check_seed("WeightDropLSTM", seed)
         if dropout_p is None and dropout_seed is not None:
             raise ValueError(f"dropout_seed needs dropout_p, got {dropout_seed!r} alone")
         if hx is not None:
@@ -262,6 +260,8 @@ class WeightDropLSTM(nn.Module):
                 "WeightDropLSTM takes a padded tensor and its lengths=, not a PackedSequence: "
                 "x, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed); lstm(x, lengths=lengths)"
             )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(x).__name__}")
         if x.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
         if x.size(-1) != self.input_size:

@@ -18,6 +18,7 @@ from .classifier import TextClassifier
 from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
+from .ops._common import as_int
 from .ops._logits import cross_entropy
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
@@ -130,7 +131,9 @@ class TrainedLM(_Result):
         n = _count("n", n, 0)
         if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if seed is not None and as_int(seed) is None:
+            raise TypeError(f"seed must be None or an int, got {seed!r}")
+        generator = None if seed is None else torch.Generator().manual_seed(as_int(seed))
         ids = self.tokenizer.encode([prompt])[0].tolist()
         if self.backwards:  # xxbos stands between two texts in this direction too: it comes before the first
             ids = ids[-1:] + ids[:-1]  # word that is read, and behind the last it would end the text

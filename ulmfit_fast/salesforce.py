@@ -79,7 +79,7 @@ class WeightDrop(nn.Module):
             dropout,
             variational,
         )
-        for name in weights:
+        for name in self.weights:
             module.register_parameter(name + "_raw", module._parameters.pop(name))
 
     @property
