@@ -1,4 +1,4 @@
-"""NumPy's numbers are numbers everywhere, a bool is none; lengths may be int32; seeds and sizes are checked."""
+"""NumPy's numbers are numbers, a bool is none; lengths may be int32; seeds and sizes are checked."""
 
 import numpy as np
 import pytest

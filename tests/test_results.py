@@ -55,7 +55,14 @@ def test_generate(base):
     assert base.generate("The", 5, temperature=0) == base.generate("The", 5, temperature=0, seed=9)
 
 
+@pytest.mark.parametrize("seed", [1.5, True, "1"])
+def test_generate_refuses_a_seed(base, seed):
+    with pytest.raises(TypeError, match="seed must be None or an int"):
+        base.generate("The", 2, seed=seed)
+
+
 def test_numbers_of_numpy_and_tiny_temperatures(base):
+    assert base.generate("The", 5, seed=np.int64(1)) == base.generate("The", 5, seed=1)
     said = base.generate("The", np.int64(5), temperature=np.float32(1), seed=1)
     assert said == base.generate("The", 5, temperature=1.0, seed=1)
     assert base.generate("The", 5, temperature=1e-320) == base.generate("The", 5, temperature=0)
