@@ -9,6 +9,7 @@ import pytest
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
+from ulmfit_fast.train import _read_valid
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(_extra)
@@ -219,6 +220,16 @@ CASES = {
         TypeError,
         r"all str or all int, got 0.0 \(float\)",
     ),
+    "valid of three": (
+        lambda m, f: classify(TEXTS, LABELS, m, f, valid=(TEXTS, LABELS, TEXTS)),
+        TypeError,
+        r"valid must be \(texts, labels\), or the path of a CSV, got a tuple of 3",
+    ),
+    "valid without labels": (
+        lambda m, f: classify(TEXTS, LABELS, m, f, valid=TEXTS[:2]),
+        TypeError,
+        "labels is missing: .* let valid be the path",
+    ),
     "unknown valid label": (
         lambda m, f: classify(TEXTS, LABELS, m, f, valid=(TEXTS[:1], ["ugly"])),
         ValueError,
@@ -253,6 +264,12 @@ def test_refused(name, lm, files):
     with pytest.raises(error, match=message):
         call(lm, files)
     assert not (files / "out").exists()
+
+
+def test_valid_may_be_the_name_of_a_file_with_labels(files):
+    (files / "held.txt").write_text("fine\ndull\n")
+    for path in (files / "held.txt", str(files / "held.txt")):
+        assert _read_valid((path, ["good", "bad"]), ["bad", "good"]) == (["fine", "dull"], ["good", "bad"])
 
 
 def test_classifier_calls(clf):

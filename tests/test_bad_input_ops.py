@@ -151,7 +151,7 @@ OTHERS = [
         ValueError,
         r"lengths must have shape \(B,\) = \(2,\), got \(1,\)",
     ),
-    (concat_pool, {"lengths": torch.ones(2)}, TypeError, "lengths must be int64, got float32"),
+    (concat_pool, {"lengths": torch.ones(2)}, TypeError, "lengths must be int64 or int32, got float32"),
     (concat_pool, {"lengths": [3, 0]}, TypeError, "lengths must be a tensor, got list"),
     (lstm, {"x": torch.ones(5, 3)}, ValueError, r"x must have shape \(T, B, I\) with I > 0, got \(5, 3\)"),
     (lstm, {"x": torch.ones(5, 3, 4).int()}, TypeError, "x must be float64 or .*, got int32"),

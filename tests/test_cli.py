@@ -9,7 +9,7 @@ import pytest
 from checks import DEVICE
 from stages import sentences
 
-from ulmfit_fast import cli, config
+from ulmfit_fast import cli, config, results
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(_extra)
@@ -82,9 +82,28 @@ def test_a_warning_and_no_path_where_there_are_no_curves(runs, capsys, tmp_path,
     assert "curves.png" not in capsys.readouterr().out
 
 
-def test_predict_with_a_language_model_continues(runs, capsys):
+def test_predict_with_a_language_model_continues(runs, capsys, monkeypatch):
     assert cli.main(["predict", str(runs / "target"), "The film", "--tokens", "5", *ON]) == 0
     assert capsys.readouterr().out.lower().startswith("the film")
+    monkeypatch.setattr(results.TrainedLM, "generate", lambda self, text, *options: f"{text}\n{options}")
+    assert cli.main(["predict", str(runs / "target"), "a", "b", "--temperature", "0", *ON]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a (40, 0.0, 0)", "b (40, 0.0, 0)"]
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        ("target", ["--proba"], "--proba needs a classifier"),
+        ("target", ["--tokens", "-1"], "--tokens must be at least 0, got -1"),
+        ("clf", ["--tokens", "5"], "--tokens needs a language model"),
+        ("clf", ["--temperature", "0"], "--temperature needs a language model"),
+        ("clf", ["--seed", "0"], "--seed needs a language model"),
+    ],
+)
+def test_predict_refuses_options_of_the_other_kind(runs, run, options, message, capsys):
+    assert cli.main(["predict", str(runs / run), "The film", *options, *ON]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
 
 
 def test_training_says_where_the_run_is(runs, capsys, tmp_path):

@@ -110,6 +110,11 @@ def test_each_dropout_alone_makes_training_random():
     first = ours(tokens())
     ours.reset()
     assert torch.equal(first, ours(tokens())) and torch.equal(before, random_state())
+    for part, name in ((ours.rnns[1], "weight_p"), (ours.hidden_dps[1], "p")):  # not only the first layer's
+        setattr(part, name, 0.5)
+        assert ours.draw_seed() is not None
+        setattr(part, name, 0.0)
+    assert ours.draw_seed() is None
 
 
 def test_state_is_carried_detached_and_reset():

@@ -68,6 +68,14 @@ def test_equals_torch_lstm_with_its_gradients(options, batch, dtype):
         torch.testing.assert_close(b, a, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+def test_called_and_warning_as_torch_lstm():
+    theirs, ours = pair()
+    x = randn(4, 2, 5)
+    close(ours(input=x)[0], theirs(input=x)[0])
+    with pytest.warns(UserWarning, match="dropout=0.5 and num_layers=1"):
+        uf.WeightDropLSTM(5, 7, dropout=0.5)
+
+
 def test_without_hx_starts_from_zeros():
     theirs, ours = pair(num_layers=2)
     x = randn(4, 2, 5)

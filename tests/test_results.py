@@ -55,7 +55,14 @@ def test_generate(base):
     assert base.generate("The", 5, temperature=0) == base.generate("The", 5, temperature=0, seed=9)
 
 
+@pytest.mark.parametrize("seed", [1.5, True, "1"])
+def test_generate_refuses_a_seed(base, seed):
+    with pytest.raises(TypeError, match="seed must be None or an int"):
+        base.generate("The", 2, seed=seed)
+
+
 def test_numbers_of_numpy_and_tiny_temperatures(base):
+    assert base.generate("The", 5, seed=np.int64(1)) == base.generate("The", 5, seed=1)
     said = base.generate("The", np.int64(5), temperature=np.float32(1), seed=1)
     assert said == base.generate("The", 5, temperature=1.0, seed=1)
     assert base.generate("The", 5, temperature=1e-320) == base.generate("The", 5, temperature=0)
@@ -110,6 +117,33 @@ def test_predictions_do_not_depend_on_order_or_batch(clf):
     assert clf.predict(texts) == [clf.classes[i] for i in whole.argmax(1)]
     assert clf.predict([]) == [] and clf.predict_proba([]).shape == (0, 2)
     assert clf.accuracy(texts[:2], ["good", "bad"]) == 1.0
+
+
+def test_the_mode_of_each_module_stays(clf):
+    inner = clf.model[0].module.train()
+    clf.predict(TEXTS[:2])
+    try:
+        assert inner.training and inner.rnns[0].training and not clf.model.training
+    finally:
+        clf.model.eval()
+
+
+@pytest.fixture(params=["dtype", "device"])
+def another_default(request):
+    if request.param == "dtype":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def test_predictions_do_not_ask_for_torchs_defaults(clf, another_default):
+    wanted = clf.predict_proba(TEXTS[:3])
+    assert wanted.dtype == np.float32 and wanted.shape == (3, 2)
+    clf.model(torch.zeros(2, 3, dtype=torch.int64, device=DEVICE), [3, 1])
+    clf.model(torch.zeros(2, 3, dtype=torch.int64, device=DEVICE), torch.tensor([3, 1], device="cpu"))
 
 
 def test_public_functions_say_their_types():

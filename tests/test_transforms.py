@@ -4,6 +4,7 @@ import pytest
 import torch
 from checks import DEVICE, randn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ulmfit_fast as uf
 
@@ -101,3 +102,29 @@ def test_vmap_over_every_argument():
     assert torch.equal(
         pooled, torch.stack([uf.concat_pool(*pair) for pair in zip(out, lengths, strict=True)])
     )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if " " not in case] + ["linear_cross_entropy 0"])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_traces_real_tensors(case, pre_dispatch):
+    """Its values are those of a graph, which no check may read."""
+    function, x = CASES[case]()
+    assert torch.equal(make_fx(function, pre_dispatch=pre_dispatch)(x)(x), function(x))
+    ids, lengths = torch.tensor(IDS, device=DEVICE), torch.tensor(LENGTHS, device=DEVICE)
+    for f, arguments in (
+        (lambda w, i: uf.embedding_dropout(w, i, 0.5, seed=1), (randn(5, 4), ids)),
+        (uf.concat_pool, (randn(2, 3, 4), lengths)),
+        (lambda h, w, t: uf.linear_cross_entropy(h, w, None, t), (randn(3, 4), randn(5, 4), ids)),
+    ):
+        assert torch.equal(make_fx(f, pre_dispatch=pre_dispatch)(*arguments)(*arguments), f(*arguments))
+
+
+def test_make_fx_traces_a_language_model():
+    lm = uf.LanguageModel(uf.AWDLSTM(30, 6, 10, 2)).to(DEVICE).eval()
+    ids = torch.tensor([IDS], device=DEVICE)
+
+    def loss(ids):
+        lm.reset()
+        return lm(ids, ids)[1]
+
+    assert torch.equal(make_fx(loss)(ids)(ids), loss(ids))

@@ -78,8 +78,9 @@ def evaluation_windows(docs, batch_size, bptt):
 
 def pad_batch(docs):
     """(ids (B, T) int64 padded on the right with xxpad, lengths (B,) int64) of some documents."""
-    lengths = torch.tensor([len(d) for d in docs], dtype=torch.int64)
-    ids = torch.full((len(docs), int(lengths.max())), PAD_ID, dtype=torch.int64)
+    # on the host, whatever torch's default device is
+    lengths = torch.tensor([len(d) for d in docs], dtype=torch.int64, device="cpu")
+    ids = torch.full((len(docs), int(lengths.max())), PAD_ID, dtype=torch.int64, device="cpu")
     for row, doc in zip(ids, docs, strict=True):
         row[: len(doc)] = torch.from_numpy(doc)
     return ids, lengths
@@ -117,4 +118,5 @@ class DocumentBatches:
 
     def __getitem__(self, k):
         chosen = self.order[k]
-        return *pad_batch([self.docs[i] for i in chosen]), torch.tensor([self.targets[i] for i in chosen])
+        targets = torch.tensor([self.targets[i] for i in chosen], device="cpu")
+        return *pad_batch([self.docs[i] for i in chosen]), targets

@@ -38,6 +38,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
+            if str(error.filename) == str(temporary):
+                error.filename, error.filename2 = str(path), None
             name_file(error, path)
         raise
     _sync_directory(path.parent)

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, is_exporting, unique_groups
-from .ops._common import check_probability
+from .nn import Stack
+from .ops._common import check_probability, check_size
 
 # Token budget per chunk (64 documents x 72 steps) where chunk borders cannot affect results. Weights are
 # repacked for every chunk, so fewer chunks are cheaper. Longer chunks of 64 documents were slower: they no
@@ -172,7 +173,8 @@ def _check_documents(ids: Tensor, lengths: Tensor | None) -> Tensor:
     batch, steps = ids.shape
     if lengths is None:
         return torch.full((batch,), steps, device="cpu")
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):  # torch's default device would move one
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"lengths must be ({batch},) int64, one for each row of ids, "
@@ -196,7 +198,7 @@ class BatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.size(0) < 2:
+        if self.training and x.size(0) < 2 and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
@@ -204,27 +206,43 @@ class BatchNorm1d(nn.BatchNorm1d):
 class PoolingLinearClassifier(nn.Module):
     """Batch norm, dropout, linear without bias, once or more, ReLU between: (B, dims[0]) -> (B, dims[-1])."""
 
-    def __init__(self, dims: Sequence[int], ps: Sequence[float]) -> None:
+    def __init__(
+        self,
+        dims: Sequence[int],
+        ps: Sequence[float],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         if len(ps) != len(dims) - 1:
             raise ValueError(
                 f"ps must have one dropout for each of {len(dims) - 1} linear layers, got {list(ps)}"
             )
         blocks = []
         for i, p in enumerate(ps):
-            norm = BatchNorm1d(dims[i])
+            norm = BatchNorm1d(dims[i], **factory)
             nn.init.constant_(norm.bias, 1e-3)  # fastai's
             dropout = nn.Dropout(check_probability("TextClassifier", "ps", p))
-            block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False)]
+            block = [norm, dropout, nn.Linear(dims[i], dims[i + 1], bias=False, **factory)]
             blocks.append(nn.Sequential(*block, *([nn.ReLU()] if i < len(ps) - 1 else [])))
         self.layers = nn.Sequential(*blocks)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and statistics."""
+        for norm, _, linear, *_ in self.layers:
+            norm.reset_parameters()
+            nn.init.constant_(norm.bias, 1e-3)
+            linear.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-class TextClassifier(nn.Sequential):
+class TextClassifier(Stack):
     """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
+
+    The head is made on the device and in the dtype of the encoder.
 
     Args:
         encoder: the AWDLSTM, held and trained, not copied.
@@ -248,9 +266,9 @@ class TextClassifier(nn.Sequential):
         lin_ftrs: Sequence[int] = (50,),
         ps: Sequence[float] = (0.4, 0.1),
     ) -> None:
-        if n_classes <= 0:
-            raise ValueError(f"n_classes must be greater than zero, got {n_classes}")
-        head = PoolingLinearClassifier([3 * encoder.emb_sz, *lin_ftrs, n_classes], ps)
+        n_classes = check_size("n_classes", n_classes)
+        weight, dims = encoder.encoder.weight, [3 * encoder.emb_sz, *lin_ftrs, n_classes]
+        head = PoolingLinearClassifier(dims, ps, weight.device, weight.dtype)
         super().__init__(SentenceEncoder(encoder, bptt, max_len), head)
 
     @classmethod
@@ -265,7 +283,10 @@ class TextClassifier(nn.Sequential):
             dropout: arguments of `AWDLSTM.set_dropout`; None keeps the probabilities of `lm`.
             **options: bptt, max_len, lin_ftrs and ps, as of the class.
         """
-        encoder = copy.deepcopy(lm[0])
+        encoder = next(lm.children(), None) if isinstance(lm, nn.Sequential) else None
+        if not isinstance(encoder, AWDLSTM):
+            raise TypeError(f"lm must be a LanguageModel (that of a TrainedLM is its model), got {lm!r:.100}")
+        encoder = copy.deepcopy(encoder)
         encoder.bs = 1
         encoder.reset()
         encoder.set_dropout(**(dropout or {}))

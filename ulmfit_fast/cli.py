@@ -256,16 +256,13 @@ def _predict(sub):
         help="another classifier, whose probabilities are averaged with those of RUN; may be repeated",
     )
     sub.add_argument("--proba", action="store_true", help="all probabilities, as one line of JSON per text")
-    sub.add_argument("--tokens", type=int, default=40, help="tokens to add (language model; default: 40)")
+    sub.add_argument("--tokens", type=int, help="tokens to add (language model; default: 40)")
     sub.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
         help="sampling temperature; 0 picks the most likely token (language model; default: 1)",
     )
-    sub.add_argument(
-        "--seed", type=int, default=0, help="random seed for sampling (language model; default: 0)"
-    )
+    sub.add_argument("--seed", type=int, help="random seed for sampling (language model; default: 0)")
     sub.add_argument("--device", help="cpu or cuda (default: cuda where it can be used)")
     sub.set_defaults(run=_run_predict)
 
@@ -295,9 +292,18 @@ def _run_predict(a):
                 raise ValueError(f"--average needs classifiers, but {run!r} is a language model's run")
         result = ClassifierEnsemble([runs[run] for run in (a.run_dir, *a.average)])
     if isinstance(result, TrainedLM):
-        for text in texts:
-            print(result.generate(text, a.tokens, a.temperature, a.seed))
+        if a.proba:
+            raise ValueError(f"--proba needs a classifier, but {a.run_dir!r} is a language model's run")
+        tokens = 40 if a.tokens is None else a.tokens
+        if tokens < 0:
+            raise ValueError(f"--tokens must be at least 0, got {tokens}")
+        temperature = 1.0 if a.temperature is None else a.temperature
+        for text in texts:  # one line each, where generate has a line break for xxbos
+            print(" ".join(result.generate(text, tokens, temperature, a.seed or 0).split()))
         return
+    for name in ("tokens", "temperature", "seed"):
+        if getattr(a, name) is not None:
+            raise ValueError(f"--{name} needs a language model, but {a.run_dir!r} is a classifier's run")
     for text, row in zip(texts, result.predict_proba(texts), strict=True):
         if a.proba:
             print(json.dumps({str(c): round(float(p), 6) for c, p in zip(result.classes, row, strict=True)}))

@@ -1,6 +1,8 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +15,7 @@ from .nn import (
     derive_seed,
     draw_seed,
 )
-from .ops._common import Seed, check_probability
+from .ops._common import Seed, as_int, check_probability, check_seed, check_size
 
 Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
 
@@ -29,11 +31,18 @@ class WeightDropLayer(nn.Module):
     dropout_p is given also output after a variational dropout.
     """
 
-    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> None:
+    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> None:
         super().__init__()
-        self.module = WeightDropLSTM(n_in, n_out, batch_first=True, bidirectional=bidir, weight_p=weight_p)
+        options = dict(batch_first=True, bidirectional=bidir, weight_p=weight_p, **factory)
+        self.module = WeightDropLSTM(n_in, n_out, **options)
         self.weight_hh_l0_raw = self.module.weight_hh_l0
         del self.module.weight_hh_l0
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, as `WeightDropLSTM.reset_parameters`, whose module has one of them no more."""
+        self.module.reset_parameters()
+        bound = 1.0 / math.sqrt(self.module.hidden_size)
+        nn.init.uniform_(self.weight_hh_l0_raw, -bound, bound)
 
     @property
     def weight_p(self) -> float:
@@ -106,24 +115,27 @@ class AWDLSTM(nn.Module):
         embed_p: float = 0.1,
         weight_p: float = 0.5,
         bidir: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = {"vocab_sz": vocab_sz, "emb_sz": emb_sz, "n_hid": n_hid, "n_layers": n_layers}
-        for name, size in sizes.items():
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
-        if pad_token is not None and not 0 <= pad_token < vocab_sz:
-            raise ValueError(f"pad_token must be None or in [0, vocab_sz={vocab_sz}), got {pad_token}")
+        vocab_sz, emb_sz, n_hid, n_layers = (check_size(name, size) for name, size in sizes.items())
+        pad, given = as_int(pad_token), pad_token is not None
+        if given and (pad is None or not 0 <= pad < vocab_sz):
+            raise ValueError(f"pad_token must be None or in [0, vocab_sz={vocab_sz}), got {pad_token!r}")
+        pad_token = pad
         if bidir and (emb_sz % 2 or n_hid % 2):
             raise ValueError(f"bidir needs an even emb_sz and n_hid, got {emb_sz} and {n_hid}")
         self.emb_sz, self.n_hid, self.n_layers, self.pad_token = emb_sz, n_hid, n_layers, pad_token
         self.bs = 1
         self.n_dir = 2 if bidir else 1
-        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token)
+        factory = {"device": device, "dtype": dtype}
+        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token, **factory)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
         self.rnns = nn.ModuleList(
-            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p)
+            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p, **factory)
             for layer in range(n_layers)
         )
         self.input_dp = VariationalDropout(input_p)
@@ -132,8 +144,16 @@ class AWDLSTM(nn.Module):
         self._carries = False  # whether `hidden` is what a call left
         self.reset()
 
-    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropLayer:
-        return WeightDropLayer(n_in, n_out, bidir, weight_p)
+    def reset_parameters(self) -> None:
+        """Fresh weights, those of all modules within among them."""
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        for rnn in self.rnns:
+            rnn.reset_parameters()
+
+    def _one_rnn(
+        self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any
+    ) -> WeightDropLayer:
+        return WeightDropLayer(n_in, n_out, bidir, weight_p, **factory)
 
     def _features(self, layer: int) -> int:
         return (self.n_hid if layer < self.n_layers - 1 else self.emb_sz) // self.n_dir
@@ -239,14 +259,15 @@ class AWDLSTM(nn.Module):
         Raises:
             ValueError: inp has another shape.
         """
+        if not isinstance(inp, Tensor):
+            raise TypeError(f"inp must be a tensor, got {type(inp).__name__}")
         if inp.dim() != (3 if from_embeds else 2):
             raise ValueError(
                 f"inp must be {'(B, T, emb_sz) embeddings' if from_embeds else '(B, T) token numbers'}, "
                 f"got shape {tuple(inp.shape)}"
             )
         hidden = _resize_hidden(hidden, inp.size(0))
-        if seed is None:
-            seed = self.draw_seed()
+        seed = self.draw_seed() if seed is None else check_seed("AWDLSTM", seed)
         output = inp if from_embeds else self.encoder_dp(inp, seed=derive_seed(seed, _EMBEDDING))
         output = self.input_dp(output, seed=derive_seed(seed, _INPUT))
         raw_outputs, new_hidden = [], []
@@ -276,8 +297,12 @@ class AWDLSTM(nn.Module):
 
     def draw_seed(self) -> Tensor | None:
         """A seed for `run`, or None where no dropout is active."""
-        active = self.encoder_dp.embed_p, self.input_dp.p, self.hidden_dps[0].p, self.rnns[0].weight_p
-        return draw_seed(self.encoder.weight.device) if self.training and any(p > 0 for p in active) else None
+        if not self.training:
+            return None
+        between = [getattr(dropout, "p", 0) for dropout in self.hidden_dps[:-1]]  # a stand-in may have none
+        inside = [rnn.weight_p for rnn in self.rnns]
+        active = any(p > 0 for p in (self.encoder_dp.embed_p, self.input_dp.p, *between, *inside))
+        return draw_seed(self.encoder.weight.device) if active else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":
         super()._apply(fn, recurse)

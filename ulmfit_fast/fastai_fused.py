@@ -14,11 +14,10 @@ from fastai.torch_core import TensorBase
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_map_only
 
 from . import ops
-from .ops._logits import linear
+from .ops._logits import has_forward_of, is_plain, linear
 
 _READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
 _METADATA = {
@@ -37,7 +36,7 @@ def why_not_fused(decoder: core.LinearDecoder, loss: Callable) -> str:
     """Why this decoder cannot be fused with this loss, or ""."""
     if "forward" in vars(decoder):
         return "the decoder has a forward of its own"
-    if not _is_linear(decoder.decoder):
+    if not has_forward_of(decoder.decoder, nn.Linear):
         return f"the decoder's map is a {type(decoder.decoder).__name__}, or has a forward of its own"
     if type(loss) is not CrossEntropyLossFlat:
         return f"the loss is {loss!r}, not fastai's CrossEntropyLossFlat"
@@ -64,11 +63,6 @@ def _readers(learn: Learner) -> list:
 
 def _in_training(learn: Learner) -> bool:
     return getattr(getattr(learn, "recorder", None), "train_metrics", False)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether its output is that of its weight and bias alone (parametrized ones too)."""
-    return type_before_parametrizations(module) is nn.Linear and "forward" not in vars(module)
 
 
 class Logits(Tensor):
@@ -157,8 +151,7 @@ class FusedDecoder(core.LinearDecoder):
         return Logits(self.decoder, dropped) if self._may_wait() else self.decoder(dropped)
 
     def _may_wait(self) -> bool:
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if not _is_linear(self.decoder) or any(getattr(self.decoder, name) for name in hooks):
+        if not is_plain(self.decoder, nn.Linear):
             return False
         # both modes search what the model returns for the parameters that will have a gradient
         ddp = DistributedDataParallel._get_active_ddp_module()

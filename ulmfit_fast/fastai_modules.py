@@ -162,8 +162,8 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         self.input_dp = RNNDropout(dropouts["input_p"])
         self.hidden_dps = nn.ModuleList(RNNDropout(dropouts["hidden_p"]) for _ in range(n_layers))
 
-    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float) -> WeightDropout:
-        return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir), weight_p)
+    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> WeightDropout:
+        return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir, **factory), weight_p)
 
     def forward(self, inp: Tensor, from_embeds: bool = False, **options: Any) -> Any:
         """inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds -> (B, T, emb_sz).

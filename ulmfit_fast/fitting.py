@@ -60,7 +60,7 @@ def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
     validate = None
     if held_out:
         documents = tokenizer.encode(held_out[0])
-        answers = torch.tensor([index[label] for label in held_out[1]])
+        answers = torch.tensor([index[label] for label in held_out[1]], device="cpu")
 
         def validate(between):
             logits = document_logits(model, documents, len(classes), 2 * config.batch_size, between)

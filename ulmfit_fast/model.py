@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx, nn
 
-from . import ops, to_torch
+from . import to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM, unique_groups
-from .nn import VariationalDropout
-from .ops._logits import logits
+from .nn import Stack, VariationalDropout
+from .ops._logits import cross_entropy, logits
 
 __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]
 
@@ -16,7 +17,7 @@ __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer
 class LinearDecoder(nn.Module):
     """Output dropout, then the linear map to the vocabulary, whose weight may be the encoder's.
 
-    x (B, T, E) -> logits (B, T, V).
+    x (B, T, E) -> logits (B, T, V).  device and dtype are by default those of tie_encoder.
     """
 
     def __init__(
@@ -26,33 +27,41 @@ class LinearDecoder(nn.Module):
         output_p: float = 0.1,
         tie_encoder: nn.Embedding | None = None,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = nn.Linear(n_hid, n_out, bias=bias)
-        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        if bias:
-            nn.init.zeros_(self.decoder.bias)
+        if tie_encoder is not None:
+            device, dtype = device or tie_encoder.weight.device, dtype or tie_encoder.weight.dtype
+        self.decoder = nn.Linear(n_hid, n_out, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
         if tie_encoder is not None:
             self.decoder.weight = tie_encoder.weight
         self.output_dp = VariationalDropout(output_p)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, the encoder's too where the weight is its own."""
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if self.decoder.bias is not None:
+            nn.init.zeros_(self.decoder.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return logits(self.decoder, self.output_dp(x))
 
 
-class LanguageModel(nn.Sequential):
+class LanguageModel(Stack):
     """An AWD-LSTM and its decoder; model[0] is the encoder, model[1] the decoder, as in fastai.
 
     With tie_weights the decoder's weight is the encoder's, and stays so through copying, moving, casting
-    and loading.
+    and loading.  The decoder is made on the device and in the dtype of the encoder.
     """
 
     def __init__(
         self, encoder: AWDLSTM, output_p: float = 0.1, tie_weights: bool = True, bias: bool = True
     ) -> None:
-        embedding = encoder.encoder
-        tied = embedding if tie_weights else None
-        super().__init__(encoder, LinearDecoder(*embedding.weight.shape, output_p, tied, bias))
+        embedding, weight = encoder.encoder, encoder.encoder.weight
+        tied, factory = embedding if tie_weights else None, dict(device=weight.device, dtype=weight.dtype)
+        super().__init__(encoder, LinearDecoder(*weight.shape, output_p, tied, bias, **factory))
         self.tie_weights = tie_weights
         self.register_load_state_dict_post_hook(_tie)
 
@@ -77,12 +86,12 @@ class LanguageModel(nn.Sequential):
         if targets.shape != ids.shape:
             raise ValueError(f"targets must be like ids, {tuple(ids.shape)}, got {tuple(targets.shape)}")
         dropped = self[1].output_dp(output)
-        weight, bias = self[1].decoder.weight, self[1].decoder.bias
-        entropy = ops.linear_cross_entropy(dropped, weight, bias, targets, ignore_index=ignore_index)
+        entropy = cross_entropy(self[1].decoder, dropped, targets, ignore_index)
         loss = entropy
-        if self.training and alpha:
+        regularised = self.training and dropped.numel() > 0  # a mean over nothing is NaN
+        if regularised and alpha:
             loss = loss + alpha * dropped.float().pow(2).mean()
-        if self.training and beta and output.size(1) > 1:
+        if regularised and beta and output.size(1) > 1:
             loss = loss + beta * (output[:, 1:] - output[:, :-1]).float().pow(2).mean()
         return loss, entropy
 
@@ -108,14 +117,23 @@ class LanguageModel(nn.Sequential):
 
 
 def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
-    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty().
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
+    if model.tie_weights:
+        tie(model[1].decoder, model[0].encoder, incompatible_keys)
+
+
+def tie(decoder: nn.Module, encoder: nn.Module, incompatible_keys: object = None) -> None:
+    """Give both the decoder's weight, as loading without assign does, which copies it last; the encoder's
+    where no decoder was loaded.
 
     Not where either has no such parameter any more: torch's parametrizations and its dynamic quantisation put
     others in its place.
     """
-    decoder, encoder = model[1].decoder, model[0].encoder
-    if model.tie_weights and "weight" in decoder._parameters and "weight" in encoder._parameters:
-        decoder.weight = encoder.weight
+    if "weight" in decoder._parameters and "weight" in encoder._parameters:
+        if any(key.endswith("decoder.weight") for key in getattr(incompatible_keys, "missing_keys", ())):
+            decoder.weight = encoder.weight
+        else:
+            encoder.weight = decoder.weight
 
 
 def layer_groups(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -1,13 +1,16 @@
 """Modules over the ops: the weight-dropped LSTM, embedding dropout and variational dropout."""
 
 import math
+import warnings
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .ops._common import Seed, check_probability
+from .ops._common import Seed, check_probability, check_seed, check_size
+from .ops._logits import is_plain
 
 _SEED_MASK = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
@@ -68,7 +71,14 @@ class EmbeddingDropout(nn.Module):
 
     def forward(self, ids: Tensor, scale: float | None = None, seed: Seed = None) -> Tensor:
         p = self.embed_p if self.training else 0.0
-        out = ops.embedding_dropout(self.emb.weight, ids, p, seed=seed, padding_idx=self.emb.padding_idx)
+        if is_plain(self.emb, nn.Embedding):
+            out = ops.embedding_dropout(self.emb.weight, ids, p, seed=seed, padding_idx=self.emb.padding_idx)
+        else:  # hooks, or a forward of its own: the same rows and masks, by a call of the module
+            out = self.emb(ids)
+            if p > 0:
+                words = self.emb.weight.shape[0]
+                mask = ops.dropout_mask(seed, words, p, dtype=out.dtype, device=out.device)
+                out = out * mask[ids].unsqueeze(-1)
         return out if scale is None else out * scale
 
     def extra_repr(self) -> str:
@@ -108,12 +118,9 @@ class WeightDropLSTM(nn.Module):
         weight_p: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
+        input_size = check_size("input_size", input_size)
+        hidden_size = check_size("hidden_size", hidden_size)
+        num_layers = check_size("num_layers", num_layers)
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
@@ -131,6 +138,12 @@ class WeightDropLSTM(nn.Module):
         self.dropout = check_probability("WeightDropLSTM", "dropout", dropout)
         self.bidirectional = bidirectional
         self.proj_size = 0
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(  # as nn.LSTM does
+                "dropout is that between layers, so it has no effect where there is one: "
+                f"got dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
         self.weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p)
         for layer in range(num_layers):
             n_in = input_size if layer == 0 else hidden_size * self.num_directions
@@ -176,7 +189,7 @@ class WeightDropLSTM(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
@@ -185,12 +198,12 @@ class WeightDropLSTM(nn.Module):
         dropout_p: float | None = None,
         dropout_seed: Seed = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """All layers over x.
+        """All layers over input.
 
         Args:
-            x: (T, B, I), or (B, T, I) with batch_first, or (T, I) for one sequence.
-            hx: (h_0, c_0), each (layers * directions, B, H), without B where x has none; None for zeros.
-            lengths: int64 (B,), each in 0..T, in any order, see the class.
+            input: (T, B, I), or (B, T, I) with batch_first, or (T, I) for one sequence.
+            hx: (h_0, c_0), each (layers * directions, B, H), without B where input has none; None for zeros.
+            lengths: int64 or int32 (B,), each in 0..T, in any order, see the class.
             seed: of all masks, see the class; None draws one where a mask is wanted.
             weights: used in place of the module's own, in the order of `all_weights`.
             dropout_p: where given, output is also returned after a variational dropout with this probability,
@@ -198,15 +211,17 @@ class WeightDropLSTM(nn.Module):
             dropout_seed: of that dropout's mask.
 
         Returns:
-            output, like x with directions * H features; (h_n, c_n), each like h_0; where dropout_p is given
-            also the dropped output (with dropout_p=0 output itself).
+            output, like input with directions * H features; (h_n, c_n), each like h_0; where dropout_p is
+            given also the dropped output (with dropout_p=0 output itself).
 
         Raises:
             TypeError, ValueError, RuntimeError: an argument is not what is said above; where `nn.LSTM` raises
                 too, with its type and message.
         """
+        x = input  # nn.LSTM's name
         weights = self.all_weights if weights is None else weights
         self._check_input(x, weights[0][0], lengths)
+        seed = check_seed("WeightDropLSTM", seed)
         if dropout_p is None and dropout_seed is not None:
             raise ValueError(f"dropout_seed needs dropout_p, got {dropout_seed!r} alone")
         if hx is not None:
@@ -264,6 +279,8 @@ class WeightDropLSTM(nn.Module):
                 "WeightDropLSTM takes a padded tensor and its lengths=, not a PackedSequence: "
                 "x, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed); lstm(x, lengths=lengths)"
             )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(x).__name__}")
         if x.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
         if x.size(-1) != self.input_size:
@@ -276,7 +293,7 @@ class WeightDropLSTM(nn.Module):
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
         if lengths is not None and x.dim() == 2:
-            raise ValueError("lengths needs a batch dimension; cut the 2-D input x instead: x[:length]")
+            raise ValueError("lengths needs a batch dimension; cut the 2-D input instead: input[:length]")
 
     def _check_hidden(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> None:
         if not isinstance(hx, tuple | list) or len(hx) != 2:
@@ -298,3 +315,12 @@ class WeightDropLSTM(nn.Module):
         )
         changed = [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+
+
+class Stack(nn.Sequential):
+    """An nn.Sequential with a constructor of its own, which nn.Sequential's slices would call."""
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)

@@ -295,6 +295,9 @@ def save_checkpoint(
         state, backwards = model.state, model.direction
     else:
         model = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+        if not isinstance(model, nn.Module | Mapping):
+            kinds = "a model, a Checkpoint, a TrainedLM or TrainedClassifier, or a state dict"
+            raise TypeError(f"model must be {kinds}, got {model!r:.100}")
         state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     parts = parse({key: tensor.detach().cpu() for key, tensor in state.items()}, "model")
     if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):

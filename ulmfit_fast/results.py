@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
 from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .model import AWDLSTM, LanguageModel
+from .ops._common import as_int
+from .ops._logits import cross_entropy
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
 
@@ -159,7 +160,9 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
         n = _count("n", n, 0)
         if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if seed is not None and as_int(seed) is None:
+            raise TypeError(f"seed must be None or an int, got {seed!r}")
+        generator = None if seed is None else torch.Generator().manual_seed(as_int(seed))
         ids = self.tokenizer.encode([prompt])[0].tolist()
         if self.backwards:  # xxbos stands between two texts in this direction too: it comes before the first
             ids = ids[-1:] + ids[:-1]  # word that is read, and behind the last it would end the text
@@ -195,14 +198,11 @@ def stream_loss(
     """
     device, (encoder, decoder) = next(model.parameters()).device, model
     hidden, total, count = encoder.zero_hidden(0), 0.0, 0
-    weight, bias = decoder.decoder.weight, decoder.decoder.bias
     with _evaluating(model):
         for ids, targets in evaluation_windows(docs, batch_size, bptt):
             outputs, hidden = encoder.run(ids.to(device), hidden)
             if n := int((targets != IGNORE).sum()):
-                mean = ops.linear_cross_entropy(
-                    outputs[-1], weight, bias, targets.to(device), ignore_index=IGNORE
-                )
+                mean = cross_entropy(decoder.decoder, outputs[-1], targets.to(device), IGNORE)
                 total, count = total + float(mean.double()) * n, count + n
             if between:
                 between()
@@ -211,14 +211,15 @@ def stream_loss(
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; restores the mode after it."""
-    was_training = model.training
+    """Evaluation mode without gradients inside the block; restores the mode of each module after it."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _count(name: str, value: Any, least: int) -> int:
@@ -282,7 +283,7 @@ def document_logits(
     """
     device = next(model.parameters()).device
     order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # like lengths together: little padding
-    logits = torch.zeros(len(docs), n_classes)
+    logits = torch.zeros(len(docs), n_classes, dtype=torch.float32, device="cpu")
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .checkpoints import load_state
+from .model import tie
 from .nn import WeightDropLSTM, refuse_options
 from .pretrained import Checkpoint, load_checkpoint
 
@@ -72,7 +73,7 @@ class WeightDrop(nn.Module):
             raise TypeError(f"WeightDrop takes no {type(module).__name__}: of torch's RNNs the LSTM alone")
         self.module, self.weights = module, list(weights)
         self.dropout, self.variational = dropout, variational
-        for name in weights:
+        for name in self.weights:
             module.register_parameter(name + "_raw", module._parameters.pop(name))
 
     @property
@@ -154,6 +155,7 @@ class RNNModel(nn.Module):
         self.decoder = nn.Linear(sizes[-1], ntoken)
         if tie_weights:
             self.decoder.weight = self.encoder.weight
+        self.register_load_state_dict_post_hook(_tie)
         self.init_weights()
 
     @classmethod
@@ -200,6 +202,12 @@ class RNNModel(nn.Module):
 
     def reset(self) -> None:
         """Nothing to forget: the state is the caller's."""
+
+
+def _tie(model: RNNModel, incompatible_keys: object) -> None:
+    """Share the weight again after load_state_dict(assign=True)."""
+    if model.tie_weights:
+        tie(model.decoder, model.encoder, incompatible_keys)
 
 
 class SplitCrossEntropyLoss(nn.Module):
@@ -285,7 +293,7 @@ def _dict(*args: object) -> dict:
 
 
 torch.serialization.add_safe_globals(
-    [RNNModel, WeightDrop, LockedDropout, SplitCrossEntropyLoss, WeightDropLSTM]
+    [RNNModel, WeightDrop, LockedDropout, SplitCrossEntropyLoss, WeightDropLSTM, _tie]
     + [nn.ModuleList, nn.Embedding, nn.Linear, nn.CrossEntropyLoss]
     + [torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam]
     + [(SplitCrossEntropyLoss, "splitcross.SplitCrossEntropyLoss")]

@@ -25,7 +25,10 @@ class StockLSTM(nn.Module):
         del self.module._parameters["weight_hh_l0"]
 
     def forward(self, x, hidden):
-        self.module.weight_hh_l0 = F.dropout(self.weight_hh_l0_raw, self.weight_p, self.training)
+        raw = self.weight_hh_l0_raw
+        weight = F.dropout(raw, self.weight_p, self.training)
+        # where nothing is dropped it is the parameter itself, which nn.LSTM would keep as one of its own
+        self.module.weight_hh_l0 = raw.view_as(raw) if weight is raw else weight
         return self.module(x, hidden)
 
 

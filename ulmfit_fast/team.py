@@ -92,7 +92,7 @@ class Team:
         """Whether `flag` is true in any process."""
         if self.size == 1:
             return flag
-        flags = torch.tensor([flag], dtype=torch.int32)
+        flags = torch.tensor([flag], dtype=torch.int32, device="cpu")
         dist.all_reduce(flags, dist.ReduceOp.MAX, self._host)
         return bool(flags)
 
@@ -100,7 +100,7 @@ class Team:
         """{name: sum over the processes} of numbers."""
         if self.size == 1 or not figures:
             return figures
-        totals = torch.tensor(list(figures.values()), dtype=torch.float64)
+        totals = torch.tensor(list(figures.values()), dtype=torch.float64, device="cpu")
         dist.all_reduce(totals, dist.ReduceOp.SUM, self._host)
         return dict(zip(figures, totals.tolist(), strict=True))
 

@@ -11,6 +11,8 @@ import re
 import torch
 from torch import Tensor, fx, nn
 
+from .checkpoints import listed
+
 State = tuple[tuple[Tensor, Tensor] | None, ...]  # per layer (h, c), as AWDLSTM.hidden, or None for zeros
 
 _RENAMED = (
@@ -35,6 +37,12 @@ def to_torch(model: nn.Module, stock: nn.Module) -> fx.GraphModule:
     """The graph of `stock`, one of the classes below made for `model`, in eval, its weights copied."""
     state = {torch_key(key): tensor.clone() for key, tensor in model.state_dict().items()}
     state.pop(None, None)
+    if others := state.keys() ^ stock.state_dict().keys():
+        raise ValueError(
+            f"to_torch takes the weights of its own modules alone, but {type(model).__name__} differs in "
+            f"{listed(sorted(others))}: remove pruning and parametrizations (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations) first"
+        )
     stock.load_state_dict(state, assign=True)
     if getattr(model, "tie_weights", False):
         stock.decoder.weight = stock.encoder.weight

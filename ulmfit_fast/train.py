@@ -1,5 +1,6 @@
 """ULMFiT's three stages: pretrain_lm, finetune_lm, train_classifier; each leaves a run directory behind."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,10 @@ def _read_unlabelled(sources, argument, valid):
 def _read_valid(valid, classes):
     if valid is None:
         return None
-    if isinstance(valid, (tuple, list)) and len(valid) == 2 and not isinstance(valid[0], str):
+    if isinstance(valid, tuple) and len(valid) != 2:
+        raise TypeError(f"valid must be (texts, labels), or the path of a CSV, got a tuple of {len(valid)}")
+    # a str there is a second text, and labels are missing
+    if isinstance(valid, (tuple, list)) and len(valid) == 2 and not isinstance(valid[1], (str, os.PathLike)):
         texts, labels = read_labelled(*valid, argument="valid")
     else:
         texts, labels = read_labelled(valid, argument="valid")

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Seed = int | Tensor | None
+
+
+def as_int(value: object) -> int | None:
+    """value where it is an integer, of Python, NumPy or a graph's symbols; else, and for a bool, None."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    return int(value) if isinstance(value, numbers.Integral) else None
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python, NumPy or a graph's symbols, and no bool."""
+    known = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
+    return isinstance(value, known) and not isinstance(value, bool)
+
+
+def check_size(name: str, value: int) -> int:
+    """value as an int greater than zero."""
+    size = as_int(value)
+    if size is None:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if size <= 0:
+        raise ValueError(f"{name} must be greater than zero, got {value}")
+    return size
+
+
+def check_seed(op: str, seed: Seed, name: str = "seed") -> Seed:
+    """seed, an int being Python's."""
+    if seed is None:
+        return None
+    wanted = f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got"
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(f"{wanted} {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed
+    number = as_int(seed)
+    if number is None:
+        raise TypeError(f"{wanted} {type(seed).__name__}")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 signed bits, got {seed}")
+    return number
 
 
 def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name: str = "seed") -> Tensor:
@@ -17,10 +59,8 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
 
     With p == 0 nothing is dropped, so nothing is drawn and the generator does not advance.
     """
+    seed = check_seed(op, seed, name)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            got = f"{seed.dtype} of shape {tuple(seed.shape)}"
-            raise TypeError(f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got {got}")
         return seed if device is None else seed.to(device)
     if seed is None:
         if p == 0:
@@ -28,18 +68,12 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
         # drawn by the device itself, so nobody waits for it; a replayed CUDA graph draws another.
         # torch.manual_seed seeds the generators of all devices.
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got {type(seed).__name__}"
-        )
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: {name} must fit in 64 signed bits, got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_probability(op: str, name: str, p: float) -> float:
     """p as a float in [0, 1)."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if not is_number(p):
         raise TypeError(f"{op}: {name} must be a number in [0, 1), got {type(p).__name__}")
     if not 0 <= p < 1:
         raise ValueError(f"{op}: {name} must be a number in [0, 1), got {p}")
@@ -85,7 +119,7 @@ def readable(value: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     plain = type(value) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(value)  # vmap's has none
-    return plain and value.device.type == "cpu"
+    return plain and value.device.type == "cpu" and get_proxy_mode() is None  # make_fx's values are a graph's
 
 
 def check_range(
@@ -100,14 +134,15 @@ def check_range(
         raise error(f"{op}: {name} must be {meaning}, got {bad}")
 
 
-def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch.device) -> None:
-    """lengths: int64 (B,), each in 0..T."""
-    check_tensor(op, "lengths", lengths, (torch.int64,), device)
+def check_lengths(op: str, lengths: Tensor, batch: int, time: int, device: torch.device) -> Tensor:
+    """lengths (B,), each in 0..T, as int64."""
+    check_tensor(op, "lengths", lengths, (torch.int64, torch.int32), device)
     check_shape(op, "lengths", lengths, "(B,)", (batch,))
     if readable(lengths):  # checked here too: a graph would specialise on the number in the message
         check_range(
             op, "lengths", lengths, 0, time + 1, f"in 0..{time}, the number of time steps", ValueError
         )
+    return lengths.long()
 
 
 def autocast_dtype(value: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Logits: what a language model's decoder gives where no gradient is wanted."""
+"""A decoder's logits and its loss: by this library where it is a plain nn.Linear, else by calling it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,23 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ulmfit_fast.ops._common import FLOATS, allows_high, autocast_dtype, needs_grad, readable
+from ulmfit_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its output is that of `kind` for its weights (parametrized ones too)."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its weights may be read in place of a call: `has_forward_of`, and nothing hangs on the call.
+
+    Hooks do: pruning and the older weight_norm make the weight in one.
+    """
+    hooked = any(getattr(module, hooks) for hooks in _HOOKS) or _has_any_global_hook()
+    return has_forward_of(module, kind) and not hooked
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,10 +49,19 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def logits(decoder: nn.Module, h: Tensor) -> Tensor:
-    """decoder(h), by `linear` where the decoder is a plain nn.Linear that nobody watches."""
-    plain = type(decoder) is nn.Linear and "forward" not in vars(decoder) and isinstance(h, Tensor)
-    watched = any(getattr(decoder, hooks) for hooks in _HOOKS) or _has_any_global_hook()
-    return linear(h, decoder.weight, decoder.bias) if plain and not watched else decoder(h)
+    """decoder(h), by `linear` where the decoder is a plain nn.Linear."""
+    plain = is_plain(decoder, nn.Linear) and isinstance(h, Tensor)  # torch.fx traces with a Proxy
+    return linear(h, decoder.weight, decoder.bias) if plain else decoder(h)
+
+
+def cross_entropy(decoder: nn.Module, h: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The mean cross-entropy of decoder(h), which is not made where the decoder is a plain nn.Linear."""
+    if is_plain(decoder, nn.Linear):
+        return linear_cross_entropy(h, decoder.weight, decoder.bias, target, ignore_index=ignore_index)
+    out = decoder(h).flatten(0, -2)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    total = F.cross_entropy(out, target.flatten(), ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum().clamp(min=1)  # as the op: 0 where no position counts
 
 
 @torch.library.register_fake("ulmfit_fast::logits")

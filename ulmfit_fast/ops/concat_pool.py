@@ -19,7 +19,7 @@ def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         out: (B, T, H); float64, float32, bfloat16 or float16; any strides.
-        lengths: int64 (B,), each in 0..T, in any order.
+        lengths: int64 or int32 (B,), each in 0..T, in any order.
 
     Returns:
         (B, 3H) in out's dtype; sums are accumulated in float32 for the 16-bit types.
@@ -32,7 +32,7 @@ def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
     check_input(op, "out", out)
     if out.dim() != 3:
         raise ValueError(f"{op}: out must have shape (B, T, H), got {tuple(out.shape)}")
-    check_lengths(op, lengths, out.shape[0], out.shape[1], out.device)
+    lengths = check_lengths(op, lengths, out.shape[0], out.shape[1], out.device)
     refuse_transforms(op, out)
     return torch.ops.ulmfit_fast.concat_pool(out, lengths)[0]
 

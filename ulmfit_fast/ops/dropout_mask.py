@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulmfit_fast.ops._common import FLOATS, Seed, check_probability, seed_tensor
+from ulmfit_fast.ops._common import FLOATS, Seed, as_int, check_probability, seed_tensor
 
 
 def dropout_mask(
@@ -38,8 +38,8 @@ def dropout_mask(
         TypeError, ValueError: an argument is not what is said above.
     """
     p = check_probability("dropout_mask", "p", p)
-    sizes = [shape] if isinstance(shape, int) else list(shape)
-    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in sizes):
+    sizes = [as_int(n) for n in (shape if hasattr(shape, "__iter__") else [shape])]
+    if any(n is None for n in sizes):
         raise TypeError(f"dropout_mask: shape must be integers, got {shape!r}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"dropout_mask: shape must have sizes >= 0, got {tuple(sizes)}")

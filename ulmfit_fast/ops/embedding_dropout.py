@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ulmfit_fast.ops._common import (
     Seed,
+    as_int,
     check_input,
     check_probability,
     check_range,
@@ -51,17 +52,16 @@ def embedding_dropout(
     p = check_probability(op, "p", p)
     words = weight.shape[0]
     check_range(op, "ids", ids, 0, words, f"in 0..{words - 1}, the vocabulary", IndexError)
-    if padding_idx is None:
-        padding_idx = -1
-    elif isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+    row = -1 if padding_idx is None else as_int(padding_idx)
+    if row is None:
         raise TypeError(f"{op}: padding_idx must be None or an int, got {type(padding_idx).__name__}")
-    elif not -words <= padding_idx < words:
-        raise ValueError(f"{op}: padding_idx must be in {-words}..{words - 1}, got {padding_idx}")
-    elif padding_idx < 0:
-        padding_idx += words
+    if padding_idx is not None:
+        if not -words <= row < words:
+            raise ValueError(f"{op}: padding_idx must be in {-words}..{words - 1}, got {padding_idx}")
+        row += words if row < 0 else 0
     refuse_transforms(op, weight)
     seed = seed_tensor(op, seed, p, weight.device)
-    return torch.ops.ulmfit_fast.embedding_dropout(weight, ids.long(), seed, p, padding_idx)
+    return torch.ops.ulmfit_fast.embedding_dropout(weight, ids.long(), seed, p, row)
 
 
 @torch.library.register_fake("ulmfit_fast::embedding_dropout")

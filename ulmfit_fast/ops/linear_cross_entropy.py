@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ulmfit_fast.ops._common import (
     allows_high,
+    as_int,
     autocast_dtype,
     autocast_weight,
     check_input,
     check_shape,
     check_tensor,
+    is_number,
     needs_grad,
     raise_second_derivative,
     readable,
@@ -83,20 +85,21 @@ def linear_cross_entropy(
         check_shape(op, "bias", bias, "(V,)", (words,))
     check_tensor(op, "target", target, (torch.int64,), h.device)
     check_shape(op, "target", target, "h.shape[:-1]", tuple(h.shape[:-1]))
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    ignored, rows = as_int(ignore_index), 0 if chunk_rows is None else as_int(chunk_rows)
+    if ignored is None:
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+    if not is_number(label_smoothing):
         raise TypeError(f"{op}: label_smoothing must be a float, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
+    if rows is None:
         raise TypeError(f"{op}: chunk_rows must be None or an int, got {type(chunk_rows).__name__}")
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is not None and rows < 1:
         raise ValueError(f"{op}: chunk_rows must be None or at least 1, got {chunk_rows}")
     if readable(target):
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= words))]
+        wrong = target[(target != ignored) & ((target < 0) | (target >= words))]
         if wrong.numel():
             allowed = f"in 0..{words - 1}, the vocabulary, or ignore_index = {ignore_index}"
             raise IndexError(f"{op}: target must be {allowed}, got {int(wrong[0])}")
@@ -114,19 +117,19 @@ def linear_cross_entropy(
         weight,
         bias,
         target.reshape(-1),
-        ignore_index,
+        ignored,
         float(label_smoothing),
         code,
         allows_high(op, precision, h),
         computed,
         computed and needs_grad(weight, bias),
-        chunk_rows or 0,
+        rows,
     )[0]
     if reduction == "none":
         return loss.reshape(target.shape)
     if code == _NONE:
         loss = loss.sum(dtype=torch.float64).float()
-    return loss if reduction == "sum" else loss / (target != ignore_index).sum().clamp(min=1)
+    return loss if reduction == "sum" else loss / (target != ignored).sum().clamp(min=1)
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")

@@ -58,8 +58,8 @@ def lstm(
         weight_p: probability that an element of w_hh is dropped, in [0, 1).
         seed: None, an int or a 0-dim int64 tensor; None draws one from the device's default generator.
         batch_first: the layout of x and y; no transposed copy is made.
-        lengths: int64 (B,), each in 0..T, in any order.  A step at or after its sequence's length carries
-            the state and outputs zeros.
+        lengths: int64 or int32 (B,), each in 0..T, in any order.  A step at or after its sequence's length
+            carries the state and outputs zeros.
         reverse: read each sequence from its last valid step back to its first.
         precision: of float32 products, "highest", "high" or "medium" as in
             `torch.set_float32_matmul_precision`; None takes what is set there.  The lower two allow three
@@ -114,7 +114,7 @@ def lstm(
         check_shape(op, name, state, "(B, H)", (batch, hidden))
         states.append(state)
     if lengths is not None:
-        check_lengths(op, lengths, batch, time, x.device)
+        lengths = check_lengths(op, lengths, batch, time, x.device)
 
     h0, c0 = states
     refuse_transforms(op, x, h0, c0, w_ih, w_hh, b_ih, b_hh)

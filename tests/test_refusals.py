@@ -1,0 +1,69 @@
+"""What files and models cannot be saved or converted, in words; and inputs of no rows or one."""
+
+import pytest
+import torch
+from checks import DEVICE
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import ulmfit_fast as uf
+from ulmfit_fast.checkpoints import atomic_write
+from ulmfit_fast.salesforce import WeightDrop
+
+
+def language_model():
+    torch.manual_seed(0)
+    return uf.LanguageModel(uf.AWDLSTM(30, 6, 10, 2)).to(DEVICE)
+
+
+def test_save_checkpoint_names_what_it_was_given(tmp_path):
+    with pytest.raises(TypeError, match="model must be .* got 3"):
+        uf.save_checkpoint(tmp_path / "a.pth", 3)
+    with pytest.raises(FileNotFoundError) as refused:
+        uf.save_checkpoint(tmp_path / "no" / "a.pth", language_model(), format="torch")
+    assert refused.value.filename == str(tmp_path / "no" / "a.pth")
+    with pytest.raises(IsADirectoryError) as refused:
+        atomic_write(tmp_path, "text")
+    assert refused.value.filename == str(tmp_path) and "tmp'" not in str(refused.value).replace(
+        str(tmp_path), ""
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm: prune.l1_unstructured(lm[1].decoder, "weight", 0.5),
+        lambda lm: prune.l1_unstructured(lm[0].encoder, "weight", 0.5),
+        lambda lm: parametrizations.weight_norm(lm[1].decoder),
+        lambda lm: parametrizations.weight_norm(lm[0].rnns[0].module, "weight_ih_l0"),
+    ],
+)
+def test_to_torch_wants_plain_weights(change):
+    lm = language_model()
+    change(lm)
+    with pytest.raises(ValueError, match="remove pruning and parametrizations"):
+        lm.to_torch()
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_the_loss_of_an_empty_window_is_zero(shape):
+    ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    loss, entropy = language_model().train()(ids, ids)
+    loss.backward()
+    assert loss == entropy == 0
+
+
+def test_a_batch_norm_without_statistics_refuses_one_row_as_torchs():
+    from ulmfit_fast.classifier import BatchNorm1d
+
+    norm = BatchNorm1d(4, track_running_stats=False, device=DEVICE)
+    assert norm(torch.ones(2, 4, device=DEVICE)).shape == (2, 4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.ones(1, 4, device=DEVICE))
+
+
+def test_weight_drop_takes_its_names_from_a_generator():
+    drop = WeightDrop(nn.LSTM(3, 4), (name for name in ["weight_hh_l0"]), 0.5).to(DEVICE)
+    assert "weight_hh_l0_raw" in drop.module._parameters and "weight_hh_l0" not in drop.module._parameters
+    x = torch.ones(5, 2, 3, device=DEVICE)
+    assert not torch.equal(drop(x)[0], drop(x)[0])
