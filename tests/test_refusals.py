@@ -24,9 +24,7 @@ def test_save_checkpoint_names_what_it_was_given(tmp_path):
     assert refused.value.filename == str(tmp_path / "no" / "a.pth")
     with pytest.raises(IsADirectoryError) as refused:
         atomic_write(tmp_path, "text")
-    assert refused.value.filename == str(tmp_path) and "tmp'" not in str(refused.value).replace(
-        str(tmp_path), ""
-    )
+    assert str(refused.value).endswith(f"Is a directory: {str(tmp_path)!r}")
 
 
 @pytest.mark.parametrize(

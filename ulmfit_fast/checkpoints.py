@@ -39,7 +39,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
         if isinstance(error, OSError):
             if str(error.filename) == str(temporary):
-                error.filename, error.filename2 = str(path), None
+                error.filename = str(path)
+                del error.filename2  # what a rename was to make of it; set to None it would be shown
             name_file(error, path)
         raise
     _sync_directory(path.parent)

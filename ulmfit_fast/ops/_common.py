@@ -41,17 +41,18 @@ def check_seed(op: str, seed: Seed, name: str = "seed") -> Seed:
     """seed, an int being Python's."""
     if seed is None:
         return None
-    wanted = f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got"
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"{wanted} {seed.dtype} of shape {tuple(seed.shape)}")
-        return seed
-    number = as_int(seed)
-    if number is None:
-        raise TypeError(f"{wanted} {type(seed).__name__}")
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{op}: {name} must fit in 64 signed bits, got {seed}")
-    return number
+        if seed.dtype == torch.int64 and seed.dim() == 0:
+            return seed
+        got = f"{seed.dtype} of shape {tuple(seed.shape)}"
+    else:
+        number = as_int(seed)
+        if number is not None and -(2**63) <= number < 2**63:
+            return number
+        if number is not None:
+            raise ValueError(f"{op}: {name} must fit in 64 signed bits, got {seed}")
+        got = type(seed).__name__
+    raise TypeError(f"{op}: {name} must be None, an int or a 0-dim int64 tensor, got {got}")
 
 
 def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name: str = "seed") -> Tensor:
