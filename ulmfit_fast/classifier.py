@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from . import ops, to_torch
 from .devices import to_device
-from .encoder import AWDLSTM, is_exporting, unique_groups
-from .nn import Stack
+from .encoder import AWDLSTM, is_exporting
+from .nn import Stack, unique_groups
 from .ops._common import check_probability, check_size
 
 # Token budget per chunk (64 documents x 72 steps) where chunk borders cannot affect results. Weights are

@@ -1,7 +1,7 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -346,8 +346,3 @@ def _usable(h: Tensor, like: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return h
     return h.clone() if h.is_inference() else h
-
-
-def unique_groups(groups: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
-    """The parameters of each group of modules, each once."""
-    return [list(dict.fromkeys(p for module in group for p in module.parameters())) for group in groups]

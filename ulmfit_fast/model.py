@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 
 from . import to_torch
 from .classifier import TextClassifier
-from .encoder import AWDLSTM, unique_groups
-from .nn import Stack, VariationalDropout
+from .encoder import AWDLSTM
+from .nn import Stack, VariationalDropout, unique_groups
 from .ops._logits import cross_entropy, logits
 
 __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]

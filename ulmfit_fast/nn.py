@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -324,3 +325,8 @@ class Stack(nn.Sequential):
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
+
+
+def unique_groups(groups: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
+    """The parameters of each group of modules, each once."""
+    return [list(dict.fromkeys(p for module in group for p in module.parameters())) for group in groups]
