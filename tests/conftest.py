@@ -2,10 +2,12 @@
 
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
 import checks
+import numpy as np
 import pytest
 import torch
 
@@ -92,8 +94,10 @@ def tf32():
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """Every test starts from the same generator state and leaves the number of threads as it found it."""
+    """Every test starts from the same generator states and leaves the number of threads as it found it."""
     torch.manual_seed(0)
+    random.seed(0)  # fastai's order of documents
+    np.random.seed(0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
