@@ -142,9 +142,14 @@ CASES = {
         r"sources\[1\]='.*wiki.train.tokens' is a file: give pathlib.Path",
     ),
     "a missing path in a list": (
-        lambda m, f: m.perplexity(["my data/wiki one.txt"]),
+        lambda m, f: m.perplexity([str(f / "wiki one.txt")]),
         ValueError,
-        r"texts\[0\]='my data/wiki one.txt' looks like a path, but is no file",
+        r"texts\[0\]='.*wiki one.txt' looks like a path, but is no file",
+    ),
+    "a folder in a list": (
+        lambda m, f: m.perplexity([str(f)]),
+        ValueError,
+        r"texts\[0\]='.*' is a folder: give the files in it",
     ),
     "a dict": (lambda m, f: pretrain({"text": TEXTS}, m, f), TypeError, "got a dict: give one column of it"),
     "a dict of labels": (lambda m, f: classify(TEXTS, {}, m, f), TypeError, "labels must be .* got a dict"),

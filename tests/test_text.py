@@ -222,3 +222,8 @@ def test_buckets_pad_little():
 def test_pad_batch():
     ids, lengths = batches.pad_batch([np.array([2, 5, 6], np.int32), np.array([2], np.int32)])
     assert ids.tolist() == [[2, 5, 6], [2, PAD_ID, PAD_ID]] and lengths.tolist() == [3, 1]
+
+
+def test_a_sentence_that_ends_in_an_address_is_a_text():
+    sentences = ["See https://example.org/tables/List.txt", "Read docs/README.txt"]
+    assert corpus.read_texts(sentences) == sentences

@@ -55,7 +55,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         return 141  # as a program that SIGPIPE ends
     except KeyboardInterrupt as stop:
-        print(f"ulmfit-fast: {stop or 'stopped'}", file=sys.stderr)
+        print(f"ulmfit-fast: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if arguments.traceback:

@@ -37,8 +37,8 @@ def _listed_path(source: object, where: str) -> bool:
     """Whether `source`, an entry of a list, is a file: a pathlib.Path, or a str that ends in .txt, .csv or
     .tsv and either exists or is a single word.
 
-    ValueError for another str that is the name of a file or that has the form of a path: nobody can tell
-    whether it is meant as a text.
+    ValueError for another str that is the name of a file, or of one that is missing in a folder that exists,
+    or the path of a folder: nobody can tell whether it is meant as a text.
     """
     if not isinstance(source, str):
         return isinstance(source, pathlib.Path)
@@ -46,8 +46,10 @@ def _listed_path(source: object, where: str) -> bool:
     if _has_suffix(source):
         if exists or len(source.split()) == 1:
             return True
-        if "/" not in source:
+        if not os.path.isdir(os.path.dirname(source)):  # a sentence that ends in a name or an address
             return False
+    elif "/" in source and len(source) <= 4096 and os.path.isdir(source):
+        raise ValueError(f"{where}={source!r} is a folder: give the files in it")
     elif not exists:
         return False
     raise ValueError(

@@ -11,9 +11,13 @@ def check_show(show):
         raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
 
 
+def _at_terminal():
+    return sys.stderr is not None and sys.stderr.isatty()  # a daemon may have none
+
+
 def announce(text, show):
     """Prints a line on standard error if a run with this `show` writes there."""
-    if show in (True, "lines") or (show is None and sys.stderr.isatty()):
+    if show in (True, "lines") or (show is None and _at_terminal()):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -25,7 +29,7 @@ class Progress:
     """
 
     def __init__(self, total, done, title, show=None):
-        bar = sys.stderr.isatty() if show is None else show is True
+        bar = _at_terminal() if show is None else show is True
         self._bar = None
         if bar:
             self._bar = need("tqdm").tqdm(

@@ -228,6 +228,8 @@ def train_classifier(
     scratch = from_scratch or base is None
     if scratch and config is None:
         overrides = SCRATCH | overrides
+    elif scratch and isinstance(config, dict):
+        config = SCRATCH | config
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
     job = prepare(config, out, resume, overwrite, device, progress, callback)
