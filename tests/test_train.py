@@ -268,6 +268,10 @@ def test_from_scratch(base, tmp_path):
             run, texts, LABELS, out, from_scratch=run is not None, **TINY | dict(epochs=1)
         )
         assert clf.predict(TEXTS[:2]) and (clf.tokenizer.itos == base.tokenizer.itos) == (run is not None)
+        assert not clf.config.gradual_unfreezing and clf.config.discriminative == 1
+    as_dict = dict(epochs=1, batch_size=4, min_freq=1)
+    clf = uf.train_classifier(None, TEXTS, LABELS, tmp_path / "dict", preset="tiny", config=as_dict)
+    assert not clf.config.gradual_unfreezing and clf.config.discriminative == 1
 
 
 def test_integer_labels_and_csv(base, tmp_path):
