@@ -132,7 +132,7 @@ void check_mma(int K) {
   };
   std::vector<float> a = small(16 * K, 1), b = small(K * 8, 2), before = small(16 * 8, 3), c = before;
   const auto run = [&] {
-    launch("test", mma_kernel<S>, dim3(1), dim3(32), nullptr, Matrices{a.data(), b.data(), c.data()});
+    launch("test", mma_kernel<S>, Grid{1}, dim3(32), nullptr, Matrices{a.data(), b.data(), c.data()});
   };
   run();
   for (int row = 0; row < 16; ++row)
