@@ -342,3 +342,9 @@ def test_a_loss_set_afterwards_stays(lm_dls):
     learn.loss_func = own = CrossEntropyLossFlat(label_smoothing=0.2)
     fitted(learn)
     assert uf.restore(learn).loss_func is own
+
+
+def test_logits_read_without_gradients_keep_theirs():
+    logits = fastai_fused.Logits(torch.nn.Linear(4, 7), torch.randn(2, 3, 4))
+    torch.no_grad()(logits.argmax)(-1)
+    assert logits.made.requires_grad

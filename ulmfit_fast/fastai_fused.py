@@ -82,6 +82,7 @@ class Logits(Tensor):
     def __init__(self, decoder: nn.Linear, h: Tensor) -> None:
         self.weight, self.bias, self.h, self.made = decoder.weight, decoder.bias, h, None
         self._seen = [_looks(t) for t in (self.weight, self.bias)]
+        self._was_enabled = torch.is_grad_enabled()  # of the decoder's call, whoever reads them
 
     def make(self) -> Tensor:
         if self.made is None:
@@ -90,7 +91,8 @@ class Logits(Tensor):
                 h = h.to(weight.dtype)
             # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
             kind = TensorBase if type(self.h) is Tensor else type(self.h)
-            self.made = linear(h, weight, bias).to(self.dtype).as_subclass(kind)
+            with torch.inference_mode(False), torch.set_grad_enabled(self._was_enabled):
+                self.made = linear(h, weight, bias).to(self.dtype).as_subclass(kind)
         return self.made
 
     def parts(self, elements: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
