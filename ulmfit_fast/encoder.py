@@ -201,7 +201,7 @@ class AWDLSTM(nn.Module):
         Args:
             inp: (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds.
             from_embeds: whether inp is embeddings.
-            lengths: int64 (B,), each in 0..T, in any order: steps beyond carry the state and give zeros.
+            lengths: int64 or int32 (B,), each in 0..T: steps beyond carry the state and give zeros.
             return_raw: whether to return every layer's output too.
             seed: of all dropout masks, as `run`; None draws one.
 

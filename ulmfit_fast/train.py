@@ -226,10 +226,8 @@ def train_classifier(
     preset = preset or base_preset
     backwards = bool(base and base.backwards) if backwards is None else backwards
     scratch = from_scratch or base is None
-    if scratch and config is None:
-        overrides = SCRATCH | overrides
-    elif scratch and isinstance(config, dict):
-        config = SCRATCH | config
+    if scratch and isinstance(config, dict | None):
+        config = SCRATCH | (config or {})
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
     job = prepare(config, out, resume, overwrite, device, progress, callback)
