@@ -1,6 +1,5 @@
 """The decoder and the loss of an accelerated learner as one op: its numbers, and when logits are made."""
 
-import copy
 import re
 
 import pytest
@@ -127,17 +126,6 @@ def test_metrics_of_training_are_those_before_the_step(lm_dls):
     close(fused, plain)
 
 
-def test_a_copy_of_the_loss_goes_without_the_learner(lm_dls):
-    learn = uf.accelerate(lm_learner(lm_dls))
-    copied = copy.deepcopy(learn.loss_func)
-    assert copied.learn is None
-    (x, y), model = lm_dls.one_batch(), learn.model.eval()
-    model.reset()
-    expected = learn.loss_func(model(x)[0], y)
-    model.reset()
-    assert torch.equal(copied(model(x)[0], y), expected)
-
-
 def test_nan_weights_are_no_changed_ones(lm_dls):
     """So that fastai's own TerminateOnNaNCallback sees the loss."""
     learn = lm_learner(lm_dls)
@@ -230,46 +218,6 @@ def test_logits_under_cpu_autocast(lm_dls):
     assert logits.made is not None  # outside of autocast, from what was computed inside
 
 
-def test_a_hooked_decoder_keeps_its_logits(lm_dls, made):
-    learn, seen = uf.accelerate(lm_learner(lm_dls)), []
-    handle = learn.model[1].decoder.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    x = lm_dls.valid.one_batch()[0]
-    assert type(learn.model(x)[0]) is not fastai_fused.Logits and len(seen) == 1
-    handle.remove()
-    assert type(learn.model(x)[0]) is fastai_fused.Logits and len(seen) == 1
-
-
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "option, waits", [(None, True), ("find_unused_parameters", False), ("static_graph", False)]
-)
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_gradients_under_ddp(option, waits, tie_weights, lm_dls, process_group):
-    """Two of DDP's options look into what the model returns, and late logits show them no decoder."""
-    config = {**LM_CONFIG, "tie_weights": tie_weights}
-    plain, fused = twins(lm_learner, lm_dls, [OURS, OURS], config=config)
-    uf.accelerate(fused)
-    x, y = (t.as_subclass(torch.Tensor) for t in lm_dls.train.one_batch())
-    parallel = nn.parallel.DistributedDataParallel(fused.model, **({option: True} if option else {}))
-    for _ in range(2):
-        gradients = []
-        for model, loss_func in ((plain.model, plain.loss_func), (parallel, fused.loss_func)):
-            torch.manual_seed(0)
-            model.zero_grad()
-            logits = model(x)[0]
-            loss_func(logits, y).backward()
-            gradients.append([p.grad for p in model.parameters()])
-        assert (type(logits) is fastai_fused.Logits) == waits
-        for mine, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize(
     "loss, reason",
     [
@@ -342,9 +290,3 @@ def test_a_loss_set_afterwards_stays(lm_dls):
     learn.loss_func = own = CrossEntropyLossFlat(label_smoothing=0.2)
     fitted(learn)
     assert uf.restore(learn).loss_func is own
-
-
-def test_logits_read_without_gradients_keep_theirs():
-    logits = fastai_fused.Logits(torch.nn.Linear(4, 7), torch.randn(2, 3, 4))
-    torch.no_grad()(logits.argmax)(-1)
-    assert logits.made.requires_grad

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, ValueMetric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import LossMetric, Perplexity
@@ -13,10 +14,10 @@ from fastai.text.models import core
 from fastai.torch_core import TensorBase
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from . import ops
+from .encoder import is_exporting
 from .ops._logits import has_forward_of, is_plain, linear
 
 _READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
@@ -40,6 +41,11 @@ def why_not_fused(decoder: core.LinearDecoder, loss: Callable) -> str:
         return f"the decoder's map is a {type(decoder.decoder).__name__}, or has a forward of its own"
     if type(loss) is not CrossEntropyLossFlat:
         return f"the loss is {loss!r}, not fastai's CrossEntropyLossFlat"
+    return _why_other_numbers(loss)
+
+
+def _why_other_numbers(loss: CrossEntropyLossFlat) -> str:
+    """What this loss computes that the op does not, or ""."""
     if type(loss.func) is not nn.CrossEntropyLoss:
         return f"the loss computes {loss.func!r}, not nn.CrossEntropyLoss"
     if loss.func.weight is not None:
@@ -65,35 +71,57 @@ def _in_training(learn: Learner) -> bool:
     return getattr(getattr(learn, "recorder", None), "train_metrics", False)
 
 
+class ReadInTime(Callback):
+    """Has logits made before the step where a metric of training will read them after it."""
+
+    order = 100  # after the callbacks that take the logits out of the model's tuple
+
+    def after_pred(self) -> None:
+        if self.training and isinstance(self.pred, Logits) and _in_training(self.learn) and _readers(self.learn):
+            self.pred.make()
+
+
 class Logits(Tensor):
     """Logits (B, T, V) that do not exist until they are read: a decoder's weights and its input (B, T, E).
 
-    Shape, dtype and device are known; every other operation makes the real ones first, and keeps them.
-    As fastai's mixed precision expects, they are float32 where the input has 16 bits.  RuntimeError
-    where the weights were changed before the first reading, so that they cannot be made any more.
+    Shape, dtype and device are known; every other operation has the real ones made first, and kept.  As
+    fastai's mixed precision expects, they are float32 where the input has 16 bits.  Whoever reads them, and
+    in whatever mode, gradients arrive as those of the decoder's call: `waiting` makes them its output in
+    autograd's graph.  RuntimeError where the weights were changed before the first reading, so that they
+    cannot be made any more.
     """
 
     @staticmethod
-    def __new__(cls, decoder: nn.Linear, h: Tensor) -> Logits:
-        shape = (*h.shape[:-1], decoder.out_features)
+    def __new__(cls, h: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
+        shape = (*h.shape[:-1], len(weight))
         dtype = torch.promote_types(h.dtype, torch.float32)
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=h.device)
 
-    def __init__(self, decoder: nn.Linear, h: Tensor) -> None:
-        self.weight, self.bias, self.h, self.made = decoder.weight, decoder.bias, h, None
-        self._seen = [_looks(t) for t in (self.weight, self.bias)]
-        self._was_enabled = torch.is_grad_enabled()  # of the decoder's call, whoever reads them
+    def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.h, self.weight, self.bias, self.made = h, weight, bias, None
+        self._seen = [_looks(t) for t in (weight, bias)]
+        self._dtype = _dtype_of_product(h, weight)
+        self._values: Tensor | None = None
+
+    def as_subclass(self, cls: type) -> Tensor:  # which torch does not send to __torch_function__
+        return self.make().as_subclass(cls)
 
     def make(self) -> Tensor:
+        """The real logits, in the graph where these are."""
         if self.made is None:
-            h, weight, bias = self.parts()
-            if not torch.is_autocast_enabled(h.device.type):
-                h = h.to(weight.dtype)
             # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
             kind = TensorBase if type(self.h) is Tensor else type(self.h)
-            with torch.inference_mode(False), torch.set_grad_enabled(self._was_enabled):
-                self.made = linear(h, weight, bias).to(self.dtype).as_subclass(kind)
+            with torch.inference_mode(False), torch.enable_grad():
+                self.made = _Read.apply(self).as_subclass(kind)
         return self.made
+
+    def values(self) -> Tensor:
+        """The real logits without a graph."""
+        if self._values is None:
+            parts = (None if t is None else t.to(self._dtype) for t in self.parts())
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._values = linear(*parts).to(self.dtype)
+        return self._values
 
     def parts(self, elements: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """The decoder's input, weight and bias at its call; RuntimeError if they have been changed since.
@@ -124,9 +152,52 @@ class Logits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
-        raise RuntimeError(
-            f"{func} reads logits that do not exist: restore(learn) gives fastai's decoder back"
-        )
+        """What comes past __torch_function__: autograd's functions, those of hooks and checkpoints too."""
+        args, kwargs = tree_map_only(Logits, Logits.values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def waiting(decoder: nn.Linear, h: Tensor) -> Logits:
+    """decoder(h), not computed yet."""
+    return _Wait.apply(h, decoder.weight, decoder.bias)
+
+
+class _Wait(torch.autograd.Function):
+    """F.linear whose output waits; its backward serves whoever reads the logits, but not the fused loss."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias):  # type: ignore
+        ctx.save_for_backward(h, weight, bias)
+        ctx.dtype = _dtype_of_product(h, weight)
+        return Logits(h, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore
+        h, weight, bias = (None if t is None else t.as_subclass(Tensor) for t in ctx.saved_tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            rows = grad.as_subclass(Tensor).to(ctx.dtype).flatten(0, -2)
+            wanted_h, wanted_weight, wanted_bias = ctx.needs_input_grad
+            grad_h = (rows @ weight.to(ctx.dtype)).view(h.shape).to(h.dtype) if wanted_h else None
+            grad_weight = (rows.t() @ h.to(ctx.dtype).flatten(0, -2)).to(weight.dtype) if wanted_weight else None
+            grad_bias = rows.sum(0).to(bias.dtype) if wanted_bias else None
+        return grad_h, grad_weight, grad_bias
+
+
+class _Read(torch.autograd.Function):
+    """The values of waiting logits, as an operation on them."""
+
+    @staticmethod
+    def forward(ctx, logits):  # type: ignore
+        return logits.values()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore
+        return grad
+
+
+def _dtype_of_product(h: Tensor, weight: Tensor) -> torch.dtype:
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _looks(tensor: Tensor | None) -> tuple[tuple, Tensor]:
@@ -150,25 +221,18 @@ class FusedDecoder(core.LinearDecoder):
 
     @_disable_dynamo  # one break of a compiled model's graph, not one for each question below
     def _logits(self, dropped: Tensor) -> Tensor:
-        return Logits(self.decoder, dropped) if self._may_wait() else self.decoder(dropped)
-
-    def _may_wait(self) -> bool:
-        if not is_plain(self.decoder, nn.Linear):
-            return False
-        # both modes search what the model returns for the parameters that will have a gradient
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        return ddp is None or not (ddp.find_unused_parameters or ddp.static_graph)
+        may_wait = is_plain(self.decoder, nn.Linear) and not torch.jit.is_tracing() and not is_exporting()
+        return waiting(self.decoder, dropped) if may_wait else self.decoder(dropped)
 
 
 class FusedLoss(CrossEntropyLossFlat):
     """fastai's cross-entropy, which computes it without the logits where they are not made."""
 
-    def __init__(self, loss: CrossEntropyLossFlat, learn: Learner) -> None:
+    def __init__(self, loss: CrossEntropyLossFlat) -> None:
         vars(self).update(vars(loss))
-        self.learn = learn
 
     def __call__(self, inp: Tensor, targ: Tensor, **kwargs: Any) -> Tensor:
-        if not isinstance(inp, Logits) or inp.made is not None or kwargs or self._read_after_the_step():
+        if not isinstance(inp, Logits) or inp.made is not None or kwargs or _why_other_numbers(self):
             return super().__call__(inp, targ, **kwargs)
         loss = ops.linear_cross_entropy(
             *inp.parts(elements=not inp.is_cuda),
@@ -178,12 +242,3 @@ class FusedLoss(CrossEntropyLossFlat):
             reduction=self.func.reduction,
         )
         return loss.flatten() if loss.dim() else loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles go without the learner, whose data would come along."""
-        return vars(self) | {"learn": None}
-
-    def _read_after_the_step(self) -> bool:
-        """Whether a metric will read this training batch's logits after the step has changed the weights."""
-        learn = self.learn
-        return getattr(learn, "training", False) and _in_training(learn) and bool(_readers(learn))

@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from fastai.text.models import awdlstm, core
 from torch import nn
 
-from .fastai_fused import FusedDecoder, FusedLoss, when_made, why_not_fused
+from .fastai_fused import FusedDecoder, FusedLoss, ReadInTime, when_made, why_not_fused
 from .fastai_modules import (
     AWD_LSTM,
     EmbeddingDropout,
@@ -79,7 +79,8 @@ def accelerate(learn: Learner) -> Learner:
     paths = {module: f"model.{path}".rstrip(".") for path, module in learn.model.named_modules()}
     swappable = (awdlstm.AWD_LSTM, core.SentenceEncoder, core.PoolingLinearClassifier, core.LinearDecoder)
     for _, name, module in _children(learn):
-        if name == "_orig_mod" and type(module) in swappable:
+        wrapped, in_place = name == "_orig_mod", module._compiled_call_impl is not None
+        if (wrapped or in_place) and type(module) in swappable:
             raise TypeError(
                 f"learn.{paths[module].removesuffix('._orig_mod')} is compiled, so that a module put into it "
                 "would not run: accelerate(learn) first, then torch.compile"
@@ -103,7 +104,8 @@ def accelerate(learn: Learner) -> Learner:
         record.loss = f"logits are kept: {why}"
     else:
         new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in decoders}
-        record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func, learn)
+        record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func)
+        learn.add_cb(ReadInTime())
         record.loss = f"decoder and loss are one op: logits are {when_made(learn)}"
     for parent, name, module in list(_children(learn)):
         if module in new:
@@ -129,7 +131,9 @@ def restore(learn: Learner) -> Learner:
             vars(old).update(vars(new))  # `training`; all else is shared
         setattr(parent, name, old)
     if isinstance(learn.loss_func, FusedLoss):
+        vars(record.loss_func).update(vars(learn.loss_func))  # what was changed in it meanwhile
         learn.loss_func = record.loss_func
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ReadInTime)])
     del learn.accelerated
     return learn
 
