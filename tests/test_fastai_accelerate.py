@@ -279,9 +279,13 @@ def test_a_changed_encoder_is_refused(message, lm_dls):
     assert "accelerated" not in vars(learn)
 
 
-def test_a_compiled_encoder_is_refused(lm_dls):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_encoder_is_refused(in_place, lm_dls):
     learn = lm_learner(lm_dls, THEIRS)
-    learn.model[0] = torch.compile(learn.model[0], backend="eager")
+    if in_place:
+        learn.model[0].compile(backend="eager")
+    else:
+        learn.model[0] = torch.compile(learn.model[0], backend="eager")
     with pytest.raises(TypeError, match=r"learn\.model\.0 is compiled.*accelerate\(learn\) first"):
         uf.accelerate(learn)
 

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from checks_fastai import LM_CONFIG, OURS, THEIRS, fitted, float64, in_order, lm_learner, reviews, twins, write_reviews
+from checks_fastai import (
+    LM_CONFIG,
+    OURS,
+    fitted,
+    float64,
+    in_order,
+    lm_learner,
+    reviews,
+    twins,
+    write_reviews,
+)
 from fastai.callback.core import Callback
 from fastai.text.all import CrossEntropyLossFlat, TensorBase, accuracy
 from torch import nn
@@ -142,7 +152,8 @@ def test_a_loss_that_is_changed_inside(lm_dls):
     learn.loss_func.func = nn.CrossEntropyLoss(weight=weight)
     torch.manual_seed(0)
     logits = learn.model(x)[0]
-    torch.testing.assert_close(learn.loss_func(logits, y), CrossEntropyLossFlat(weight=weight)(logits.make(), y))
+    expected = CrossEntropyLossFlat(weight=weight)(logits.make(), y)
+    torch.testing.assert_close(learn.loss_func(logits, y), expected)
     assert uf.restore(learn).loss_func is own and own.func.weight is weight
 
 

@@ -1,6 +1,5 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,66 +7,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import to_torch
-from .nn import (
-    EmbeddingDropout,
-    VariationalDropout,
-    WeightDropLSTM,
-    derive_seed,
-    draw_seed,
-)
+from .layer import WeightDropLayer
+from .nn import EmbeddingDropout, VariationalDropout, derive_seed, draw_seed
 from .ops._common import Seed, as_int, check_probability, check_seed, check_size
+from .ops._logits import is_hooked, is_plain
 
 Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
 
 # Which derived seed (see `derive_seed`) draws which mask of an encoder forward; then two for each layer:
 # its WeightDropLSTM's and that of the dropout after it
 _EMBEDDING, _INPUT, _FIRST_LAYER = 0, 1, 2
-
-
-class WeightDropLayer(nn.Module):
-    """One batch-first LSTM layer under fastai's names: `weight_hh_l0_raw` here, the rest in `module`.
-
-    x (B, T, n_in), hx two of (directions, B, n_out) -> output (B, T, directions * n_out), (h_n, c_n); where
-    dropout_p is given also output after a variational dropout.
-    """
-
-    def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> None:
-        super().__init__()
-        options = dict(batch_first=True, bidirectional=bidir, weight_p=weight_p, **factory)
-        self.module = WeightDropLSTM(n_in, n_out, **options)
-        self.weight_hh_l0_raw = self.module.weight_hh_l0
-        del self.module.weight_hh_l0
-
-    def reset_parameters(self) -> None:
-        """Fresh weights, as `WeightDropLSTM.reset_parameters`, whose module has one of them no more."""
-        self.module.reset_parameters()
-        bound = 1.0 / math.sqrt(self.module.hidden_size)
-        nn.init.uniform_(self.weight_hh_l0_raw, -bound, bound)
-
-    @property
-    def weight_p(self) -> float:
-        return self.module.weight_p
-
-    @weight_p.setter
-    def weight_p(self, p: float) -> None:
-        self.module.weight_p = check_probability("AWDLSTM", "weight_p", p)
-
-    def forward(
-        self,
-        x: Tensor,
-        hx: tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | None = None,
-        seed: Seed = None,
-        dropout_p: float | None = None,
-        dropout_seed: Seed = None,
-    ) -> tuple:
-        lstm = self.module
-        weights = [[lstm.weight_ih_l0, self.weight_hh_l0_raw, lstm.bias_ih_l0, lstm.bias_hh_l0]]
-        if lstm.bidirectional:
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            weights.append([getattr(lstm, f"{name}_l0_reverse") for name in names])
-        drop = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
-        return lstm(x, hx, lengths=lengths, seed=seed, weights=weights, **drop)
 
 
 class AWDLSTM(nn.Module):
@@ -134,10 +83,7 @@ class AWDLSTM(nn.Module):
         self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token, **factory)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
-        self.rnns = nn.ModuleList(
-            self._one_rnn(emb_sz if layer == 0 else n_hid, self._features(layer), bidir, weight_p, **factory)
-            for layer in range(n_layers)
-        )
+        self.rnns = nn.ModuleList(self._layer(layer, bidir, weight_p, **factory) for layer in range(n_layers))
         self.input_dp = VariationalDropout(input_p)
         self.hidden_dps = nn.ModuleList(VariationalDropout(hidden_p) for _ in range(n_layers))
         self.hidden: Hidden = []
@@ -150,10 +96,9 @@ class AWDLSTM(nn.Module):
         for rnn in self.rnns:
             rnn.reset_parameters()
 
-    def _one_rnn(
-        self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any
-    ) -> WeightDropLayer:
-        return WeightDropLayer(n_in, n_out, bidir, weight_p, **factory)
+    def _layer(self, layer: int, bidir: bool, weight_p: float, **factory: Any) -> nn.Module:
+        n_in = self.n_hid if layer else self.emb_sz
+        return WeightDropLayer(n_in, self._features(layer), bidir, weight_p, **factory)
 
     def _features(self, layer: int) -> int:
         return (self.n_hid if layer < self.n_layers - 1 else self.emb_sz) // self.n_dir
@@ -268,22 +213,27 @@ class AWDLSTM(nn.Module):
             )
         hidden = _resize_hidden(hidden, inp.size(0))
         seed = self.draw_seed() if seed is None else check_seed("AWDLSTM", seed)
-        output = inp if from_embeds else self.encoder_dp(inp, seed=derive_seed(seed, _EMBEDDING))
-        output = self.input_dp(output, seed=derive_seed(seed, _INPUT))
+        output = inp if from_embeds else _call(self.encoder_dp, inp, derive_seed(seed, _EMBEDDING))
+        output = _call(self.input_dp, output, derive_seed(seed, _INPUT))
         raw_outputs, new_hidden = [], []
         for layer, (rnn, dropout) in enumerate(zip(self.rnns, self.hidden_dps, strict=True)):
             first = _FIRST_LAYER + 2 * layer
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
-            last = layer == self.n_layers - 1
-            mask_seed, drop = None if last else derive_seed(seed, first + 1), {}
-            # the layer's kernel drops its own output, unless the dropout module is of another kind
-            if not last and dropout.training and type(dropout).forward is VariationalDropout.forward:
-                drop = {"dropout_p": dropout.p, "dropout_seed": mask_seed}
-            output, state, *dropped = rnn(output, hx, lengths=lengths, seed=derive_seed(seed, first), **drop)
+            options: dict[str, Any] = {"lengths": lengths, "seed": derive_seed(seed, first)}
+            mask_seed, dropped = derive_seed(seed, first + 1), []
+            drops = layer < self.n_layers - 1 and dropout.training
+            if drops and _may_fuse(rnn, dropout):
+                options |= {"dropout_p": dropout.p, "dropout_seed": mask_seed}
+            if isinstance(rnn, WeightDropLayer):
+                output, state, *dropped = rnn(output, hx, **options)
+            elif lengths is None:
+                output, state = rnn(output, hx)
+            else:
+                raise ValueError(f"lengths must be None where rnns[{layer}] is a {type(rnn).__name__}")
             raw_outputs.append(output)
             new_hidden.append(state)
-            if not last:
-                output = dropout(output, mask_seed, *dropped)
+            if layer < self.n_layers - 1:
+                output = dropped[0] if dropped else _call(dropout, output, mask_seed)
         return raw_outputs, new_hidden
 
     def to_torch(self) -> fx.GraphModule:
@@ -299,9 +249,9 @@ class AWDLSTM(nn.Module):
         """A seed for `run`, or None where no dropout is active."""
         if not self.training:
             return None
-        between = [getattr(dropout, "p", 0) for dropout in self.hidden_dps[:-1]]  # a stand-in may have none
-        inside = [rnn.weight_p for rnn in self.rnns]
-        active = any(p > 0 for p in (self.encoder_dp.embed_p, self.input_dp.p, *between, *inside))
+        dropouts = [(self.encoder_dp, "embed_p"), *((rnn, "weight_p") for rnn in self.rnns)]
+        dropouts += [(dropout, "p") for dropout in (self.input_dp, *self.hidden_dps[:-1])]
+        active = any(getattr(module, p, 0) > 0 for module, p in dropouts)  # a stand-in may have none
         return draw_seed(self.encoder.weight.device) if active else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":
@@ -312,6 +262,18 @@ class AWDLSTM(nn.Module):
 
         self.hidden = [(moved(h), moved(c)) for h, c in self.hidden]
         return self
+
+
+def _may_fuse(rnn: nn.Module, dropout: nn.Module) -> bool:
+    """Whether the layer's kernel may drop its own output, which no hook of the two modules would see then."""
+    ours = isinstance(rnn, WeightDropLayer) and is_plain(dropout, VariationalDropout)
+    return ours and not is_hooked(rnn) and not is_hooked(rnn.module)
+
+
+def _call(dropout: nn.Module, x: Tensor, seed: Seed) -> Tensor:
+    """dropout(x), with the seed where it is one of this library's."""
+    ours = isinstance(dropout, VariationalDropout | EmbeddingDropout)
+    return dropout(x, seed=seed) if ours else dropout(x)
 
 
 def is_exporting() -> bool:

@@ -77,7 +77,8 @@ class ReadInTime(Callback):
     order = 100  # after the callbacks that take the logits out of the model's tuple
 
     def after_pred(self) -> None:
-        if self.training and isinstance(self.pred, Logits) and _in_training(self.learn) and _readers(self.learn):
+        read = self.training and _in_training(self.learn) and _readers(self.learn)
+        if read and isinstance(self.pred, Logits):
             self.pred.make()
 
 
@@ -176,10 +177,11 @@ class _Wait(torch.autograd.Function):
         h, weight, bias = (None if t is None else t.as_subclass(Tensor) for t in ctx.saved_tensors)
         with torch.autocast(grad.device.type, enabled=False):
             rows = grad.as_subclass(Tensor).to(ctx.dtype).flatten(0, -2)
-            wanted_h, wanted_weight, wanted_bias = ctx.needs_input_grad
-            grad_h = (rows @ weight.to(ctx.dtype)).view(h.shape).to(h.dtype) if wanted_h else None
-            grad_weight = (rows.t() @ h.to(ctx.dtype).flatten(0, -2)).to(weight.dtype) if wanted_weight else None
-            grad_bias = rows.sum(0).to(bias.dtype) if wanted_bias else None
+            for_h, for_weight, for_bias = ctx.needs_input_grad
+            grad_h = (rows @ weight.to(ctx.dtype)).view(h.shape).to(h.dtype) if for_h else None
+            inputs = h.to(ctx.dtype).flatten(0, -2)
+            grad_weight = (rows.t() @ inputs).to(weight.dtype) if for_weight else None
+            grad_bias = rows.sum(0).to(bias.dtype) if for_bias else None
         return grad_h, grad_weight, grad_bias
 
 

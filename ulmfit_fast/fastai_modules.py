@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 try:
     from fastai.text.models import awdlstm, core
+    from fastai.torch_core import TensorBase
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "fastai":
         raise
@@ -54,7 +55,8 @@ def dropout_mask(x: Tensor, sz: list[int], p: float) -> Tensor:
 class InnerLSTM(WeightDropLSTM):
     """Replaces the `nn.LSTM` that a `WeightDropout` wraps.
 
-    `weight_hh_l0` can be read, as in fastai: it is made at that moment, from the last call's mask.
+    `weight_hh_l0` can be read, as in fastai: it is made at that moment, from the last call's mask.  A call
+    of this module by itself reads it too, and so drops nothing more.
     """
 
     def __getattr__(self, name: str) -> Any:  # only for names that are not found otherwise
@@ -89,8 +91,8 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
             batch_first=module.batch_first,
             bidirectional=module.bidirectional,
             device="meta",
-            weight_p=float(weight_p),
         )
+        self.weight_p = float(weight_p)
         parameters = dict(module.named_parameters())
         self.weight_hh_l0_raw = parameters.pop("weight_hh_l0")
         del self.module.weight_hh_l0
@@ -162,8 +164,16 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         self.input_dp = RNNDropout(dropouts["input_p"])
         self.hidden_dps = nn.ModuleList(RNNDropout(dropouts["hidden_p"]) for _ in range(n_layers))
 
-    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> WeightDropout:
-        return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir, **factory), weight_p)
+    # the next two are fastai's, for subclasses to override: their names and positions, and no keyword
+    def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float, layer: int) -> nn.Module:
+        return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir), weight_p)
+
+    def _one_hidden(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.zero_hidden(self.bs)[layer]
+
+    def _layer(self, layer: int, bidir: bool, weight_p: float, **factory: Any) -> nn.Module:
+        n_in = self.n_hid if layer else self.emb_sz
+        return self._one_rnn(n_in, self._features(layer), bidir, weight_p, layer)
 
     def forward(self, inp: Tensor, from_embeds: bool = False, **options: Any) -> Any:
         """inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds -> (B, T, emb_sz).
@@ -171,7 +181,7 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         options are those of `AWDLSTM`.  The output is of inp's type, which in fastai is not plain Tensor.
         """
         kind = type(inp)
-        if kind is Tensor:
+        if not isinstance(inp, TensorBase):
             return super().forward(inp, from_embeds, **options)
         # plain inside: every operation of fastai's types takes a detour through Python
         out = super().forward(inp.as_subclass(Tensor), from_embeds, **options)
@@ -180,8 +190,10 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
     def reset(self) -> None:
         """Forget the state: the next call starts from zeros."""
         for rnn in self.rnns:
-            rnn.reset()
+            if hasattr(rnn, "reset"):
+                rnn.reset()
         super().reset()
+        self.hidden = [self._one_hidden(layer) for layer in range(self.n_layers)]
 
 
 class SentenceEncoder(core.SentenceEncoder):

@@ -38,7 +38,6 @@ class VariationalDropout(nn.Module):
     """Dropout with one mask per (sample, feature) for all time steps (Gal and Ghahramani 2016).
 
     Input (B, T, *), or (T, B, *) with batch_first=False; the same shape comes out.  Identity in eval.
-    `dropped`: the result, if `ops.lstm(dropout_p=...)` has computed it already; it is returned as it is.
     """
 
     def __init__(self, p: float = 0.5, batch_first: bool = True) -> None:
@@ -46,11 +45,9 @@ class VariationalDropout(nn.Module):
         self.p = check_probability("VariationalDropout", "p", p)
         self.batch_first = batch_first
 
-    def forward(self, x: Tensor, seed: Seed = None, dropped: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seed: Seed = None) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if dropped is not None:
-            return dropped
         return ops.variational_dropout(x, self.p, seed=seed, batch_first=self.batch_first)
 
     def extra_repr(self) -> str:
@@ -167,7 +164,13 @@ class WeightDropLSTM(nn.Module):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """[w_ih, w_hh, b_ih, b_hh] (the first two without bias) of each layer and direction in turn."""
-        return [[getattr(self, name) for name in names] for names in self.weight_names]
+        return self._matrices({})
+
+    def _matrices(self, replaced: dict[str, Tensor]) -> list[list[Tensor]]:
+        def weight(name: str) -> Tensor:
+            return replaced[name] if name in replaced else getattr(self, name)
+
+        return [[weight(name) for name in names] for names in self.weight_names]
 
     @property
     def weight_names(self) -> list[list[str]]:
@@ -195,7 +198,8 @@ class WeightDropLSTM(nn.Module):
         *,
         lengths: Tensor | None = None,
         seed: Seed = None,
-        weights: list[list[Tensor]] | None = None,
+        weights: dict[str, Tensor] | None = None,
+        weight_p: float | None = None,
         dropout_p: float | None = None,
         dropout_seed: Seed = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
@@ -206,7 +210,8 @@ class WeightDropLSTM(nn.Module):
             hx: (h_0, c_0), each (layers * directions, B, H), without B where input has none; None for zeros.
             lengths: int64 or int32 (B,), each in 0..T, in any order, see the class.
             seed: of all masks, see the class; None draws one where a mask is wanted.
-            weights: used in place of the module's own, in the order of `all_weights`.
+            weights: used in place of the module's own, by their names.
+            weight_p: in place of the module's own.
             dropout_p: where given, output is also returned after a variational dropout with this probability,
                 in eval too.
             dropout_seed: of that dropout's mask.
@@ -220,8 +225,8 @@ class WeightDropLSTM(nn.Module):
                 too, with its type and message.
         """
         x = input  # nn.LSTM's name
-        weights = self.all_weights if weights is None else weights
-        self._check_input(x, weights[0][0], lengths)
+        matrices = self._matrices(weights or {})
+        self._check_input(x, matrices[0][0], lengths)
         seed = check_seed("WeightDropLSTM", seed)
         if dropout_p is None and dropout_seed is not None:
             raise ValueError(f"dropout_seed needs dropout_p, got {dropout_seed!r} alone")
@@ -231,13 +236,13 @@ class WeightDropLSTM(nn.Module):
         if not batched:
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        weight_p = self.weight_p if self.training else 0.0
+        weight_p = (self.weight_p if weight_p is None else weight_p) if self.training else 0.0
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)
         drops: list[tuple[float | None, Seed]] = [(None, None)] * (self.num_layers - 1)  # after each layer
         if dropout > 0:
-            drops = [(dropout, derive_seed(seed, len(weights) + layer)) for layer, _ in enumerate(drops)]
+            drops = [(dropout, derive_seed(seed, len(matrices) + layer)) for layer, _ in enumerate(drops)]
         drops.append((dropout_p, dropout_seed))
         h_n, c_n = [], []
         for layer, (p, mask_seed) in enumerate(drops):
@@ -250,7 +255,7 @@ class WeightDropLSTM(nn.Module):
                     x,
                     h0,
                     c0,
-                    *weights[i],
+                    *matrices[i],
                     weight_p=weight_p,
                     seed=derive_seed(seed, i),
                     batch_first=self.batch_first,

@@ -89,13 +89,11 @@ class WeightDrop(nn.Module):
         """What `module` returns for these arguments."""
         lstm = self.module
         if isinstance(lstm, WeightDropLSTM):
-            lstm.weight_p = 0.0
             recurrent = {names[1] for names in lstm.weight_names}
             if not self.variational and self.dropout < 1 and recurrent == set(self.weights):
-                lstm.weight_p = float(self.dropout)
-                names = [[n + "_raw" * (n in self.weights) for n in each] for each in lstm.weight_names]
+                raw = {name: getattr(lstm, name + "_raw") for name in self.weights}
                 x, hx = args if len(args) == 2 else (*args, None)
-                return lstm(x, hx, weights=[[getattr(lstm, n) for n in each] for each in names])
+                return lstm(x, hx, weights=raw, weight_p=float(self.dropout))
         dropped = {name: self._drop(getattr(lstm, name + "_raw")) for name in self.weights}
         return torch.func.functional_call(lstm, dropped, args)
 

@@ -19,13 +19,14 @@ def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether its weights may be read in place of a call: `has_forward_of`, and nothing hangs on the call.
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something hangs on its call: a hook watches it, or makes its weights (pruning, weight_norm)."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or _has_any_global_hook()
 
-    Hooks do: pruning and the older weight_norm make the weight in one.
-    """
-    hooked = any(getattr(module, hooks) for hooks in _HOOKS) or _has_any_global_hook()
-    return has_forward_of(module, kind) and not hooked
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its weights may be read in place of a call: `has_forward_of`, and no hooks."""
+    return has_forward_of(module, kind) and not is_hooked(module)
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
