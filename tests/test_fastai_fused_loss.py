@@ -290,3 +290,17 @@ def test_a_loss_set_afterwards_stays(lm_dls):
     learn.loss_func = own = CrossEntropyLossFlat(label_smoothing=0.2)
     fitted(learn)
     assert uf.restore(learn).loss_func is own
+
+
+def test_a_model_in_float64_trains(lm_dls):
+    """Though fastai itself is in float32, and its loss."""
+    values = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        learn = lm_learner(lm_dls)
+        learn.model.double()
+        if fuse:
+            uf.accelerate(learn)
+        values.append(fitted(learn))
+    for mine, other in zip(*values, strict=True):
+        close(mine, other, rtol=1e-5)

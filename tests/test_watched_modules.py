@@ -75,6 +75,19 @@ def test_the_loss_is_that_of_the_logits_in_every_step(change):
     assert lm(ids, torch.full_like(ids, -100))[1] == 0
 
 
+def test_the_loss_calls_the_whole_decoder():
+    """So that a hook of it runs, FSDP's among them, which gathers its weights."""
+    lm, ids, seen = language_model(), tokens(), []
+    lm[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    lm[1].register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))
+    loss, entropy = lm.eval()(ids, ids)
+    lm.reset()
+    assert seen == [(4, 9, E)] and loss is entropy
+    torch.testing.assert_close(
+        entropy, 2 * F.cross_entropy(lm[1].decoder(lm[0](ids)).flatten(0, 1), ids.flatten())
+    )
+
+
 def test_validation_calls_the_decoder():
     lm, docs = language_model(), [torch.arange(2, V).numpy()]
     lm[1].decoder.register_forward_hook(lambda module, args, out: out * 0)

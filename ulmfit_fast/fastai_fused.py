@@ -243,4 +243,5 @@ class FusedLoss(CrossEntropyLossFlat):
             label_smoothing=self.func.label_smoothing,
             reduction=self.func.reduction,
         )
-        return loss.flatten() if loss.dim() else loss
+        # as fastai's, which casts float64 by the way
+        return TensorBase(loss.flatten() if loss.dim() else loss)

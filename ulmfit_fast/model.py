@@ -17,7 +17,9 @@ __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer
 class LinearDecoder(nn.Module):
     """Output dropout, then the linear map to the vocabulary, whose weight may be the encoder's.
 
-    x (B, T, E) -> logits (B, T, V).  device and dtype are by default those of tie_encoder.
+    x (B, T, E) -> logits (B, T, V); with targets (B, T) -> their mean cross-entropy in nats, without those
+    that are ignore_index and with no logits kept, and the dropped x.  device and dtype are by default those
+    of tie_encoder.
     """
 
     def __init__(
@@ -45,8 +47,13 @@ class LinearDecoder(nn.Module):
         if self.decoder.bias is not None:
             nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return logits(self.decoder, self.output_dp(x))
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, ignore_index: int = -100
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        dropped = self.output_dp(x)
+        if targets is None:
+            return logits(self.decoder, dropped)
+        return cross_entropy(self.decoder, dropped, targets, ignore_index), dropped
 
 
 class LanguageModel(Stack):
@@ -85,8 +92,7 @@ class LanguageModel(Stack):
             return self[1](output)
         if targets.shape != ids.shape:
             raise ValueError(f"targets must be like ids, {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        dropped = self[1].output_dp(output)
-        entropy = cross_entropy(self[1].decoder, dropped, targets, ignore_index)
+        entropy, dropped = self[1](output, targets, ignore_index)
         loss = entropy
         regularised = self.training and dropped.numel() > 0  # a mean over nothing is NaN
         if regularised and alpha:
