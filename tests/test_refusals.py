@@ -43,6 +43,17 @@ def test_to_torch_wants_plain_weights(change):
         lm.to_torch()
 
 
+def test_to_torch_names_what_stands_in():
+    lm = language_model()
+    lm[1].decoder = nn.Sequential(lm[1].decoder)
+    with pytest.raises(ValueError, match=r"a Linear as decoder\.decoder, got a Sequential"):
+        lm.to_torch()
+    lm = language_model()
+    lm[0].rnns[1] = nn.LSTM(10, 6)
+    with pytest.raises(ValueError, match=r"a WeightDropLSTM as rnns\[1\]\.module, got a LSTM"):
+        lm[0].to_torch()
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
 def test_the_loss_of_an_empty_window_is_zero(shape):
     ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)

@@ -51,3 +51,9 @@ def test_slices_are_stock_sequentials():
         assert type(model[:1]) is nn.Sequential and list(model[:1]) == [model[0]]
         assert list(model[1:].state_dict()) == [key for key in model.state_dict() if key.startswith("1.")]
         assert model[-1] is model[1]
+
+
+@pytest.mark.parametrize("make", [language_model, salesforce])
+def test_an_emptied_model_is_tied_again(make):
+    decoder, encoder = parts(make(tied=True).to_empty(device=DEVICE))
+    assert decoder.weight is encoder.weight

@@ -15,7 +15,7 @@ data, theirs too.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 
 import torch
@@ -170,6 +170,11 @@ class RNNModel(nn.Module):
         load_state(model, parts.named("salesforce" if options.get("wdrop") else "torch"), source)
         return model
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RNNModel":
+        super()._apply(fn, recurse)
+        _tie(self)  # to_empty() parts them
+        return self
+
     def init_weights(self) -> None:
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
@@ -202,8 +207,8 @@ class RNNModel(nn.Module):
         """Nothing to forget: the state is the caller's."""
 
 
-def _tie(model: RNNModel, incompatible_keys: object) -> None:
-    """Share the weight again after load_state_dict(assign=True)."""
+def _tie(model: RNNModel, incompatible_keys: object = None) -> None:
+    """Share the weight again after what replaces parameters: load_state_dict(assign=True), to_empty()."""
     if model.tie_weights:
         tie(model.decoder, model.encoder, incompatible_keys)
 

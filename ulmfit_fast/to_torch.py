@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .checkpoints import listed
+from .nn import WeightDropLSTM
 
 State = tuple[tuple[Tensor, Tensor] | None, ...]  # per layer (h, c), as AWDLSTM.hidden, or None for zeros
 
@@ -56,12 +57,21 @@ def to_torch(model: nn.Module, stock: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(stock, graph, type(model).__name__).eval()
 
 
+def _expect(name: str, module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    if not isinstance(module, kind):
+        raise ValueError(f"to_torch needs a {kind.__name__} as {name}, got a {type(module).__name__}")
+    return module
+
+
 class Encoder(nn.Module):
     """ids (B, T), state -> output (B, T, E), new state."""
 
     def __init__(self, awd_lstm: nn.Module) -> None:
         super().__init__()
-        lstms = [rnn.module for rnn in awd_lstm.rnns]
+        lstms = [
+            _expect(f"rnns[{layer}].module", getattr(rnn, "module", rnn), WeightDropLSTM)
+            for layer, rnn in enumerate(awd_lstm.rnns)
+        ]
         with torch.device("meta"):  # the weights are assigned
             self.encoder = nn.Embedding(*awd_lstm.encoder.weight.shape, awd_lstm.encoder.padding_idx)
             self.rnns = nn.ModuleList(
@@ -83,8 +93,9 @@ class LanguageModel(Encoder):
 
     def __init__(self, model: nn.Sequential) -> None:
         super().__init__(model[0])
-        words, width = model[1].decoder.weight.shape
-        self.decoder = nn.Linear(width, words, bias=model[1].decoder.bias is not None, device="meta")
+        linear = _expect("decoder.decoder", model[1].decoder, nn.Linear)
+        words, width = linear.weight.shape
+        self.decoder = nn.Linear(width, words, bias=linear.bias is not None, device="meta")
 
     def forward(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         output, new = super().forward(ids, state)
