@@ -16,13 +16,15 @@ ON_CPU = {  # the precisions measured there: for which instruction sets by defau
     "high": ("amx",),  # the others compute it by the kernels of fp32
     "bf16": ("amx", "avx512bf16"),  # the others multiply it as float32, and torch takes minutes
 }
+OPS_ON_CPU = ("fp16", "fp64")  # of single ops only, where asked for: fp16 has no instructions of its own here
 QUICK = {"preset": "small", "batch": [16], "repeats": 2}
 GPU_REPEATS = 11  # rounds; each is the median of several calls
 
 
-def options(doc, on_gpu, **defaults):
-    """The options that every speed program has; on_gpu: the precisions that it measures there.
+def options(doc, on_gpu, also_on_cpu=(), **defaults):
+    """The options that every speed program has.
 
+    on_gpu: the precisions that it measures there; also_on_cpu: those that it has on a CPU beside ON_CPU's.
     `defaults` replaces some of the options' values.
     """
     p = argparse.ArgumentParser(
@@ -34,7 +36,7 @@ def options(doc, on_gpu, **defaults):
     p.add_argument(
         "--precision",
         nargs="+",
-        choices=dict.fromkeys([*ON_CPU, *on_gpu]),
+        choices=dict.fromkeys([*ON_CPU, *also_on_cpu, *on_gpu]),
         default=on_cpu,
         help=f"of ours and the peers; on a GPU the default is {' '.join(on_gpu)}",
     )
@@ -49,7 +51,7 @@ def options(doc, on_gpu, **defaults):
     )
     p.add_argument("--quick", action="store_true", help="preset small, batch 16, two rounds, unless given")
     p.add_argument("--results", type=Path, default=RESULTS, help="where the records go")
-    p.set_defaults(on_gpu=on_gpu, **defaults)
+    p.set_defaults(on_gpu=on_gpu, on_cpu=[*ON_CPU, *also_on_cpu], **defaults)
     return p
 
 
@@ -68,7 +70,7 @@ def parse(parser, argv=None):
     if "--quick" in argv:
         parser.set_defaults(**{k: v for k, v in QUICK.items() if parser.get_default(k) is not None})
     args = parser.parse_args(argv)
-    absent = [p for p in args.precision if p not in (ON_CPU if args.device == "cpu" else on_gpu)]
+    absent = [p for p in args.precision if p not in (args.on_cpu if args.device == "cpu" else on_gpu)]
     if absent:
         parser.error(f"argument --precision: {absent[0]} is not measured with --device {args.device}")
     if args.device == "cuda":

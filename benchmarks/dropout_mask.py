@@ -127,7 +127,7 @@ def measure(make_case, precisions, sizes, args, roof, clock):
 
 
 def main():
-    parser = arguments.options(__doc__, on_gpu=ON_GPU, repeats=15)
+    parser = arguments.options(__doc__, on_gpu=ON_GPU, also_on_cpu=arguments.OPS_ON_CPU, repeats=15)
     parser.add_argument("--vocab", nargs="+", type=arguments.positive, default=[30000], help="words")
     args = arguments.parse(parser)
     clock = clocks.make(args.device, keep_l2=args.keep_l2)

@@ -17,7 +17,7 @@ from .record import provenance, save
 
 AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 # high: float32 tensors, products rounded as torch.set_float32_matmul_precision("high") allows
-DTYPES = {"fp32": torch.float32, "high": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"high": torch.float32, **roof.DTYPES}
 DTYPES |= dict.fromkeys(AUTOCAST, torch.float32)
 
 
@@ -197,7 +197,7 @@ def measure_roof(args, shapes):
         names = dict.fromkeys(["fp32", "bf16", *map(floors.base, args.precision)])
         settings = {p: (DTYPES[p], Side("torch", p, None, device=args.device).settings()) for p in names}
         return gpu.measure_roof(args.quick, settings, shapes)
-    return roof.of_cpu(args.quick)
+    return roof.of_cpu(args.quick, [p for p in args.precision if p in ("fp16", "fp64")])
 
 
 def places(args):
@@ -211,12 +211,12 @@ def places(args):
 def peer_precisions(args):
     """The precisions of the peers.
 
-    On a CPU torch computes "high" as it does strict float32, and bf16 may take it minutes a call, or fail:
-    float32 is the peer of both then.
+    On a CPU torch computes "high" as it does strict float32, and 16 bits may take it minutes a call, or fail:
+    float32 is the peer of these then.
     """
     missing = set()
     if args.device == "cpu":
-        missing = {"high"} if roof.torch_has_bf16() else {"high", "bf16"}
+        missing = {"high", *(p for p in ("bf16", "fp16") if not roof.torch_has(DTYPES[p]))}
     return sorted({"fp32" if p in missing else p for p in args.precision}, reverse=True)
 
 

@@ -120,7 +120,7 @@ def measure(batch, words, args, threads, roof, clock):
 
 
 def main():
-    parser = arguments.options(__doc__, on_gpu=ON_GPU)
+    parser = arguments.options(__doc__, on_gpu=ON_GPU, also_on_cpu=arguments.OPS_ON_CPU)
     parser.add_argument("--vocab", nargs="+", type=arguments.positive, default=[30000], help="words")
     args = arguments.parse(parser)
     clock = clocks.make(args.device, keep_l2=args.keep_l2)

@@ -164,7 +164,7 @@ def layer_of(text):
 
 
 def main():
-    parser = arguments.options(__doc__, on_gpu=ON_GPU)
+    parser = arguments.options(__doc__, on_gpu=ON_GPU, also_on_cpu=arguments.OPS_ON_CPU)
     parser.add_argument("--layers", nargs="+", type=layer_of, help="INPUTSxHIDDEN, instead of the preset's")
     arguments.add_slow_peers(parser)
     args = arguments.parse(parser)

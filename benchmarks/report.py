@@ -34,7 +34,7 @@ OLD_NOTE = (
     "charged the allocation of memory to the peer. They do not compare with newer records."
 )
 PARTS = ("->", "_dropout", "dropout_mask", ", eval")  # cases that a summary leaves to plot and other tables
-COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0"}
+COLOURS = {"fp32": "#2f6db3", "high": "#d9722c", "bf16": "#3f8f5b", "fp16": "#8a5fb0", "fp64": "#7d7d7d"}
 HEADINGS = {
     "tokens_per_s": "tokens/s",
     "gflops": "GFLOP/s",

@@ -11,16 +11,19 @@ import torch
 
 import ulmfit_fast as uf
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-def of_cpu(quick):
+
+def of_cpu(quick, more=()):
     """{"fp32_gflops": ..., "bf16_gflops": ..., "high_gflops": ..., "copy_gb_s": ...}, the best of several.
 
     Products: the faster of torch.mm of large matrices and of our micro-kernels on operands in cache.
+    more: "fp16" and "fp64" where their rates are wanted too.
     """
     rates, repeats = {}, 3 if quick else 10
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        size = 1024 if quick else 2048
-        if name == "bf16" and not torch_has_bf16():
+    for name in ("fp32", "bf16", *more):
+        size, dtype = 1024 if quick else 2048, DTYPES[name]
+        if not torch_has(dtype):
             size = 256  # eleven larger ones take minutes
         a, b, out = (torch.rand(size, size).to(dtype) for _ in range(3))
         seconds = _best(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), repeats)
@@ -32,11 +35,16 @@ def of_cpu(quick):
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
-def torch_has_bf16():
-    """Whether torch computes bf16 here by oneDNN. Elsewhere, such as where AVX2 is the best there is, its own
-    plain loops do it.
+def torch_has(dtype):
+    """Whether torch computes this dtype here by a library. 16 bits are oneDNN's where it can; elsewhere, such
+    as where AVX2 is the best there is, torch's own plain loops do it.
     """
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype.itemsize > 2:
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return (
+        torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    )
 
 
 def _in_cache(precision, repeats):
@@ -48,7 +56,7 @@ def _in_cache(precision, repeats):
         from ulmfit_fast import _kernels
     except ImportError:  # no editable or in-place build
         return 0.0
-    dtype = numpy.dtype("uint16" if precision == "bf16" else "float32")  # numpy has no bf16
+    dtype = numpy.dtype({"bf16": "uint16", "fp16": "float16", "fp64": "float64"}.get(precision, "float32"))
     threads, blocks = torch.get_num_threads(), 500
     call = functools.partial(_kernels.multiply_in_cache, uf.info().isa, dtype, precision == "high", blocks)
     seconds = []

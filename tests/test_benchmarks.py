@@ -75,7 +75,7 @@ def test_profile_counts_what_our_ops_must_do(tmp_path):
     done = run("profile_ops", *TINY, *ALL, "--vocab", "50", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.iterdir()).read_text())
-    peers = {"torch fp32", "torch bf16"} if roof.torch_has_bf16() else {"torch fp32"}
+    peers = {"torch fp32", "torch bf16"} if roof.torch_has(torch.bfloat16) else {"torch fp32"}
     assert set(record["sides"]) == {"ours fp32", "ours high", "ours bf16", *peers}
     for name, side in record["sides"].items():
         ops = {row["op"]: row for row in side["top"]}
@@ -150,6 +150,20 @@ def test_where_torch_has_no_bf16_worth_timing_float32_is_the_peer(program, tmp_p
     assert "ours bf16 against torch fp32: x" in done.stdout
     for case in json.loads(next(tmp_path.iterdir()).read_text())["cases"].values():
         assert set(case["sides"]) == {"ours bf16", "torch fp32"}
+
+
+@pytest.mark.parametrize("program", ["lstm", "linear_cross_entropy", "dropout_mask"])
+def test_other_precisions_of_single_ops(program, tmp_path):
+    done = run(program, *TINY, "--precision", "fp16", "fp64", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "ours fp64 against torch" in done.stdout
+    for case in json.loads(next(tmp_path.iterdir()).read_text())["cases"].values():
+        assert {"ours fp16", "ours fp64"} < set(case["sides"])
+
+
+def test_precisions_that_a_step_has_not():
+    done = run("train_step", "--precision", "fp64")
+    assert done.returncode == 2 and "invalid choice: 'fp64'" in done.stderr
 
 
 @pytest.mark.parametrize(
