@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -53,6 +53,9 @@ _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiTex
 _REPEATED_CHARACTER = re.compile(r"([^\s\d])\1{2,}")
 _REPEATED_WORD = re.compile(r"(?<!\S)(\S+)((?:\s+\1){2,})(?!\S)")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+# The space behind a plain word, where no rule reaches over. " @-@ " would join the word to the one before,
+# and a repeated sign at the beginning of the next one would put xxrep there.
+_SEAM = re.compile(r"[^\s@]\s+([^\W_]{1,30})[ \n](?=([^\W_])(?!\2))")
 
 
 def _mark_case(match: re.Match[str]) -> str:
@@ -64,11 +67,32 @@ def _mark_case(match: re.Match[str]) -> str:
 
 def mark(text: str) -> str:
     """`text` with xxbos before it and repetitions and capitals spelt out as markers, in lower case."""
+    return f"{BOS} {_spell_out(text)}"
+
+
+def _spell_out(text: str) -> str:
     for pattern, instead in _CLEAN:
         text = pattern.sub(instead, text)
     text = _REPEATED_CHARACTER.sub(lambda m: f" {REP} {len(m[0])} {m[1]} ", text)
     text = _REPEATED_WORD.sub(lambda m: f" {WREP} {len(m[0].split())} {m[1]} ", text)
-    return f"{BOS} {_WORD.sub(_mark_case, text).lower()}"
+    return _WORD.sub(_mark_case, text).lower()
+
+
+def _marked_parts(text: str) -> Iterator[str]:
+    """`mark(text)`, a long text in parts that have its tokens one after the other: a rule takes many times a
+    text's memory.
+
+    A text without `_SEAM` stays whole.
+    """
+    begin, before = 0, f"{BOS} "
+    while len(text) - begin > _AT_ONCE:
+        # words that differ are no repetition, whatever else the rules make of the letters of the first
+        seams = (m for m in _SEAM.finditer(text, begin + _AT_ONCE) if m[2] not in m[1])
+        if (seam := next(seams, None)) is None:
+            break
+        yield before + _spell_out(text[begin : seam.end()])
+        begin, before = seam.end(), ""
+    yield before + _spell_out(text[begin:])
 
 
 def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[Any]:
@@ -167,15 +191,12 @@ class Tokenizer:
         """One int32 array of indices per text, in the order of reading: xxbos first, or last if backwards."""
         texts = check_texts(texts, argument, allow_empty=True)
         step = -1 if self.backwards else 1
-        ids, marked, characters = [], [], 0
-        for i, text in enumerate(texts):
-            marked.append(mark(text))
-            characters += len(text) + 32  # plus the memory of an encoding without tokens
-            if characters >= _AT_ONCE or i == len(texts) - 1:
-                encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
-                ids += [np.array(e.ids[::step], dtype=np.int32) for e in encodings]
-                marked, characters = [], 0
-        return ids
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in _at_once((i, part) for i, text in enumerate(texts) for part in _marked_parts(text)):
+            encodings = self._inner.encode_batch_fast([part for _, part in batch], add_special_tokens=False)
+            for (i, _), encoding in zip(batch, encodings, strict=True):
+                ids[i].append(np.array(encoding.ids[::step], dtype=np.int32))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts[::step]) for parts in ids]
 
     def tokens(self, text: str) -> list[str]:
         """The words of one text after all rules, unknown ones as they are, from left to right."""
@@ -185,6 +206,18 @@ class Tokenizer:
         """Readable text of indices as `encode` gives them: markers undone, punctuation joined to its word."""
         words = [self.itos[int(i)] for i in ids]
         return join_tokens(words[::-1] if self.backwards else words)
+
+
+def _at_once(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, characters = [], 0
+    for i, part in parts:
+        batch.append((i, part))
+        characters += len(part) + 32  # plus the memory of an encoding without tokens
+        if characters >= _AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[str]:
@@ -199,7 +232,7 @@ def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[
         special_tokens=list(SPECIALS),
         show_progress=False,
     )
-    inner.train_from_iterator((mark(text) for text in texts), trainer)
+    inner.train_from_iterator((part for text in texts for part in _marked_parts(text)), trainer)
     vocab = inner.get_vocab()
     return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)[:max_words]
 
