@@ -4,6 +4,7 @@
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -129,6 +130,31 @@ def check_texts(texts: Iterable[str], argument: str = "texts", allow_empty: bool
     if not texts and not allow_empty:
         raise ValueError(f"{argument} is empty: at least one text is needed")
     return texts
+
+
+# Runs of letters that only a text without spaces has: of Han and kana more than 5, of Thai, Lao, Burmese and
+# Khmer, whose words are longer, more than 15.
+_UNSPACED = re.compile(
+    r"[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]{6,}"
+    r"|[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{16,}"
+)
+_SAMPLE = 1000  # texts, and characters of each
+
+
+def warn_of_unspaced(texts: Sequence[str], argument: str) -> None:
+    """A UserWarning where a fifth of `texts` or more is in a script without spaces, not cut into words."""
+    letters = unspaced = 0
+    for text in texts[:: -(-len(texts) // _SAMPLE) or 1]:
+        text = text[:_SAMPLE]
+        letters += sum(map(str.isalnum, text))
+        unspaced += sum(map(len, _UNSPACED.findall(text)))
+    if unspaced and unspaced >= 0.2 * letters:
+        warnings.warn(
+            f"{argument} has no spaces between words in {min(1, unspaced / letters):.0%} of its letters, as "
+            "Chinese, Japanese and Thai are written: each clause becomes one token, and most will be xxunk. "
+            "Cut the texts into words first, with a space between them",
+            stacklevel=3,
+        )
 
 
 class Tokenizer:

@@ -18,7 +18,7 @@ from .progress import announce
 from .results import TrainedClassifier, TrainedLM, build_classifier, build_lm, load
 from .runs import fingerprint
 from .schedules import Phase, head_first_plan
-from .text import Tokenizer, own_vocab, target_vocab
+from .text import Tokenizer, own_vocab, target_vocab, warn_of_unspaced
 
 # Fresh weights need neither gradual unfreezing nor lower rates in lower layers.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
@@ -83,6 +83,7 @@ def pretrain_lm(
     config = make_config("pretrain", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
+    warn_of_unspaced(texts, "sources")
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
     record |= dict(backwards=config.backwards, data=fingerprint(texts, held_out))
     if job.run.holds_finished(record):
@@ -146,6 +147,7 @@ def finetune_lm(
     config = make_config("finetune", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(texts, "texts", valid)
+    warn_of_unspaced(texts, "texts")
     words = own_vocab(base.tokens)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
     record |= dict(backwards=base.backwards, data=fingerprint(texts, held_out, words, base.state))
@@ -232,6 +234,7 @@ def train_classifier(
     sizes = sizes or make_config("pretrain", preset).model_config()
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, labels = read_labelled(texts, labels)
+    warn_of_unspaced(texts, "texts")
     classes = label_classes(labels)
     held_out = _read_valid(valid, classes)
     words = base and base.tokens
