@@ -255,6 +255,11 @@ CASES = {
         "n must be an integer of at least 0, got -1",
     ),
     "generate prompt": (lambda m, f: m.generate(3), TypeError, "prompt must be str, got int"),
+    "generate a surrogate": (
+        lambda m, f: m.generate("a \ud800"),
+        ValueError,
+        r"prompt is not valid Unicode: .* at character 2, in 'a \\ud800'",
+    ),
     "generate temperature": (
         lambda m, f: m.generate("a", 1, -1),
         ValueError,

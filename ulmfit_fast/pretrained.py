@@ -19,7 +19,7 @@ from .encoder import AWDLSTM
 from .foreign import FORMATS, Parts, parse
 from .model import LanguageModel
 from .runs import MODEL, TOKENIZER, read_config
-from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
+from .text import PAD, PAD_ID, Tokenizer, check_texts, own_names, transfer_rows
 from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
 
 # ends of the keys whose tensors have a row for each word
@@ -283,6 +283,7 @@ def save_checkpoint(
         tokens: the words of the rows; None takes those of a Checkpoint, a TrainedLM or a TrainedClassifier.
 
     Raises:
+        TypeError: `model` or `tokens` is not what is said above.
         ValueError: `format` is none of these, the model has no such form, or `tokens` has not one word for
             each row of the embedding.
     """
@@ -300,10 +301,12 @@ def save_checkpoint(
             raise TypeError(f"model must be {kinds}, got {model!r:.100}")
         state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     parts = parse({key: tensor.detach().cpu() for key, tensor in state.items()}, "model")
+    if tokens is not None:
+        tokens = [str(word) for word in check_texts(tokens, "tokens", allow_empty=True, what="words")]
     if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):
         raise ValueError(f"tokens must have one word for each row of the embedding, got {len(tokens)}")
     if format == "ulmfit_fast":
-        said = {"tokens": None if tokens is None else list(tokens), "backwards": backwards}
+        said = {"tokens": tokens, "backwards": backwards}
         save_model(path, parts.named("fastai"), {k: v for k, v in said.items() if v is not None})
         return
     if backwards is not None and backwards != names_backwards(path):
@@ -317,7 +320,7 @@ def save_checkpoint(
     torch.save(parts.named(format), buffer)
     atomic_write(path, buffer.getvalue())
     if format == "fastai" and tokens is not None:
-        words = pickle.dumps(list(tokens), protocol=2)
+        words = pickle.dumps(tokens, protocol=2)
         atomic_write(Path(path).with_name(Path(path).stem + "_itos.pkl"), words)
 
 

@@ -111,22 +111,31 @@ def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[A
         raise TypeError(f"{argument} must be a list of {what}, got {type(values).__name__}") from None
 
 
-def check_texts(texts: Iterable[str], argument: str = "texts", allow_empty: bool = False) -> list[str]:
+def check_text(text: object, where: str) -> str:
+    """`text`, or TypeError if it is no str, ValueError if it cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise TypeError(f"{where} must be str, got {type(text).__name__}: {text!r:.60}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = text[max(0, error.start - 20) : error.start + 20]
+            raise ValueError(
+                f"{where} is not valid Unicode: {error.reason} at character {error.start}, in {place!r}; "
+                "read the file with its true encoding"
+            ) from None
+    return text
+
+
+def check_texts(
+    texts: Iterable[str], argument: str = "texts", allow_empty: bool = False, what: str = "texts"
+) -> list[str]:
     """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
     text.
     """
-    texts = as_list(texts, argument)
+    texts = as_list(texts, argument, what)
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{argument}[{i}] must be str, got {type(text).__name__}: {text!r:.60}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{argument}[{i}] is not valid Unicode: {error.reason} at character {error.start}; "
-                    "read the file with its true encoding"
-                ) from None
+        check_text(text, f"{argument}[{i}]")
     if not texts and not allow_empty:
         raise ValueError(f"{argument} is empty: at least one text is needed")
     return texts
@@ -183,6 +192,7 @@ class Tokenizer:
     def from_vocab(cls, itos: Sequence[str], backwards: bool = False) -> "Tokenizer":
         """`itos`: the words in order, the markers (`SPECIALS`) first, no word twice."""
         tk = need("tokenizers")
+        itos = check_texts(itos, "itos", allow_empty=True, what="words")
         inner = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(itos)}, unk_token=UNK))
         inner.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(_TOKEN), behavior="removed", invert=True)
         return cls(inner, backwards)
@@ -226,7 +236,8 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[str]:
         """The words of one text after all rules, unknown ones as they are, from left to right."""
-        return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(mark(text))]
+        marked = mark(check_text(text, "text"))
+        return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(marked)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of indices as `encode` gives them: markers undone, punctuation joined to its word."""
@@ -258,7 +269,8 @@ def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[
         special_tokens=list(SPECIALS),
         show_progress=False,
     )
-    inner.train_from_iterator((part for text in texts for part in _marked_parts(text)), trainer)
+    checked = (check_text(text, f"texts[{i}]") for i, text in enumerate(texts))
+    inner.train_from_iterator((part for text in checked for part in _marked_parts(text)), trainer)
     vocab = inner.get_vocab()
     return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)[:max_words]
 
