@@ -108,7 +108,8 @@ def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[A
     try:
         return list(values)
     except TypeError:
-        raise TypeError(f"{argument} must be a list of {what}, got {type(values).__name__}") from None
+        got = f"{type(values).__name__}: {values!r:.60}"
+        raise TypeError(f"{argument} must be a list of {what}, got {got}") from None
 
 
 def check_text(text: object, where: str) -> str:
