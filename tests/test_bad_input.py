@@ -9,7 +9,7 @@ import pytest
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
-from ulmfit_fast.train import _read_valid
+from ulmfit_fast.corpus import read_valid
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(_extra)
@@ -228,12 +228,12 @@ CASES = {
     "valid of three": (
         lambda m, f: classify(TEXTS, LABELS, m, f, valid=(TEXTS, LABELS, TEXTS)),
         TypeError,
-        r"valid must be \(texts, labels\), or the path of a CSV, got a tuple of 3",
+        r"valid must be \(texts, labels\), or the path of a CSV or TSV .*, got a tuple of 3",
     ),
     "valid without labels": (
         lambda m, f: classify(TEXTS, LABELS, m, f, valid=TEXTS[:2]),
         TypeError,
-        "labels is missing: .* let valid be the path",
+        r"valid must be \(texts, labels\), or the path .*, got a list of 2",
     ),
     "unknown valid label": (
         lambda m, f: classify(TEXTS, LABELS, m, f, valid=(TEXTS[:1], ["ugly"])),
@@ -255,6 +255,11 @@ CASES = {
         "n must be an integer of at least 0, got -1",
     ),
     "generate prompt": (lambda m, f: m.generate(3), TypeError, "prompt must be str, got int"),
+    "generate a surrogate": (
+        lambda m, f: m.generate("a \ud800"),
+        ValueError,
+        r"prompt is not valid Unicode: .* at character 2, in 'a \\ud800'",
+    ),
     "generate temperature": (
         lambda m, f: m.generate("a", 1, -1),
         ValueError,
@@ -274,7 +279,7 @@ def test_refused(name, lm, files):
 def test_valid_may_be_the_name_of_a_file_with_labels(files):
     (files / "held.txt").write_text("fine\ndull\n")
     for path in (files / "held.txt", str(files / "held.txt")):
-        assert _read_valid((path, ["good", "bad"]), ["bad", "good"]) == (["fine", "dull"], ["good", "bad"])
+        assert read_valid((path, ["good", "bad"]), ["bad", "good"]) == (["fine", "dull"], ["good", "bad"])
 
 
 def test_classifier_calls(clf):

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,33 @@ class NotInstalled:
     def find_spec(name, path=None, target=None):
         if name == "safetensors":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_a_model_is_always_the_same_bytes(tmp_path):
+    lm, files = language_model(), set()
+    for metadata in [{"stage": "pretrain", "sizes": [6, 10]}, {"sizes": [6, 10], "stage": "pretrain"}] * 8:
+        save_model(tmp_path / "a", lm, metadata)
+        files.add((tmp_path / "a").read_bytes())
+    assert len(files) == 1
+
+
+def test_a_file_of_two_metadata_entries_is_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_model(tmp_path / "new", language_model(), {"stage": "pretrain"})
+    content = (tmp_path / "new").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = safetensors.load(content)
+    (tmp_path / "old").write_bytes(safetensors.save(tensors, {"format": "pt", **header}))  # as it once was
+    assert read_model(tmp_path / "old")[1] == {"stage": "pretrain"}
+    assert load_model(tmp_path / "old", language_model()) == {"stage": "pretrain"}
+
+
+def test_threads_save_to_one_path(tmp_path):
+    contents = [bytes([i]) * 100_000 for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda data: atomic_write(tmp_path / "a", data), contents * 50))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_without_safetensors_says_what_to_install(tmp_path, monkeypatch):

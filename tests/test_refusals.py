@@ -1,5 +1,6 @@
 """What files and models cannot be saved or converted, in words; and inputs of no rows or one."""
 
+import numpy as np
 import pytest
 import torch
 from checks import DEVICE
@@ -25,6 +26,31 @@ def test_save_checkpoint_names_what_it_was_given(tmp_path):
     with pytest.raises(IsADirectoryError) as refused:
         atomic_write(tmp_path, "text")
     assert str(refused.value).endswith(f"Is a directory: {str(tmp_path)!r}")
+
+
+@pytest.mark.parametrize("format", ["ulmfit_fast", "fastai", "torch"])
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (list(range(30)), TypeError, r"tokens\[0\] must be str, got int: 0"),
+        ([*"a" * 29, None], TypeError, r"tokens\[29\] must be str, got NoneType"),
+        ("a" * 30, TypeError, "tokens must be a list of words, got one str: 'aaa"),
+        (5, TypeError, "tokens must be a list of words, got int"),
+        ([*"a" * 29, "b\ud800"], ValueError, r"tokens\[29\] is not valid Unicode: .* in 'b\\ud800'"),
+    ],
+)
+def test_tokens_are_str(tmp_path, tokens, error, message, format):
+    with pytest.raises(error, match=message):
+        uf.save_checkpoint(tmp_path / "a.pth", language_model(), format, tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numpys_tokens_are_saved_as_str(tmp_path):
+    words = [f"w{i}" for i in range(30)]
+    for format in ("ulmfit_fast", "fastai"):
+        uf.save_checkpoint(tmp_path / "a.pth", language_model(), format, np.array(words))
+        tokens = uf.load_checkpoint(tmp_path / "a.pth").tokens
+        assert tokens == words and {type(token) for token in tokens} == {str}
 
 
 @pytest.mark.parametrize(

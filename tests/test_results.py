@@ -3,6 +3,7 @@
 import concurrent.futures
 import inspect
 import math
+import shutil
 import typing
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_a_result_outlives_a_change_of_folder(base, tmp_path, monkeypatch):
     lm = uf.load(base.path.name, DEVICE)
     monkeypatch.chdir(tmp_path)
     assert uf.finetune_lm(lm, TEXTS, tmp_path / "x", **TINY | dict(epochs=1)).metrics
+
+
+def test_a_result_whose_folder_is_gone_says_what_to_do(base, tmp_path):
+    lm = uf.load(shutil.copytree(base.path, tmp_path / "lm"), DEVICE)
+    (tmp_path / "lm").rename(tmp_path / "moved")
+    assert lm.perplexity(TEXTS) == base.perplexity(TEXTS)
+    one = TINY | dict(epochs=1)
+    with pytest.raises(FileNotFoundError, match="base_run is the run in '.*lm', which is not there: give"):
+        uf.finetune_lm(lm, TEXTS, tmp_path / "x", **one)
+    lm.path = None
+    with pytest.raises(FileNotFoundError, match="lm_run has no run directory: give .* save_checkpoint"):
+        uf.train_classifier(lm, TEXTS, LABELS, tmp_path / "x", **one)
+    uf.save_checkpoint(tmp_path / "file", lm)
+    assert uf.finetune_lm(tmp_path / "file", TEXTS, tmp_path / "x", **one).metrics
 
 
 def test_predictions_do_not_depend_on_order_or_batch(clf):

@@ -248,6 +248,20 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         uf.pretrain_lm(TEXTS, tmp_path / "x", **ONE)
 
 
+def test_a_disk_that_is_full_at_the_lock_is_named(tmp_path, monkeypatch):
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left on device: '.*/.lock'"):
+            with locked(tmp_path / ".lock", "out"):
+                pass
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / ".lock", "out"):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
 def test_the_figures_of_an_epoch_are_of_all_its_texts(tmp_path):
     clf = uf.train_classifier(None, TEXTS, LABELS, tmp_path / "x", **TINY | dict(log_every=4))
     every = uf.train_classifier(None, TEXTS, LABELS, tmp_path / "y", **TINY)

@@ -1,6 +1,8 @@
 """save_checkpoint: what we write, others load, with the same numbers; and it comes back as it was."""
 
+import os
 import pickle
+import warnings
 
 import foreign_files as files
 import pytest
@@ -72,6 +74,8 @@ def test_words_go_along(tmp_path):
         found = uf.load_checkpoint(tmp_path / "lm.pth")
         assert found.tokens is None and "lm_itos.pkl, beside it, is not taken" in found.notes[0]
         assert why in found.notes[0]
+        with pytest.raises(ValueError, match=f"lm.pth' does not say its words .lm_itos.pkl, .*{why}"):
+            uf.finetune_lm(tmp_path / "lm.pth", ["a text"], tmp_path / "run")
     with pytest.raises(ValueError, match="one word for each row of the embedding, got 2"):
         uf.save_checkpoint(tmp_path / "x", lm, tokens=["a", "b"])
     with pytest.raises(ValueError, match="format must be one of ulmfit_fast, fastai, .* got 'keras'"):
@@ -79,6 +83,23 @@ def test_words_go_along(tmp_path):
     with pytest.raises(ValueError, match="model holds no LSTM weights"):
         uf.save_checkpoint(tmp_path / "x", nn.Linear(2, 3))
     assert not (tmp_path / "x").exists()
+
+
+def test_words_of_another_model_beside_are_told(tmp_path):
+    file, beside = tmp_path / "lm.pth", tmp_path / "lm_itos.pkl"
+    uf.save_checkpoint(file, language_model(), "fastai", WORDS)
+    os.utime(beside, (file.stat().st_mtime - 7200,) * 2)
+    assert uf.load_checkpoint(file).notes == (
+        "lm_itos.pkl, beside it, is older than lm.pth: are its words this model's?",
+    )
+    with pytest.warns(UserWarning, match="lm_itos.pkl stays as it was, .* the words of lm.pth: give tokens="):
+        uf.save_checkpoint(file, language_model(), "fastai")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uf.save_checkpoint(file, language_model(), "torch")
+        uf.save_checkpoint(file, language_model(), "fastai", WORDS)
+        beside.unlink()
+        uf.save_checkpoint(file, language_model(), "fastai")
 
 
 @pytest.mark.parametrize("format", FORMATS)

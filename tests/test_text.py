@@ -66,6 +66,22 @@ def test_encode_and_decode(tokenizer):
     assert ids[1][-1] == UNK_ID
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: t.tokens("a\ud800"), ValueError, "text is not valid Unicode"),
+        (lambda t: t.tokens(3), TypeError, "text must be str, got int: 3"),
+        (lambda t: t.train(["a", "\udcff"]), ValueError, r"texts\[1\] is not valid Unicode"),
+        (lambda t: t.from_vocab([*SPECIALS, "\ud800"]), ValueError, r"itos\[9\] is not valid Unicode"),
+        (lambda t: t.from_vocab([*SPECIALS, 3]), TypeError, r"itos\[9\] must be str, got int: 3"),
+    ],
+)
+def test_what_is_no_text_is_named(tokenizer, call, error, message):
+    with pytest.raises(error, match=message) as refused:
+        call(tokenizer)
+    assert type(refused.value) is error
+
+
 def test_saved_and_loaded(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     again = Tokenizer.load(tmp_path / "tokenizer.json")

@@ -13,7 +13,7 @@ from checks import DEVICE, random_state
 from stages import SIZES, TINY, sentences
 
 import ulmfit_fast as uf
-from ulmfit_fast import batches, fitting, pretrained, results, runs, text
+from ulmfit_fast import batches, fitting, foreign, results, runs, text
 from ulmfit_fast.model import layer_groups
 
 for _extra in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
@@ -233,7 +233,7 @@ def test_transfer_copies_known_rows_and_means_the_rest(base):
     state = {key: value.cpu() for key, value in base.model.state_dict().items()}
     old = base.tokenizer.itos
     new = text.target_vocab(old, ["zebra film"], 1000, 1, keep_base=False)
-    moved, known = pretrained.transfer(state, old, new)
+    moved, known = foreign.transfer(state, old, new)
     assert known == len(new) - 1
     film, zebra = new.index("film"), new.index("zebra")
     for key in ("0.encoder.weight", "1.decoder.bias"):

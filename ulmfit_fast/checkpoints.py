@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     If the block raises or the disk is full (OSError), the temporary file goes and `path` stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other threads save there too
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -85,7 +86,8 @@ def save_model(
         shared |= dict.fromkeys(keys[1:], keys[0])
     header = {"shared": shared, "metadata": dict(metadata or {})}
     header["crc32"] = _crc32(tensors, header)
-    atomic_write(path, safetensors.save(tensors, {"format": "pt", _HEADER: json.dumps(header)}))
+    # one entry: of several, safetensors draws the order anew in each process
+    atomic_write(path, safetensors.save(tensors, {_HEADER: json.dumps(header, sort_keys=True)}))
 
 
 def read_model(path: PathLike) -> tuple[StateDict, dict]:

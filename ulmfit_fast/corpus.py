@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
+from .checkpoints import listed
 from .text import as_list, check_texts
 
 Sources = str | pathlib.Path | Iterable[str | pathlib.Path]
@@ -78,9 +79,9 @@ def read_texts(sources: Sources, argument: str = "texts") -> list[str]:
         if not is_file:
             texts.append(source)
         elif str(source).lower().endswith(TABLES):
-            texts += [row["text"] for row in _read_csv(source, ["text"])]
+            texts += [row["text"] for row in _read_csv(source, ["text"], argument)]
         else:
-            texts += [line for line in map(str.strip, read_lines(source)) if line]
+            texts += [line for line in map(str.strip, read_lines(source, argument)) if line]
     if not texts:
         what = f"{len(sources)} files without a line of text" if sources else "no text"
         raise ValueError(f"{argument} is empty: {what}")
@@ -104,12 +105,34 @@ def read_labelled(
             raise ValueError(
                 f"{argument}={str(texts)!r} has no labels: give a CSV with the columns text and label"
             )
-        rows = _read_csv(texts, ["text", "label"])
+        rows = _read_csv(texts, ["text", "label"], argument)
         texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     elif is_path(texts):
         texts = read_texts(texts, argument)
-    texts, labels = check_texts(texts, argument), check_labels(labels)
+    texts = check_texts(texts, argument)
+    labels = check_labels(labels, "labels" if argument == "texts" else f"{argument}[1]")
     check_one_length(texts, labels, argument)
+    return texts, labels
+
+
+def read_valid(valid: object, classes: list) -> tuple[list[str], list[str] | list[int]]:
+    """(texts, labels) of a classifier's validation set: of that pair, or of a CSV."""
+    # a str as the second of two is another text, and labels are missing
+    if isinstance(valid, (tuple, list)) and len(valid) == 2 and not isinstance(valid[1], (str, os.PathLike)):
+        texts, labels = read_labelled(*valid, argument="valid")
+    elif is_path(valid):
+        texts, labels = read_labelled(valid, argument="valid")
+    else:
+        got = f"{type(valid).__name__}: {valid!r:.60}"
+        if isinstance(valid, (tuple, list)):
+            got = f"a {type(valid).__name__} of {len(valid)}"
+        elif hasattr(valid, "columns"):
+            got = f"a {type(valid).__name__}: give two columns of it, for example (df['text'], df['label'])"
+        raise TypeError(
+            "valid must be (texts, labels), or the path of a CSV or TSV with the columns text and label, got "
+            f"{got}"
+        )
+    check_known(labels, classes, "valid")
     return texts, labels
 
 
@@ -131,12 +154,21 @@ def check_labels(labels: Labels, argument: str = "labels") -> list[str] | list[i
                 "labels.argmax(1) gives the labels"
             )
     labels = [x.item() if hasattr(x, "item") else x for x in labels]
+    for i, label in enumerate(labels):
+        # also pandas' NA and NaT, which make a column of int one of float
+        if label is None or type(label).__name__ in ("NAType", "NaTType") or label != label:
+            raise ValueError(
+                f"{argument}[{i}] is missing: {label!r}; leave out its text, or give it a label of its own"
+            )
     kinds = {type(x) for x in labels}
     if kinds and (len(kinds) > 1 or not kinds <= {str, int, bool}):
-        odd = next(x for x in labels if type(x) is not type(labels[0]) or type(x) not in (str, int, bool))
-        raise TypeError(
-            f"{argument} must be all str or all int, got {odd!r} ({type(odd).__name__}) among them"
+        i, odd = next(
+            (i, x)
+            for i, x in enumerate(labels)
+            if type(x) is not type(labels[0]) or type(x) not in (str, int, bool)
         )
+        got = f"{odd!r:.60} ({type(odd).__name__}) in {argument}[{i}]"
+        raise TypeError(f"{argument} must be all str or all int, got {got}")
     blank = next((i for i, x in enumerate(labels) if isinstance(x, str) and not x.strip()), None)
     if blank is not None:
         raise ValueError(f"{argument}[{blank}] is blank: {labels[blank]!r}")
@@ -148,7 +180,8 @@ def check_known(labels: list, classes: list, argument: str = "labels") -> None:
     known = set(classes)
     for label in labels:
         if label not in known:
-            raise ValueError(f"{argument} has the label {label!r}, which the training labels lack: {classes}")
+            some = listed(map(repr, classes))
+            raise ValueError(f"{argument} has the label {label!r}, which the training labels lack: {some}")
 
 
 def label_classes(labels: list) -> list[str] | list[int]:
@@ -160,11 +193,11 @@ def label_classes(labels: list) -> list[str] | list[int]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | pathlib.Path) -> Iterator[TextIO]:
+def _opened(path: str | pathlib.Path, argument: str = "") -> Iterator[TextIO]:
     """A text file to iterate over, line ends as \\n, without a byte order mark."""
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
+        raise FileNotFoundError(f"{f'{argument}: ' if argument else ''}no such file: {str(path)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; name the files in it")
     if path.suffix.lower() in UNREADABLE:
@@ -193,9 +226,9 @@ def _first_wrong_byte(path: pathlib.Path) -> str:
     return ""  # a byte order mark that is cut short, or a file that has changed
 
 
-def read_lines(path: str | pathlib.Path) -> list[str]:
+def read_lines(path: str | pathlib.Path, argument: str = "") -> list[str]:
     """All lines of a text file, the empty ones too."""
-    with _opened(path) as file:
+    with _opened(path, argument) as file:
         return [line.removesuffix("\n") for line in file]
 
 
@@ -203,13 +236,13 @@ def split_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def _read_csv(path: str | pathlib.Path, columns: list[str]) -> list[dict[str, str]]:
+def _read_csv(path: str | pathlib.Path, columns: list[str], argument: str) -> list[dict[str, str]]:
     """The rows as dicts; every row has all of `columns`, and a label is never blank."""
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # a document may be longer than the module's 128 KB
     try:
-        with _opened(path) as file:
+        with _opened(path, argument) as file:
             records = list(_records(file, path))
     finally:
         csv.field_size_limit(limit)
@@ -218,7 +251,7 @@ def _read_csv(path: str | pathlib.Path, columns: list[str]) -> list[dict[str, st
         if names.count(column) != 1:
             raise ValueError(
                 f"{str(path)!r} has {'more than one' if column in names else 'no'} column {column!r}; its "
-                f"first line gives the columns {names}"
+                f"first line gives the columns [{listed(map(repr, names))}]"
             )
     if len(records) < 2:
         raise ValueError(f"{str(path)!r} has no rows under its heading")

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .checkpoints import listed
 from .results import Predictor, TrainedClassifier
 from .text import as_list, check_texts
 
@@ -28,8 +29,9 @@ class ClassifierEnsemble(Predictor):
         for i, each in enumerate(self.classifiers):
             if each.classes != self.classes:
                 raise ValueError(
-                    f"classifiers must have the same classes, but classifiers[0] has {self.classes} and "
-                    f"classifiers[{i}] ({each.path}) has {each.classes}"
+                    f"classifiers must have the same classes, but classifiers[0] has "
+                    f"[{listed(map(repr, self.classes))}] and classifiers[{i}] ({each.path}) has "
+                    f"[{listed(map(repr, each.classes))}]"
                 )
 
     def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:

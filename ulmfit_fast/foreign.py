@@ -6,13 +6,14 @@ and gives `Parts`; `Parts.named` names them again.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .checkpoints import listed
+from .text import transfer_rows
 
 FORMATS = ("fastai", "salesforce", "torch")  # besides "ulmfit_fast", which is fastai 2's names in safetensors
 
@@ -25,6 +26,8 @@ _HEAD = re.compile(r"(?:module\.)?(?:1\.layers|head)\.(.+)")
 _OUR_HEAD = re.compile(r"\d+\.(2\.weight|0\.(weight|bias|running_mean|running_var|num_batches_tracked))")
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _OLD_N_HID = 1150
+# ends of the keys whose tensors have a row for each word
+_PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias")
 
 
 @dataclass
@@ -239,3 +242,25 @@ def _note(parts: Parts, keys: list[str]) -> None:
         parts.notes.append(
             "bias_hh stands before bias_ih in the file: read by name here, swapped by what goes by position"
         )
+
+
+def transfer(
+    state: Mapping[str, Tensor], old: Sequence[str], new: Sequence[str]
+) -> tuple[dict[str, Tensor], int]:
+    """(state dict for another vocabulary, number of its words that were known): see `Checkpoint.with_tokens`.
+
+    state: keys as of LanguageModel, TextClassifier or AWDLSTM; old, new: words in order.
+    """
+    rows = torch.from_numpy(transfer_rows(old, new))
+    known = rows >= 0
+    moved = dict(state)
+    made = {}
+    for key, tensor in state.items():
+        if key.endswith(_PER_WORD):
+            if tensor.data_ptr() not in made:  # tied weights stay one tensor
+                weight = tensor.cpu()
+                fresh = weight.mean(0, keepdim=True).expand(len(new), *weight.shape[1:]).clone()
+                fresh[known] = weight[rows[known]]
+                made[tensor.data_ptr()] = fresh
+            moved[key] = made[tensor.data_ptr()]
+    return moved, int(known.sum())

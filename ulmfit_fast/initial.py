@@ -10,7 +10,7 @@ from .archives import is_address
 from .config import ModelConfig
 from .pretrained import Checkpoint, load_checkpoint
 from .results import TrainedLM
-from .runs import as_directory, read_config
+from .runs import CONFIG, as_directory, read_config
 from .text import own_names
 
 
@@ -43,9 +43,10 @@ def starting_point(run, argument, backwards=None, decoder=True):
     else:
         start, preset = _of_run(run, argument)
     if start.tokens is None:
+        why = "".join(f" ({note})" for note in start.notes)
         raise ValueError(
-            f"{argument}={start.source!r} does not say its words: give load_checkpoint(path, tokens=...) "
-            "with the words or the path of their pickle"
+            f"{argument}={start.source!r} does not say its words{why}: give "
+            "load_checkpoint(path, tokens=...) with the words or the path of their pickle"
         )
     if decoder and start.kind != "language model":
         raise ValueError(
@@ -91,6 +92,11 @@ def check_direction(backwards):
 def _of_run(run, argument):
     """(Checkpoint, preset) of a finished run directory of stage 1 or 2, or of its TrainedLM."""
     path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
+    if isinstance(run, TrainedLM) and (path is None or not (path / CONFIG).exists()):
+        where = "has no run directory" if path is None else f"is the run in {str(path)!r}, which is not there"
+        raise FileNotFoundError(
+            f"{argument} {where}: give the path of its directory, or of a file that save_checkpoint makes"
+        )
     record = read_config(path, argument)
     if record["stage"] == "classify":
         raise ValueError(f"{argument}={str(path)!r} holds a classifier; a run of stage 1 or 2 is needed here")

@@ -5,6 +5,8 @@ import fcntl
 import os
 import warnings
 
+from .checkpoints import name_file
+
 _held = set()  # open lock files
 
 
@@ -54,9 +56,14 @@ def _acquire(path, what):
             )
             return file
         if _is_at(file, path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            try:
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())  # a buffer would be written again by close
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                file.close()
+                name_file(error, path)
+                raise
             return file
         file.close()  # the previous holder has just removed it
 

@@ -16,14 +16,13 @@ from . import archives
 from .checkpoints import atomic_write, load_state, read_model, save_model
 from .classifier import TextClassifier
 from .encoder import AWDLSTM
-from .foreign import FORMATS, Parts, parse
+from .foreign import FORMATS, Parts, parse, transfer
 from .model import LanguageModel
 from .runs import MODEL, TOKENIZER, read_config
-from .text import PAD, PAD_ID, Tokenizer, own_names, transfer_rows
+from .text import PAD, PAD_ID, Tokenizer, check_texts, own_names
 from .unpickling import LEGACY_MAGIC, ZIP_MAGIC, Inert, module_state, read_tokens, read_torch
 
-# ends of the keys whose tensors have a row for each word
-_PER_WORD = ("encoder.weight", "encoder_dp.emb.weight", "1.decoder.weight", "1.decoder.bias")
+_COPYING_S = 60  # two files of one model may be that far apart after both were copied
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -190,18 +189,28 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
 
 
 def _words_beside(path: Path, embedding: Tensor | None, notes: list[str]) -> list[str] | None:
-    """The words of NAME_itos.pkl beside NAME.pth, if they are the embedding's; notes says if they are not."""
-    beside = path.with_name(path.stem + "_itos.pkl")
+    """The words of NAME_itos.pkl beside NAME.pth, if they are the embedding's; notes says if they are not, or
+    may not be.
+    """
+    beside = _beside(path)
     if embedding is None or not beside.is_file():
         return None
     try:
         words = read_tokens(beside.read_bytes(), beside.name)
         if len(words) == len(embedding):
+            if path.stat().st_mtime - beside.stat().st_mtime > _COPYING_S:
+                notes.append(
+                    f"{beside.name}, beside it, is older than {path.name}: are its words this model's?"
+                )
             return words
         notes.append(f"{beside.name}, beside it, is not taken: {len(words)} words for {len(embedding)} rows")
     except ValueError as error:
         notes.append(f"{beside.name}, beside it, is not taken: {error}")
     return None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.stem + "_itos.pkl")
 
 
 def _read_file(path: Path, source: str, notes: list[str]) -> tuple[str | None, Mapping[str, Tensor], dict]:
@@ -283,6 +292,7 @@ def save_checkpoint(
         tokens: the words of the rows; None takes those of a Checkpoint, a TrainedLM or a TrainedClassifier.
 
     Raises:
+        TypeError: `model` or `tokens` is not what is said above.
         ValueError: `format` is none of these, the model has no such form, or `tokens` has not one word for
             each row of the embedding.
     """
@@ -300,10 +310,12 @@ def save_checkpoint(
             raise TypeError(f"model must be {kinds}, got {model!r:.100}")
         state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     parts = parse({key: tensor.detach().cpu() for key, tensor in state.items()}, "model")
+    if tokens is not None:
+        tokens = [str(word) for word in check_texts(tokens, "tokens", allow_empty=True, what="words")]
     if tokens is not None and (parts.embedding is None or len(tokens) != len(parts.embedding)):
         raise ValueError(f"tokens must have one word for each row of the embedding, got {len(tokens)}")
     if format == "ulmfit_fast":
-        said = {"tokens": None if tokens is None else list(tokens), "backwards": backwards}
+        said = {"tokens": tokens, "backwards": backwards}
         save_model(path, parts.named("fastai"), {k: v for k, v in said.items() if v is not None})
         return
     if backwards is not None and backwards != names_backwards(path):
@@ -317,25 +329,10 @@ def save_checkpoint(
     torch.save(parts.named(format), buffer)
     atomic_write(path, buffer.getvalue())
     if format == "fastai" and tokens is not None:
-        words = pickle.dumps(list(tokens), protocol=2)
-        atomic_write(Path(path).with_name(Path(path).stem + "_itos.pkl"), words)
-
-
-def transfer(state, old, new):
-    """(state dict for another vocabulary, number of its words that were known): see `Checkpoint.with_tokens`.
-
-    state: keys as of LanguageModel, TextClassifier or AWDLSTM; old, new: words in order.
-    """
-    rows = torch.from_numpy(transfer_rows(old, new))
-    known = rows >= 0
-    moved = dict(state)
-    made = {}
-    for key, tensor in state.items():
-        if key.endswith(_PER_WORD):
-            if tensor.data_ptr() not in made:  # tied weights stay one tensor
-                weight = tensor.cpu()
-                fresh = weight.mean(0, keepdim=True).expand(len(new), *weight.shape[1:]).clone()
-                fresh[known] = weight[rows[known]]
-                made[tensor.data_ptr()] = fresh
-            moved[key] = made[tensor.data_ptr()]
-    return moved, int(known.sum())
+        atomic_write(_beside(Path(path)), pickle.dumps(tokens, protocol=2))
+    elif format == "fastai" and _beside(Path(path)).exists():
+        warnings.warn(
+            f"{_beside(Path(path))} stays as it was, and will be taken for the words of {Path(path).name}: "
+            "give tokens=..., or remove it",
+            stacklevel=2,
+        )

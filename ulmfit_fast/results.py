@@ -23,7 +23,7 @@ from .model import AWDLSTM, LanguageModel
 from .ops._common import as_int
 from .ops._logits import cross_entropy
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
-from .text import PAD_ID, UNK_ID, Tokenizer, check_texts
+from .text import PAD_ID, UNK_ID, Tokenizer, check_text, check_texts
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Config = TypeVar("_Config")
@@ -155,8 +155,7 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
 
         xxunk and xxpad are never drawn.
         """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be str, got {type(prompt).__name__}")
+        check_text(prompt, "prompt")
         n = _count("n", n, 0)
         if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")

@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -53,6 +54,9 @@ _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiTex
 _REPEATED_CHARACTER = re.compile(r"([^\s\d])\1{2,}")
 _REPEATED_WORD = re.compile(r"(?<!\S)(\S+)((?:\s+\1){2,})(?!\S)")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+# The space behind a plain word, where no rule reaches over. " @-@ " would join the word to the one before,
+# and a repeated sign at the beginning of the next one would put xxrep there.
+_SEAM = re.compile(r"[^\s@]\s+([^\W_]{1,30})[ \n](?=([^\W_])(?!\2))")
 
 
 def _mark_case(match: re.Match[str]) -> str:
@@ -64,11 +68,32 @@ def _mark_case(match: re.Match[str]) -> str:
 
 def mark(text: str) -> str:
     """`text` with xxbos before it and repetitions and capitals spelt out as markers, in lower case."""
+    return f"{BOS} {_spell_out(text)}"
+
+
+def _spell_out(text: str) -> str:
     for pattern, instead in _CLEAN:
         text = pattern.sub(instead, text)
     text = _REPEATED_CHARACTER.sub(lambda m: f" {REP} {len(m[0])} {m[1]} ", text)
     text = _REPEATED_WORD.sub(lambda m: f" {WREP} {len(m[0].split())} {m[1]} ", text)
-    return f"{BOS} {_WORD.sub(_mark_case, text).lower()}"
+    return _WORD.sub(_mark_case, text).lower()
+
+
+def _marked_parts(text: str) -> Iterator[str]:
+    """`mark(text)`, a long text in parts that have its tokens one after the other: a rule takes many times a
+    text's memory.
+
+    A text without `_SEAM` stays whole.
+    """
+    begin, before = 0, f"{BOS} "
+    while len(text) - begin > _AT_ONCE:
+        # words that differ are no repetition, whatever else the rules make of the letters of the first
+        seams = (m for m in _SEAM.finditer(text, begin + _AT_ONCE) if m[2] not in m[1])
+        if (seam := next(seams, None)) is None:
+            break
+        yield before + _spell_out(text[begin : seam.end()])
+        begin, before = seam.end(), ""
+    yield before + _spell_out(text[begin:])
 
 
 def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[Any]:
@@ -83,28 +108,63 @@ def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[A
     try:
         return list(values)
     except TypeError:
-        raise TypeError(f"{argument} must be a list of {what}, got {type(values).__name__}") from None
+        got = f"{type(values).__name__}: {values!r:.60}"
+        raise TypeError(f"{argument} must be a list of {what}, got {got}") from None
 
 
-def check_texts(texts: Iterable[str], argument: str = "texts", allow_empty: bool = False) -> list[str]:
+def check_text(text: object, where: str) -> str:
+    """`text`, or TypeError if it is no str, ValueError if it cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise TypeError(f"{where} must be str, got {type(text).__name__}: {text!r:.60}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = text[max(0, error.start - 20) : error.start + 20]
+            raise ValueError(
+                f"{where} is not valid Unicode: {error.reason} at character {error.start}, in {place!r}; "
+                "read the file with its true encoding"
+            ) from None
+    return text
+
+
+def check_texts(
+    texts: Iterable[str], argument: str = "texts", allow_empty: bool = False, what: str = "texts"
+) -> list[str]:
     """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
     text.
     """
-    texts = as_list(texts, argument)
+    texts = as_list(texts, argument, what)
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{argument}[{i}] must be str, got {type(text).__name__}: {text!r:.60}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{argument}[{i}] is not valid Unicode: {error.reason} at character {error.start}; "
-                    "read the file with its true encoding"
-                ) from None
+        check_text(text, f"{argument}[{i}]")
     if not texts and not allow_empty:
         raise ValueError(f"{argument} is empty: at least one text is needed")
     return texts
+
+
+# Runs of letters that only a text without spaces has: of Han and kana more than 5, of Thai, Lao, Burmese and
+# Khmer, whose words are longer, more than 15.
+_UNSPACED = re.compile(
+    r"[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]{6,}"
+    r"|[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{16,}"
+)
+_SAMPLE = 1000  # texts, and characters of each
+
+
+def warn_of_unspaced(texts: Sequence[str], argument: str) -> None:
+    """A UserWarning where a fifth of `texts` or more is in a script without spaces, not cut into words."""
+    letters = unspaced = 0
+    for text in texts[:: -(-len(texts) // _SAMPLE) or 1]:
+        text = text[:_SAMPLE]
+        letters += sum(map(str.isalnum, text))
+        unspaced += sum(map(len, _UNSPACED.findall(text)))
+    if unspaced and unspaced >= 0.2 * letters:
+        warnings.warn(
+            f"{argument} has no spaces between words in {min(1, unspaced / letters):.0%} of its letters, as "
+            "Chinese, Japanese and Thai are written: each clause becomes one token, and most will be xxunk. "
+            "Cut the texts into words first, with a space between them",
+            stacklevel=3,
+        )
 
 
 class Tokenizer:
@@ -133,6 +193,7 @@ class Tokenizer:
     def from_vocab(cls, itos: Sequence[str], backwards: bool = False) -> "Tokenizer":
         """`itos`: the words in order, the markers (`SPECIALS`) first, no word twice."""
         tk = need("tokenizers")
+        itos = check_texts(itos, "itos", allow_empty=True, what="words")
         inner = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(itos)}, unk_token=UNK))
         inner.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(_TOKEN), behavior="removed", invert=True)
         return cls(inner, backwards)
@@ -167,24 +228,34 @@ class Tokenizer:
         """One int32 array of indices per text, in the order of reading: xxbos first, or last if backwards."""
         texts = check_texts(texts, argument, allow_empty=True)
         step = -1 if self.backwards else 1
-        ids, marked, characters = [], [], 0
-        for i, text in enumerate(texts):
-            marked.append(mark(text))
-            characters += len(text) + 32  # plus the memory of an encoding without tokens
-            if characters >= _AT_ONCE or i == len(texts) - 1:
-                encodings = self._inner.encode_batch_fast(marked, add_special_tokens=False)
-                ids += [np.array(e.ids[::step], dtype=np.int32) for e in encodings]
-                marked, characters = [], 0
-        return ids
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in _at_once((i, part) for i, text in enumerate(texts) for part in _marked_parts(text)):
+            encodings = self._inner.encode_batch_fast([part for _, part in batch], add_special_tokens=False)
+            for (i, _), encoding in zip(batch, encodings, strict=True):
+                ids[i].append(np.array(encoding.ids[::step], dtype=np.int32))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts[::step]) for parts in ids]
 
     def tokens(self, text: str) -> list[str]:
         """The words of one text after all rules, unknown ones as they are, from left to right."""
-        return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(mark(text))]
+        marked = mark(check_text(text, "text"))
+        return [word for word, _ in self._inner.pre_tokenizer.pre_tokenize_str(marked)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of indices as `encode` gives them: markers undone, punctuation joined to its word."""
         words = [self.itos[int(i)] for i in ids]
         return join_tokens(words[::-1] if self.backwards else words)
+
+
+def _at_once(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, characters = [], 0
+    for i, part in parts:
+        batch.append((i, part))
+        characters += len(part) + 32  # plus the memory of an encoding without tokens
+        if characters >= _AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[str]:
@@ -199,7 +270,8 @@ def frequent_words(texts: Iterable[str], max_words: int, min_freq: int) -> list[
         special_tokens=list(SPECIALS),
         show_progress=False,
     )
-    inner.train_from_iterator((mark(text) for text in texts), trainer)
+    checked = (check_text(text, f"texts[{i}]") for i, text in enumerate(texts))
+    inner.train_from_iterator((part for text in checked for part in _marked_parts(text)), trainer)
     vocab = inner.get_vocab()
     return sorted(vocab.keys() - set(SPECIALS), key=vocab.get)[:max_words]
 

@@ -1,6 +1,5 @@
 """ULMFiT's three stages: pretrain_lm, finetune_lm, train_classifier; each leaves a run directory behind."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from .checkpoints import load_state
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
-from .corpus import Labels, Sources, check_known, label_classes, read_labelled, read_texts
+from .corpus import Labels, Sources, label_classes, read_labelled, read_texts, read_valid
 from .fitting import Callback, Show, fit_classifier, fit_lm, own_randomness, prepare
 from .initial import check_direction, start_from_frequencies, starting_point, way
 from .model import layer_groups
@@ -18,7 +17,7 @@ from .progress import announce
 from .results import TrainedClassifier, TrainedLM, build_classifier, build_lm, load
 from .runs import fingerprint
 from .schedules import Phase, head_first_plan
-from .text import Tokenizer, own_vocab, target_vocab
+from .text import Tokenizer, own_vocab, target_vocab, warn_of_unspaced
 
 # Fresh weights need neither gradual unfreezing nor lower rates in lower layers.
 SCRATCH = dict(gradual_unfreezing=False, discriminative=1.0)
@@ -83,6 +82,7 @@ def pretrain_lm(
     config = make_config("pretrain", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
+    warn_of_unspaced(texts, "sources")
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
     record |= dict(backwards=config.backwards, data=fingerprint(texts, held_out))
     if job.run.holds_finished(record):
@@ -146,6 +146,7 @@ def finetune_lm(
     config = make_config("finetune", preset, config, overrides)
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, held_out = _read_unlabelled(texts, "texts", valid)
+    warn_of_unspaced(texts, "texts")
     words = own_vocab(base.tokens)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
     record |= dict(backwards=base.backwards, data=fingerprint(texts, held_out, words, base.state))
@@ -210,7 +211,7 @@ def train_classifier(
 
     Raises:
         TypeError: `out` is missing, or labels are neither all str nor all int.
-        ValueError: there are fewer than two classes, or a label of `valid` is none of them.
+        ValueError: there are fewer than two classes, a label of `valid` is none of them, or one is missing.
         As `finetune_lm` in all else.
     """
     if out is None:
@@ -232,8 +233,9 @@ def train_classifier(
     sizes = sizes or make_config("pretrain", preset).model_config()
     job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, labels = read_labelled(texts, labels)
+    warn_of_unspaced(texts, "texts")
     classes = label_classes(labels)
-    held_out = _read_valid(valid, classes)
+    held_out = None if valid is None else read_valid(valid, classes)
     words = base and base.tokens
     record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
     record["backwards"] = backwards
@@ -255,17 +257,3 @@ def train_classifier(
 
 def _read_unlabelled(sources, argument, valid):
     return read_texts(sources, argument), None if valid is None else read_texts(valid, "valid")
-
-
-def _read_valid(valid, classes):
-    if valid is None:
-        return None
-    if isinstance(valid, tuple) and len(valid) != 2:
-        raise TypeError(f"valid must be (texts, labels), or the path of a CSV, got a tuple of {len(valid)}")
-    # a str there is a second text, and labels are missing
-    if isinstance(valid, (tuple, list)) and len(valid) == 2 and not isinstance(valid[1], (str, os.PathLike)):
-        texts, labels = read_labelled(*valid, argument="valid")
-    else:
-        texts, labels = read_labelled(valid, argument="valid")
-    check_known(labels, classes, "valid")
-    return texts, labels
