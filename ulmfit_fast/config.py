@@ -35,7 +35,7 @@ def _f(
     choices: tuple[str, ...] | None = None,
     below_one: bool = False,
 ) -> Any:
-    """A dataclass field with its help line and its bounds: low and high are inclusive, below_one is [0, 1)."""
+    """A dataclass field with its help line and its bounds: low and high inclusive; below_one is [0, 1)."""
     meta = dict(help=help, low=low, high=high, choices=choices, below_one=below_one)
     return field(default=default, metadata=meta)
 
@@ -51,6 +51,13 @@ def unknown_key_message(kind: str, key: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(key), list(valid), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool of Python; TypeError unless it is one, or NumPy's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return bool(value)
 
 
 def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
@@ -120,7 +127,7 @@ class _Stage(_Checked):
     ratio: float = _f(32.0, "peak rate over the lowest (stlr)", low=1)
     beta1: float = _f(0.8, "Adam's beta 1", below_one=True)
     beta2: float = _f(0.99, "Adam's beta 2", below_one=True)
-    # without gradients, as of the rows of words that a classifier never sees, Adam divides 0 by eps in float32
+    # a row without gradient, of a word that a classifier has not seen, is 0 / eps in float32: no eps, NaN
     eps: float = _f(1e-5, "Adam's epsilon", low=1e-30)
     weight_decay: float = _f(0.01, "decoupled weight decay", low=0)
     clip: float = _f(0.4, "largest norm of the gradient; 0: no clipping", low=0)
