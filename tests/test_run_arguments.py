@@ -48,6 +48,10 @@ def test_an_unusable_out_is_refused_before_the_texts_are_read(out, folder):
     assert sorted(os.listdir()) == ["file", "link"]
 
 
+def test_the_folders_above_out_are_made(folder):
+    assert uf.pretrain_lm(TEXTS, "a/b/c", **ONE).path == folder / "a" / "b" / "c"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(folder):
     os.mkdir("closed", 0o500)

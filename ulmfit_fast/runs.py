@@ -5,7 +5,8 @@ config.json        stage, sizes, direction, hyper-parameters, classes, a hash of
                    finished
 tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
-metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
+metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid");
+                   what is infinite or NaN is null
 curves.png         the same as a picture
 state.pt           while the run is unfinished: all that is needed to continue with the same results
 .lock              while a process trains there: its process id
@@ -308,14 +309,11 @@ def _try_to_write(path: pathlib.Path) -> None:
     """OSError if a file cannot be written in `path`, or in the folder in which it would be made. A trial
     tells more than the permissions: a disk may be mounted for reading.
     """
-    while not path.exists() and not path.is_symlink():
-        os.stat(path.parent)  # raises where a parent is a file, or may not be looked at
-        path = path.parent
+    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     try:
-        with tempfile.TemporaryFile(dir=path):
-            return
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        error.filename = str(path)
+        error.filename = str(there)
         raise
 
 

@@ -44,7 +44,8 @@ def pretrain_lm(
 
     Processes that torchrun started share the run: each calls the stage, with the same arguments, and gets the
     result. The first alone writes, shows progress and calls the callback (see team.py). The caller's random
-    state is left as it was: everything follows from the option `seed`.
+    state is left as it was: everything follows from the option `seed`. Trainings in threads of one process
+    take turns, as they share torch's default generators; nothing else may draw from these meanwhile.
 
     Args:
         sources: a list of texts, of paths of text files (one text a line) and of CSV or TSV files (column
