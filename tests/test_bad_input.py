@@ -175,7 +175,7 @@ CASES = {
     "device": (
         lambda m, f: pretrain(TEXTS, m, f, device="gpu"),
         ValueError,
-        "device must be one of torch's.*'gpu'",
+        "device must be None, 'cpu', 'cuda' .*'gpu'",
     ),
     "progress": (lambda m, f: pretrain(TEXTS, m, f, progress=3), ValueError, "progress must be None, True"),
     "resume and overwrite": (

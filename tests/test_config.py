@@ -62,6 +62,7 @@ def test_numbers_of_numpy_are_numbers():
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     with pytest.raises(TypeError, match="epochs must be int"):
         PretrainConfig(epochs=np.bool_(True))
+    assert PretrainConfig(backwards=np.bool_(True)).backwards is True
 
 
 def test_unknown_key_names_the_nearest():
@@ -90,6 +91,10 @@ def test_unknown_key_names_the_nearest():
             ValueError,
             r"weight_p=0.5 times drop_mult=2.2 is 1.1;",
         ),
+        (PretrainConfig, dict(beta1=1), ValueError, r"PretrainConfig.beta1 must be in \[0, 1\), got 1.0"),
+        (ClassifierConfig, dict(label_smoothing=1), ValueError, r"smoothing must be in \[0, 1\), got 1.0"),
+        (ClassifierConfig, dict(eps=0), ValueError, "ClassifierConfig.eps must be at least 1e-30, got 0.0"),
+        (PretrainConfig, dict(seed=2**64), ValueError, f"seed must be at most {2**63 - 1}, got {2**64}"),
         (PretrainConfig, dict(lr=-1.0), ValueError, "lr must be at least 0, got -1.0"),
         (PretrainConfig, dict(lr=float("nan")), ValueError, "lr must be finite"),
         (PretrainConfig, dict(epochs=0), ValueError, "epochs must be at least 1, got 0"),

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 _Config = TypeVar("_Config", bound="_Checked")
 
 
@@ -31,12 +33,10 @@ def _f(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
-    probability: bool = False,
+    below_one: bool = False,
 ) -> Any:
-    """A dataclass field with its help line and its bounds: low and high are inclusive, a probability is in
-    [0, 1).
-    """
-    meta = dict(help=help, low=low, high=high, choices=choices, probability=probability)
+    """A dataclass field with its help line and its bounds: low and high inclusive; below_one is [0, 1)."""
+    meta = dict(help=help, low=low, high=high, choices=choices, below_one=below_one)
     return field(default=default, metadata=meta)
 
 
@@ -53,11 +53,18 @@ def unknown_key_message(kind: str, key: object, valid: Iterable[str]) -> str:
     return f"unknown {kind} {key!r}{hint} Valid: {', '.join(sorted(valid))}"
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool of Python; TypeError unless it is one, or NumPy's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return bool(value)
+
+
 def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
     value, meta = getattr(owner, f.name), f.metadata
     where = f"{type(owner).__name__}.{f.name}"
-    kind = {int: numbers.Integral, float: numbers.Real}.get(f.type, f.type)
-    if isinstance(value, kind) and not isinstance(value, bool):  # numpy's numbers too
+    kind = {int: numbers.Integral, float: numbers.Real, bool: np.bool_}.get(f.type, f.type)
+    if isinstance(value, kind) and not isinstance(value, bool):  # numpy's too
         value = f.type(value)
         object.__setattr__(owner, f.name, value)
     if type(value) is not f.type:
@@ -66,8 +73,9 @@ def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, meta['choices']))}, got {value!r}")
     if f.type is float and not math.isfinite(value):
         raise ValueError(f"{where} must be finite, got {value!r}")
-    if meta["probability"] and not 0 <= value < 1:
-        raise ValueError(f"{where} is a dropout probability and must be in [0, 1), got {value!r}")
+    if meta["below_one"] and not 0 <= value < 1:
+        kind = "is a dropout probability and " if f.name.endswith("_p") else ""
+        raise ValueError(f"{where} {kind}must be in [0, 1), got {value!r}")
     if meta["low"] is not None and value < meta["low"]:
         raise ValueError(f"{where} must be at least {meta['low']}, got {value!r}")
     if meta["high"] is not None and value > meta["high"]:
@@ -117,16 +125,17 @@ class _Stage(_Checked):
     schedule: str = _f("stlr", "learning rate over time", choices=("stlr", "one_cycle", "constant"))
     cut_frac: float = _f(0.1, "share of the steps in which the rate rises", low=0, high=1)
     ratio: float = _f(32.0, "peak rate over the lowest (stlr)", low=1)
-    beta1: float = _f(0.8, "Adam's beta 1", probability=True)
-    beta2: float = _f(0.99, "Adam's beta 2", probability=True)
-    eps: float = _f(1e-5, "Adam's epsilon", low=0)
+    beta1: float = _f(0.8, "Adam's beta 1", below_one=True)
+    beta2: float = _f(0.99, "Adam's beta 2", below_one=True)
+    # a row without gradient, of a word that a classifier has not seen, is 0 / eps in float32: no eps, NaN
+    eps: float = _f(1e-5, "Adam's epsilon", low=1e-30)
     weight_decay: float = _f(0.01, "decoupled weight decay", low=0)
     clip: float = _f(0.4, "largest norm of the gradient; 0: no clipping", low=0)
-    output_p: float = _f(0.4, "dropout on the encoder's output", probability=True)
-    hidden_p: float = _f(0.3, "variational dropout between the layers", probability=True)
-    input_p: float = _f(0.4, "variational dropout on the embedded input", probability=True)
-    embed_p: float = _f(0.05, "dropout of whole embedding rows", probability=True)
-    weight_p: float = _f(0.5, "DropConnect on the hidden-to-hidden weights", probability=True)
+    output_p: float = _f(0.4, "dropout on the encoder's output", below_one=True)
+    hidden_p: float = _f(0.3, "variational dropout between the layers", below_one=True)
+    input_p: float = _f(0.4, "variational dropout on the embedded input", below_one=True)
+    embed_p: float = _f(0.05, "dropout of whole embedding rows", below_one=True)
+    weight_p: float = _f(0.5, "DropConnect on the hidden-to-hidden weights", below_one=True)
     drop_mult: float = _f(1.0, "multiplies the five dropouts above", low=0)
     precision: str = _f("fp32", "bf16: autocast over fp32 master weights", choices=("fp32", "bf16"))
     seed: int = _f(0, "random seed of initial weights, dropout masks and order", low=0, high=2**63 - 1)
@@ -197,8 +206,8 @@ class ClassifierConfig(_Stage):
     bptt: int = _f(72, "tokens per chunk of a document (BPT3C); more where the batch is small", low=1)
     max_len: int = _f(1440, "tokens at the end of a document through which gradients flow", low=1)
     head_hidden: int = _f(50, "hidden units of the head; 0: one linear layer", low=0)
-    head_p: float = _f(0.1, "dropout before the head's last layer", probability=True)
-    label_smoothing: float = _f(0.0, "share of the target spread over all classes", probability=True)
+    head_p: float = _f(0.1, "dropout before the head's last layer", below_one=True)
+    label_smoothing: float = _f(0.0, "share of the target spread over all classes", below_one=True)
     max_vocab: int = _f(60000, "largest vocabulary (only from scratch)", low=10)
     min_freq: int = _f(2, "a word seen less often becomes xxunk (only from scratch)", low=1)
 

@@ -1,6 +1,5 @@
 """ulmfit-fast demo: the three stages on text that every installation has, and what each of them gains."""
 
-import pathlib
 import statistics
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from .batches import epoch_stream
 from .config import make_config
 from .demo_text import general_text, labelled_text, split
 from .results import build_lm, load
+from .runs import as_directory
 from .stock import StockLanguageModel
 from .train import finetune_lm, pretrain_lm, train_classifier
 
@@ -23,7 +23,7 @@ def run_demo(out="runs/demo", preset="tiny", seed=0, progress=None, overwrite=Tr
 
     overrides: options of all stages, for example epochs=1.
     """
-    out, start = pathlib.Path(out), time.perf_counter()
+    out, start = as_directory(out, "out"), time.perf_counter()
     options = dict(preset=preset, seed=seed, progress=progress, overwrite=overwrite, **overrides)
     say("Reading the documentation of the Python standard library and of torch ...")
     general, (train, held) = general_text(), split(*labelled_text(), seed=seed)

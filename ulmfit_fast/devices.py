@@ -5,7 +5,7 @@ import torch
 
 def pick_device(device=None):
     """torch.device of `device`; None means CUDA where there is a GPU and the build has its kernels, else the
-    CPU.
+    CPU. ValueError for a device that this library has no kernels for, or that is not there.
     """
     if device is None:
         usable = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -14,12 +14,15 @@ def pick_device(device=None):
         return torch.device("cuda" if usable else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device must be one of torch's, for example 'cpu' or 'cuda', got {device!r}"
-        ) from error
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or one GPU such as 'cuda:1', got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch sees no CUDA device here; use 'cpu'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device={device!r}, but torch sees only cuda:0 to cuda:{last} here")
     return chosen
 
 

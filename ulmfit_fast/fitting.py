@@ -1,19 +1,21 @@
 """From the initial model of a stage to its finished run, for the language model and for the classifier."""
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .batches import DocumentBatches, epoch_stream
+from .config import check_flag
 from .devices import pick_device, to_device
 from .extras import check_train_extras
+from .history import perplexity
 from .loop import Loop
 from .model import layer_groups
-from .progress import check_show
+from .progress import announce, check_show
 from .results import TrainedClassifier, TrainedLM, document_logits, stream_loss
 from .runs import RunDirectory
 from .schedules import gradual_unfreezing_plan
@@ -104,7 +106,7 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
 
     def validate(between):
         loss = stream_loss(model, valid_docs, config.batch_size, config.bptt, between)
-        return {"loss": loss, "perplexity": float(np.exp(loss))}
+        return {"loss": loss, "perplexity": perplexity(loss)}
 
     def set_hidden(hidden):
         model[0].hidden = hidden
@@ -136,25 +138,44 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
     return TrainedLM(model, tokenizer, config, job.run.path, job.run.history())
 
 
-def prepare(config, out, resume, overwrite, device, progress, callback):
-    """Validates every argument that can be checked before reading text, and returns the Job."""
+def prepare(out, resume, overwrite, device, progress, callback):
+    """Validates the arguments that all stages share, before a base model or a text is read, and returns the
+    Job.
+    """
     check_train_extras()
     check_show(progress)
-    device = pick_device(device)
-    if getattr(config, "cuda_graph", False) and device.type != "cuda":
-        raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(device)!r}")
-    team = Team(device)
-    if getattr(config, "cuda_graph", False) and team.size > 1:
-        raise ValueError(f"cuda_graph=True works in one process only, and {team.size} train here")
+    check_flag("resume", resume)
+    check_flag("overwrite", overwrite)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be None or a function that takes a metrics line, got {callback!r}")
+    team = Team(pick_device(device))
     run = team.directory(out, resume, overwrite)
     return Job(team, run, progress if team.is_first else False, callback)
 
 
+def check_cuda_graph(config, team):
+    if config.cuda_graph and team.device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(team.device)!r}")
+    if config.cuda_graph and team.size > 1:
+        raise ValueError(f"cuda_graph=True works in one process only, and {team.size} train here")
+
+
+# torch's default generators are the whole process's: were two threads to train at once, the numbers of each
+# would depend on the other. A training that a callback starts is within the one that calls it, and may go on.
+_one_thread = threading.RLock()
+
+
 @contextlib.contextmanager
-def own_randomness(seed, device):
-    """Seeds torch's default generators inside the block, and restores the caller's state after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def own_randomness(seed, job):
+    """Seeds torch's default generators inside the block, and restores the caller's state after it. Waits
+    while another thread is in such a block.
+    """
+    if not _one_thread.acquire(blocking=False):
+        announce(f"{job.run.path} waits: another thread of this process is training", job.progress)
+        _one_thread.acquire()
+    try:
+        with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        _one_thread.release()

@@ -1,6 +1,7 @@
 """What a model starts from: the frequencies of words, or the rows of another vocabulary."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 
 from .archives import is_address
 from .config import ModelConfig
+from .locks import holder
 from .pretrained import Checkpoint, load_checkpoint
 from .results import TrainedLM
-from .runs import CONFIG, as_directory, read_config
+from .runs import CONFIG, LOCK, as_directory, read_config
 from .text import own_names
 
 
@@ -83,14 +85,19 @@ def way(backwards):
 
 
 def check_direction(backwards):
-    if backwards is not None and not isinstance(backwards, bool):
-        raise TypeError(
-            f"backwards must be True, False or None, got {backwards!r} ({type(backwards).__name__})"
-        )
+    """`backwards` as None or a bool of Python; TypeError unless it is one of them, or NumPy's bool."""
+    if backwards is None or isinstance(backwards, (bool, np.bool_)):
+        return None if backwards is None else bool(backwards)
+    raise TypeError(f"backwards must be True, False or None, got {backwards!r} ({type(backwards).__name__})")
 
 
 def _of_run(run, argument):
     """(Checkpoint, preset) of a finished run directory of stage 1 or 2, or of its TrainedLM."""
+    if not isinstance(run, str | os.PathLike | TrainedLM):
+        raise TypeError(
+            f"{argument} must be a run directory, the path or URL of a checkpoint, a TrainedLM or a "
+            f"Checkpoint, got {type(run).__name__}"
+        )
     path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
     if isinstance(run, TrainedLM) and (path is None or not (path / CONFIG).exists()):
         where = "has no run directory" if path is None else f"is the run in {str(path)!r}, which is not there"
@@ -101,6 +108,8 @@ def _of_run(run, argument):
     if record["stage"] == "classify":
         raise ValueError(f"{argument}={str(path)!r} holds a classifier; a run of stage 1 or 2 is needed here")
     if not record["finished"]:
+        if running := holder(path / LOCK):
+            raise ValueError(f"{argument}={str(path)!r} is in progress: {running} is training there")
         raise ValueError(f"{argument}={str(path)!r} has not finished; go on with it (resume=True) first")
     if isinstance(run, TrainedLM):
         state, words = {key: t.cpu() for key, t in run.model.state_dict().items()}, run.tokenizer.itos

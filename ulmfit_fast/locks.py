@@ -20,6 +20,32 @@ def _close_copies():
 os.register_at_fork(after_in_child=_close_copies)
 
 
+def in_use(what, process):
+    return f"{what} is in use: {process} is training there"
+
+
+def holder(path):
+    """Who holds the lock file `path`, as "process 123"; None where nobody does, as after the holder's end."""
+    try:
+        file = open(path, encoding="ascii")
+    except OSError:  # there is none, or none that may be read: a run that wants the lock will say so
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _process(file)
+        except OSError:  # a file system without locks
+            return None
+    return None
+
+
+def _process(file):
+    file.seek(0)
+    number = file.read().strip()
+    return f"process {number}" if number else "another process"
+
+
 @contextlib.contextmanager
 def locked(path, what):
     """Holds the lock file `path` and removes it in the end.
@@ -45,10 +71,7 @@ def _acquire(path, what):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                file.seek(0)
-                number = file.read().strip()
-            holder = f"process {number}" if number else "another process"
-            raise BlockingIOError(f"{what} is in use: {holder} is training there") from None
+                raise BlockingIOError(in_use(what, _process(file))) from None
         except OSError as error:
             warnings.warn(
                 f"{what} cannot be locked ({error.strerror}): see to it that no other process trains there",

@@ -7,6 +7,7 @@ import torch
 
 from . import schedules
 from .graphed import GraphedStep
+from .history import perplexity
 from .interrupts import DelayedInterrupt
 from .progress import Progress
 
@@ -244,7 +245,7 @@ class Loop:
         """A metrics line: means over the targets that `sums` holds, tokens or documents."""
         means = {name: total / sums.targets for name, total in sums.totals.items()}
         if "accuracy" not in means:
-            means["perplexity"] = math.exp(min(means["loss"], 700))
+            means["perplexity"] = perplexity(means["loss"])
         place = {"kind": kind, "step": self.step, "epoch": self.epoch + 1}
         speed = sums.tokens / max(sums.seconds, 1e-9)
         return {**place, **means, "lr": self.rate, "tokens_per_s": round(speed, 1)}
@@ -269,8 +270,13 @@ class Loop:
                 )
 
     def _advice(self):
+        c = self.config
         kept = "no state yet" if self.saved is None else f"the state saved after step {self.saved}"
-        return f"lr={self.config.lr}; a lower lr or clip helps. {self.run.path} keeps {kept}"
+        lower = "a lower lr or clip" if c.clip else "a lower lr or a clip above 0"
+        return (
+            f"lr={c.lr}, clip={c.clip}. Start anew with {lower}, by overwrite=True (--overwrite) or with "
+            f"another out: resume=True (--resume) keeps both. {self.run.path} keeps {kept}"
+        )
 
     def save(self):
         """Saves everything that later steps depend on."""

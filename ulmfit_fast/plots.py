@@ -1,6 +1,7 @@
 """curves.png: loss, perplexity or accuracy, and the learning rate over the steps of a run."""
 
 import io
+import math
 
 from .extras import need
 
@@ -48,7 +49,9 @@ def curves(history, stage):
 
 
 def _line(axis, lines, key, colour, label, **style):
-    axis.plot([x["step"] for x in lines], [x[key] for x in lines], color=colour, label=label, **style)
+    # a log axis that goes up to the largest floats overflows in matplotlib; a gap says as much
+    values = [x[key] if x[key] < 1e100 else math.nan for x in lines]
+    axis.plot([x["step"] for x in lines], values, color=colour, label=label, **style)
 
 
 def _smoothed(lines, key):

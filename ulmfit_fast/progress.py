@@ -7,7 +7,8 @@ from .extras import need
 
 def check_show(show):
     """ValueError unless `show` is one of those that Progress takes."""
-    if show not in (None, True, False, "lines"):
+    # 1 and NumPy's True equal True, but would draw nothing
+    if not (show is None or isinstance(show, bool) or (isinstance(show, str) and show == "lines")):
         raise ValueError(f"progress must be None, True, False or 'lines', got {show!r}")
 
 

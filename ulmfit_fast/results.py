@@ -19,6 +19,7 @@ from .classifier import TextClassifier
 from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
+from .history import perplexity
 from .model import AWDLSTM, LanguageModel
 from .ops._common import as_int
 from .ops._logits import cross_entropy
@@ -117,7 +118,8 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
     """A language model of stage 1 or 2."""
 
     def perplexity(self, texts: Sources, batch_size: int = 16) -> float:
-        """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text.
+        """exp of the mean cross-entropy per token of `texts`, read as one stream with xxbos before each text;
+        inf where that is larger than a float.
 
         A backward model reads the texts in their order too, but each from its end to its xxbos, and predicts
         each token from those to its right.
@@ -133,7 +135,7 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
         """
         batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(read_texts(texts))
-        return math.exp(stream_loss(self.model, docs, batch_size, self.config.bptt))
+        return perplexity(stream_loss(self.model, docs, batch_size, self.config.bptt))
 
     def generate(
         self, prompt: str = "", n: int = 40, temperature: float = 1.0, seed: int | None = None
@@ -161,6 +163,8 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
             raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
         if seed is not None and as_int(seed) is None:
             raise TypeError(f"seed must be None or an int, got {seed!r}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be None or at least -2**63 and below 2**64, got {seed!r}")
         generator = None if seed is None else torch.Generator().manual_seed(as_int(seed))
         ids = self.tokenizer.encode([prompt])[0].tolist()
         if self.backwards:  # xxbos stands between two texts in this direction too: it comes before the first
@@ -302,7 +306,7 @@ def load(
     else the CPU. FileNotFoundError where there is no run, or no epoch of it has ended; ValueError for a
     damaged file.
     """
-    path = as_directory(run_dir, "run_dir")
+    path, device = as_directory(run_dir, "run_dir"), pick_device(device)
     record = read_config(path)
     config, classes = record["config"], record["classes"]
     tokenizer = Tokenizer.load(path / TOKENIZER, record["backwards"])
@@ -311,7 +315,7 @@ def load(
     else:
         model = build_lm(record["model"], len(tokenizer), config.dropouts())
     load_weights(model, path)
-    model.to(pick_device(device))
+    model.to(device)
     if record["stage"] == "classify":
         return TrainedClassifier(model, tokenizer, config, classes, path, read_history(path))
     return TrainedLM(model, tokenizer, config, path, read_history(path))

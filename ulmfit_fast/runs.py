@@ -5,7 +5,8 @@ config.json        stage, sizes, direction, hyper-parameters, classes, a hash of
                    finished
 tokenizer.json     words and their indices
 model.safetensors  the weights, as of the last epoch end
-metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid")
+metrics.jsonl      one line per logged step ("kind": "train"), epoch ("epoch") and validation ("valid");
+                   what is infinite or NaN is null
 curves.png         the same as a picture
 state.pt           while the run is unfinished: all that is needed to continue with the same results
 .lock              while a process trains there: its process id
@@ -17,6 +18,7 @@ import io
 import json
 import os
 import pathlib
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -25,9 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import history
 from .checkpoints import atomic_write, load_model, name_file, save_model
 from .config import STAGES, ModelConfig, unknown_key_message
-from .locks import locked
+from .locks import holder, in_use, locked
 from .text import Tokenizer
 
 FORMAT, STATE_FORMAT = 1, 3
@@ -37,13 +40,17 @@ FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)
 
 
 def as_directory(path: str | os.PathLike[str], argument: str) -> pathlib.Path:
-    """`path` as a pathlib.Path; TypeError if it is not a path."""
+    """`path` as a pathlib.Path; TypeError if it is not a path, ValueError if it is empty: that would be the
+    current folder.
+    """
+    wanted = f"{argument} must be the path of a run directory"
     try:
-        return pathlib.Path(path)
+        directory = pathlib.Path(path)
     except TypeError:
-        raise TypeError(
-            f"{argument} must be the path of a run directory, got {type(path).__name__}"
-        ) from None
+        raise TypeError(f"{wanted}, got {type(path).__name__}") from None
+    if os.fspath(path) == "" or "\0" in str(directory):
+        raise ValueError(f"{wanted}, got {path!r}")
+    return directory
 
 
 def fingerprint(*data: Any) -> str:
@@ -101,11 +108,20 @@ class RunDirectory:
         if resume and overwrite:
             raise ValueError("resume=True and overwrite=True contradict each other")
         self._lines = 0
-        self._existing()
+        if process := holder(self.path / LOCK):
+            raise BlockingIOError(in_use(self._where, process))
+        with _naming(self._where):
+            old = self._existing()
+            if not (old and old["finished"]):
+                _try_to_write(self.path)
+
+    @property
+    def _where(self) -> str:
+        return f"out={str(self.path)!r}"
 
     def _existing(self) -> dict[str, Any] | None:
         """What config.json says of the run that `resume` finds, or None; an error if `path` must stay."""
-        where = f"out={str(self.path)!r}"
+        where = self._where
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{where} is a file; a run needs a directory of its own")
         if not _is_ours(self.path / CONFIG):
@@ -134,14 +150,32 @@ class RunDirectory:
         record: stage, preset, model (ModelConfig), backwards, config (the stage's dataclass), classes, data
         (a hash).
         """
-        old = self._existing()
-        if old is None:
+        old = self._compared(record)
+        if old is None or not old["finished"]:
             return False
-        self._compare(old, record)
-        return old["finished"]
+        self._complete(old)
+        return True
+
+    def _compared(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        old = self._existing()
+        if old is not None:
+            self._compare(old, record)
+        return old
+
+    def _complete(self, record: dict[str, Any]) -> None:
+        """Does what a process that was killed after it had finished the run could not do any more."""
+        left = (self.path / STATE).exists() or (self.path / LOCK).exists()
+        drawn = (self.path / CURVES).exists()
+        if (drawn and not left) or not os.access(self.path, os.W_OK):
+            return
+        with locked(self.path / LOCK, self._where):
+            (self.path / STATE).unlink(missing_ok=True)
+            if not drawn:
+                self.record = record
+                self.plot()
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        where = f"out={str(self.path)!r}"
+        where = self._where
         if old["stage"] != new["stage"]:
             raise ValueError(
                 f"{where} holds a run of stage {old['stage']!r}, not {new['stage']!r}: it cannot be resumed "
@@ -167,10 +201,12 @@ class RunDirectory:
         options. record: as for `holds_finished`.
         """
         self.record = {"format": FORMAT, **record, "finished": False}
-        self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path / LOCK, f"out={str(self.path)!r}"):
-            if self.holds_finished(record):
-                raise FileExistsError(f"another process has just finished the run in out={str(self.path)!r}")
+        with _naming(self._where):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / LOCK, self._where):
+            old = self._compared(record)
+            if old and old["finished"]:
+                raise FileExistsError(f"the run in {self._where} has just been finished elsewhere")
             for name in FILES:  # left by a process that was killed while it wrote
                 for remains in self.path.glob(f".{name}.*.tmp"):
                     remains.unlink()
@@ -228,7 +264,7 @@ class RunDirectory:
         size = file.stat().st_size if file.exists() else 0
         try:
             with open(file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(history.as_json(line) + "\n")
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(file, size)
@@ -257,6 +293,30 @@ class RunDirectory:
             warnings.warn(f"{str(self.path / CURVES)!r} could not be drawn: {reason}", stacklevel=2)
 
 
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts `where` before the system's errors; those raised here have it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        file = f": {str(error.filename)!r}" if error.filename else ""
+        raise type(error)(f"{where} cannot be used: {error.strerror}{file}") from None
+
+
+def _try_to_write(path: pathlib.Path) -> None:
+    """OSError if a file cannot be written in `path`, or in the folder in which it would be made. A trial
+    tells more than the permissions: a disk may be mounted for reading.
+    """
+    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        error.filename = str(there)
+        raise
+
+
 def _options(record: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters, sizes and direction of a record in one dict."""
     return {**record["config"].to_dict(), **record["model"].to_dict(), "backwards": record["backwards"]}
@@ -274,25 +334,8 @@ def _is_ours(config: pathlib.Path) -> bool:
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl as dicts, none when there is no such file.
-
-    A last line that is cut short, by a power cut or a full disk, is left out; a malformed earlier line raises
-    ValueError.
-    """
-    file = pathlib.Path(path) / METRICS
-    if not file.exists():
-        return []
-    lines, history = file.read_bytes().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            entry["kind"]  # noqa: B018  (raises if this is no metrics line)
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{str(file)!r}, line {number} is no metrics line: {error}") from None
-        else:
-            history.append(entry)
-    return history
+    """All lines of metrics.jsonl in the run directory `path`; see history.read_history."""
+    return history.read_history(pathlib.Path(path) / METRICS)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .checkpoints import load_state
-from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, make_config
+from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, check_flag, make_config
 from .corpus import Labels, Sources, label_classes, read_labelled, read_texts, read_valid
-from .fitting import Callback, Show, fit_classifier, fit_lm, own_randomness, prepare
+from .fitting import Callback, Show, check_cuda_graph, fit_classifier, fit_lm, own_randomness, prepare
 from .initial import check_direction, start_from_frequencies, starting_point, way
 from .model import layer_groups
 from .pretrained import Checkpoint
@@ -43,7 +43,8 @@ def pretrain_lm(
 
     Processes that torchrun started share the run: each calls the stage, with the same arguments, and gets the
     result. The first alone writes, shows progress and calls the callback (see team.py). The caller's random
-    state is left as it was: everything follows from the option `seed`.
+    state is left as it was: everything follows from the option `seed`. Trainings in threads of one process
+    take turns, as they share torch's default generators; nothing else may draw from these meanwhile.
 
     Args:
         sources: a list of texts, of paths of text files (one text a line) and of CSV or TSV files (column
@@ -79,8 +80,9 @@ def pretrain_lm(
         KeyboardInterrupt: Ctrl-C, SIGTERM or the callback stopped the run; its state is saved.
         ImportError: a package of the extra [train] is missing.
     """
+    job = prepare(out, resume, overwrite, device, progress, callback)
     config = make_config("pretrain", preset, config, overrides)
-    job = prepare(config, out, resume, overwrite, device, progress, callback)
+    check_cuda_graph(config, job.team)
     texts, held_out = _read_unlabelled(sources, "sources", valid)
     warn_of_unspaced(texts, "sources")
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
@@ -91,7 +93,7 @@ def pretrain_lm(
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, config.backwards)
     docs = tokenizer.encode(texts)
     del texts  # training needs its indices alone, and a corpus is large
-    with own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job):
         model = build_lm(config.model_config(), len(tokenizer), config.dropouts())
         start_from_frequencies(model, docs)
         plan = [Phase(config.epochs, len(layer_groups(model)))]
@@ -140,11 +142,12 @@ def finetune_lm(
             `backwards`.
         As `pretrain_lm` in all else, and as `load_checkpoint` for a checkpoint.
     """
-    check_direction(backwards)
+    backwards = check_direction(backwards)
+    job = prepare(out, resume, overwrite, device, progress, callback)
     base, sizes, base_preset = starting_point(base_run, "base_run", backwards)
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
-    job = prepare(config, out, resume, overwrite, device, progress, callback)
+    check_cuda_graph(config, job.team)
     texts, held_out = _read_unlabelled(texts, "texts", valid)
     warn_of_unspaced(texts, "texts")
     words = own_vocab(base.tokens)
@@ -157,7 +160,7 @@ def finetune_lm(
     tokenizer = Tokenizer.from_vocab(itos, base.backwards)
     docs = tokenizer.encode(texts)
     del texts
-    with own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
         load_state(model, moved.state, base.source)
@@ -216,7 +219,9 @@ def train_classifier(
     """
     if out is None:
         raise TypeError("out is missing: name the run directory")
-    check_direction(backwards)
+    backwards = check_direction(backwards)
+    from_scratch = check_flag("from_scratch", from_scratch)
+    job = prepare(out, resume, overwrite, device, progress, callback)
     base, sizes, base_preset, weights = None, None, "ulmfit", {}
     if lm_run is not None:
         # fresh weights have no direction yet
@@ -231,7 +236,6 @@ def train_classifier(
         config = SCRATCH | (config or {})
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
-    job = prepare(config, out, resume, overwrite, device, progress, callback)
     texts, labels = read_labelled(texts, labels)
     warn_of_unspaced(texts, "texts")
     classes = label_classes(labels)
@@ -248,7 +252,7 @@ def train_classifier(
         tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
         tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
-    with own_randomness(config.seed, job.device):
+    with own_randomness(config.seed, job):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
         if not scratch:
             load_state(model[0].module, base.encoder().state_dict(), base.source)
