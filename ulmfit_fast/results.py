@@ -22,7 +22,6 @@ from .devices import pick_device
 from .history import perplexity
 from .model import AWDLSTM, LanguageModel
 from .ops._common import as_int
-from .ops._logits import cross_entropy
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_text, check_texts
 
@@ -205,7 +204,7 @@ def stream_loss(
         for ids, targets in evaluation_windows(docs, batch_size, bptt):
             outputs, hidden = encoder.run(ids.to(device), hidden)
             if n := int((targets != IGNORE).sum()):
-                mean = cross_entropy(decoder.decoder, outputs[-1], targets.to(device), IGNORE)
+                mean, _ = decoder(outputs[-1], targets.to(device), IGNORE)
                 total, count = total + float(mean.double()) * n, count + n
             if between:
                 between()
