@@ -113,7 +113,14 @@ LstmShape lstm_shape(const LstmArrays& a, uint64_t seed, double weight_p, bool r
   if (a.x.ndim() != 3 || a.x.shape(2) == 0 || a.h0.ndim() != 2 || a.h0.shape(1) == 0)
     throw py::value_error("x must be (T, B, I) and h0 (B, H), with I and H > 0");
   const int64_t T = a.x.shape(0), B = a.x.shape(1), I = a.x.shape(2), H = a.h0.shape(1);
-  return {T, B, I, H, reverse, lengths_data(a.lengths, T, B), seed, probability(weight_p, "weight_p")};
+  return {.T = T,
+          .B = B,
+          .I = I,
+          .H = H,
+          .reverse = reverse,
+          .lengths = lengths_data(a.lengths, T, B),
+          .seed = seed,
+          .weight_p = probability(weight_p, "weight_p")};
 }
 
 // -> y, h_n, c_n, gates, cells

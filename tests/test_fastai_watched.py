@@ -18,6 +18,7 @@ from checks_fastai import (
 from fastai.callback.core import Callback
 from fastai.text.all import CrossEntropyLossFlat, TensorBase, accuracy
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from ulmfit_fast import fastai as uf
@@ -130,6 +131,22 @@ def test_second_derivatives():
     decoder, h = nn.Linear(5, 7).double(), torch.randn(2, 3, 5).double().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda h: waiting(decoder, h).tanh(), [h])
     assert torch.autograd.gradcheck(lambda h: waiting(decoder, h).tanh(), [h])
+
+
+TRANSFORMS = {
+    "grad": lambda decode, h: torch.func.grad(lambda h: decode(h).logsumexp(-1).sum())(h),
+    "jvp": lambda decode, h: torch.func.jvp(decode, (h,), (h,))[1],
+    "vmap": lambda decode, h: torch.func.vmap(decode)(h),
+    "make_fx": lambda decode, h: make_fx(decode)(h)(h),
+    "inference mode": lambda decode, h: torch.inference_mode()(lambda: decode(h) + 0)(),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_the_decoder(transform, lm_dls):
+    decoder, h = uf.accelerate(lm_learner(lm_dls)).model[1].eval(), torch.randn(2, 3, 12)
+    result = TRANSFORMS[transform](lambda h: decoder(h)[0], h)
+    torch.testing.assert_close(torch.Tensor(result), TRANSFORMS[transform](decoder.decoder, h))
 
 
 def test_a_traced_model_is_that_of_its_logits(lm_dls):

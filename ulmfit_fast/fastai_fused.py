@@ -13,7 +13,10 @@ from fastai.metrics import LossMetric, Perplexity
 from fastai.text.models import core
 from fastai.torch_core import TensorBase
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
 from . import ops
@@ -223,8 +226,14 @@ class FusedDecoder(core.LinearDecoder):
 
     @_disable_dynamo  # one break of a compiled model's graph, not one for each question below
     def _logits(self, dropped: Tensor) -> Tensor:
-        may_wait = is_plain(self.decoder, nn.Linear) and not torch.jit.is_tracing() and not is_exporting()
+        may_wait = is_plain(self.decoder, nn.Linear) and not _is_transformed()
         return waiting(self.decoder, dropped) if may_wait else self.decoder(dropped)
+
+
+def _is_transformed() -> bool:
+    """Whether this call is traced, or of torch.func or forward-mode AD, which want real tensors."""
+    traced = torch.jit.is_tracing() or is_exporting() or get_proxy_mode() is not None
+    return traced or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class FusedLoss(CrossEntropyLossFlat):

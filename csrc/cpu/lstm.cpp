@@ -6,7 +6,14 @@ namespace {
 
 LstmShape shape_of(const LstmInputs& in, const Tensor& seed, const Tensor& dropout_seed, double weight_p,
                    double dropout_p, bool reverse, bool high) {
-  LstmShape shape = {in.T, in.B, in.I, in.H, reverse, nullptr, 0, weight_p, high, 0, dropout_p};
+  LstmShape shape = {.T = in.T,
+                     .B = in.B,
+                     .I = in.I,
+                     .H = in.H,
+                     .reverse = reverse,
+                     .weight_p = weight_p,
+                     .high = high,
+                     .dropout_p = dropout_p};
   if (weight_p > 0) shape.seed = seed_of(seed);
   if (dropout_p > 0) shape.dropout_seed = seed_of(dropout_seed);
   // An empty batch has a null pointer, which would read as "no lengths"; it has no step either.

@@ -35,7 +35,14 @@ struct Layer {
 
   LstmStep step(int64_t step) const {
     const int64_t* lengths = in.lengths.has_value() ? ids_of(*in.lengths) : nullptr;
-    return {in.B, in.H, time_of(step), padded_units(in.H), dtype, lengths, step == 0, in.T};
+    return {.B = in.B,
+            .H = in.H,
+            .t = time_of(step),
+            .units = padded_units(in.H),
+            .dtype = dtype,
+            .lengths = lengths,
+            .first = step == 0,
+            .T = in.T};
   }
 
   // A weight in x's dtype, dropped if there is a mask; itself where nothing is to be done.
@@ -62,7 +69,12 @@ struct Layer {
 
   // out = in after y's dropout.
   void drop_output(const char* name, const Tensor& from, const Tensor& out) const {
-    variational_dropout({in.T, in.B, in.H, in.sequence(name, from), in.sequence(name, out), dropout},
+    variational_dropout({.T = in.T,
+                         .B = in.B,
+                         .F = in.H,
+                         .in = in.sequence(name, from),
+                         .out = in.sequence(name, out),
+                         .mask = dropout},
                         device.stream);
   }
 

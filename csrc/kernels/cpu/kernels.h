@@ -32,9 +32,9 @@ struct LstmShape {
   int64_t T, B, I, H;
   bool reverse;  // from each sequence's last valid step back to its first
   // (B), 0..T; nullptr: all T. A step at or past it carries the state and gives zeros out.
-  const int64_t* lengths;
-  uint64_t seed;  // of the DropConnect mask of w_hh, element index row * H + column
-  double weight_p;
+  const int64_t* lengths = nullptr;
+  uint64_t seed = 0;  // of the DropConnect mask of w_hh, element index row * H + column
+  double weight_p = 0;
   bool high = false;          // fp32: products of torch's "high" precision will do, where they are faster
   uint64_t dropout_seed = 0;  // of the variational dropout of y, element index b * H + unit for all steps
   double dropout_p = 0;

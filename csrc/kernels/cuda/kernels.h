@@ -70,7 +70,7 @@ struct CrossEntropy {
 };
 void cross_entropy(const CrossEntropy&, void* stream);
 
-// One step of the recurrence. Sums, states and what products give are fp32 (fp64 for fp64), called T below.
+// One step of the recurrence. Sums, states and what products give are fp32 (fp64 for fp64), "wide" below.
 struct LstmStep {
   int64_t B, H, t;
   int64_t units;           // padded_units(H): the length of a row of cells, or of one of its gates
@@ -81,12 +81,12 @@ struct LstmStep {
 };
 struct LstmStepForward {
   LstmStep step;
-  Sequence projected;     // (T, B, 4H) T: x @ W_ih^T, gates i, f, g, o
-  const void* recurrent;  // (B, 4H) T: h @ W_hh^T
-  const void* bias;       // (4H) T, or nullptr
-  const void* c_prev;     // (B, H) T, rows c_prev_stride apart: the first state lies closer than the others
+  Sequence projected;     // (T, B, 4H) wide: x @ W_ih^T, gates i, f, g, o
+  const void* recurrent;  // (B, 4H) wide: h @ W_hh^T
+  const void* bias;       // (4H) wide, or nullptr
+  const void* c_prev;     // (B, H) wide, rows c_prev_stride apart: the first state lies closer
   int64_t c_prev_stride;
-  void* c;      // (B, units) T, may be c_prev itself; zeros past H
+  void* c;      // (B, units) wide, may be c_prev itself; zeros past H
   void* h;      // (B, H) dtype: state, stays where a step is padding
   Sequence y;   // (T, B, H) dtype
   void* gates;  // (B, 4, units) dtype, activated, zeros past H; or nullptr
@@ -95,11 +95,11 @@ void lstm_step(const LstmStepForward&, void* stream);
 
 struct LstmStepBackward {
   LstmStep step;
-  Sequence dy;             // (T, B, H) dtype; data may be nullptr
-  const void* recurrent;   // (B, H) T: dgates of the step after @ W_hh; nullptr at the last step
-  void *dh, *dc;           // (B, H) T: dh is what bypasses the product: dh_n, and the carry through padding
-  const void* gates;       // (B, 4, units) dtype
-  const void *c_prev, *c;  // (B, H) and (B, units) T
+  Sequence dy;            // (T, B, H) dtype; data may be nullptr
+  const void* recurrent;  // (B, H) wide: dgates of the step after @ W_hh; nullptr at the last step
+  void *dh, *dc;          // (B, H) wide: dh is what bypasses the product: dh_n, and the carry through padding
+  const void* gates;      // (B, 4, units) dtype
+  const void *c_prev, *c;  // (B, H) and (B, units) wide
   int64_t c_prev_stride;
   Sequence dgates;    // (T, B, 4H) dtype
   void* dgates_step;  // (B, 4H) dtype: the same once more, as the next product wants it
