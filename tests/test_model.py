@@ -341,9 +341,3 @@ def test_a_dropouts_hooks_and_stand_ins_are_called():
     model.hidden_dps[0] = Own()
     model.reset()
     close(model(tokens(), seed=5), expected)
-
-
-def test_lstm_takes_weights_in_place_of_its_own():
-    lstm, other = (uf.WeightDropLSTM(E, H).to(DEVICE).double() for _ in range(2))
-    x = torch.randn(5, 3, E, dtype=torch.float64).to(DEVICE)
-    close(lstm(x, weights=dict(other.named_parameters()))[0], other(x)[0])

@@ -120,3 +120,11 @@ def test_a_layer_of_another_kind():
     assert model.train()(ids).shape == expected.shape
     with pytest.raises(ValueError, match=r"lengths must be None where rnns\[1\] is a Swapped"):
         model(ids, lengths=torch.tensor([9, 3, 0, 1], device=DEVICE))
+
+
+def test_lstm_takes_weights_in_place_of_its_own():
+    lstm, other = (uf.WeightDropLSTM(E, H).to(DEVICE).double() for _ in range(2))
+    x = torch.randn(5, 3, E, dtype=torch.float64).to(DEVICE)
+    torch.testing.assert_close(lstm(x, weights=dict(other.named_parameters()))[0], other(x)[0])
+    with pytest.raises(ValueError, match="weights must be .* weight_hh_l0, bias_ih_l0.*got 'weight_hh'"):
+        lstm(x, weights={"weight_hh": other.weight_hh_l0})

@@ -167,6 +167,10 @@ class WeightDropLSTM(nn.Module):
         return self._matrices({})
 
     def _matrices(self, replaced: dict[str, Tensor]) -> list[list[Tensor]]:
+        known = [name for names in self.weight_names for name in names]
+        if unknown := [name for name in replaced if name not in known]:
+            raise ValueError(f"weights must be named as one of {', '.join(known)}, got {unknown[0]!r}")
+
         def weight(name: str) -> Tensor:
             return replaced[name] if name in replaced else getattr(self, name)
 
