@@ -7,6 +7,7 @@ import torch
 from checks_fastai import (
     LM_CONFIG,
     OURS,
+    THEIRS,
     fitted,
     float64,
     in_order,
@@ -19,6 +20,7 @@ from fastai.callback.core import Callback
 from fastai.text.all import CrossEntropyLossFlat, TensorBase, accuracy
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from ulmfit_fast import fastai as uf
@@ -127,6 +129,15 @@ def test_gradients_are_those_of_the_linear_layer(bias, autocast):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_waiting_makes_nothing(wanted):
+    decoder, h = nn.Linear(5, 7), torch.randn(2, 3, 5)
+    with torch.set_grad_enabled(wanted):
+        logits = waiting(decoder, h)
+    assert logits.requires_grad == wanted and logits.shape == (2, 3, 7)
+    assert logits._values is None and logits.made is None
+
+
 def test_second_derivatives():
     decoder, h = nn.Linear(5, 7).double(), torch.randn(2, 3, 5).double().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda h: waiting(decoder, h).tanh(), [h])
@@ -221,3 +232,77 @@ def test_gradients_under_ddp(option, tie_weights, lm_dls, process_group):
         assert option or type(logits) is Logits  # with either option DDP reads what the model returns
         for mine, other in zip(*gradients, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_may_be_changed_in_place():
+    decoder, h = nn.Linear(5, 7), torch.randn(2, 3, 5)
+    results = []
+    for call in (decoder, lambda h: waiting(decoder, h)):
+        out = call(h)
+        out = out.make() if isinstance(out, Logits) else out  # as the first read does
+        out[..., 0] = -1e4
+        out /= 2
+        results.append([out, *torch.autograd.grad(out.logsumexp(-1).sum(), list(decoder.parameters()))])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_changed_input_of_the_decoder_is_an_error(lm_dls):
+    learn = uf.accelerate(lm_learner(lm_dls))
+    x, y = lm_dls.one_batch()
+    for change in (lambda raw: raw.mul_(2), lambda raw: raw.data.mul_(2), lambda raw: raw.numpy().fill(1)):
+        with torch.no_grad():
+            logits, raw, _ = learn.model.eval()(x)
+            change(raw)
+            with pytest.raises(RuntimeError, match="or its input, have been changed"):
+                logits.argmax(-1)
+            with pytest.raises(RuntimeError, match="or its input, have been changed"):
+                learn.loss_func(logits, y)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_loss_has_the_gradients_that_its_logits_have(mode, lm_dls):
+    """None where they were made without, and none for weights that were frozen then."""
+    learn = uf.accelerate(lm_learner(lm_dls))
+    (x, y), (encoder, decoder) = lm_dls.one_batch(), learn.model
+    h = encoder(x)
+    with mode():
+        logits = decoder(h)[0]
+    assert not learn.loss_func(logits, y).requires_grad
+    decoder.requires_grad_(False)
+    logits = decoder(h)[0]
+    decoder.requires_grad_(True)
+    learn.loss_func(logits, y).backward()
+    assert decoder.decoder.bias.grad is None and encoder.rnns[0].weight_hh_l0_raw.grad is not None
+
+
+def test_targets_as_fastais_loss_takes_them(lm_dls):
+    learn, (x, y) = uf.accelerate(lm_learner(lm_dls)), lm_dls.one_batch()
+
+    def loss(targets):
+        learn.model.eval().reset()
+        return learn.loss_func(learn.model(x)[0], targets)
+
+    assert torch.equal(loss(y.flatten()), loss(y)) and loss(torch.full_like(y, -100)).isnan()
+    with pytest.raises(RuntimeError, match="expected target dtype|expected scalar type"):
+        loss(y.double())
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        loss(y[:1])
+
+
+CHANGED = {
+    r"model\.0|0\.hidden_dps\.0 is a Identity now": lambda e: e.hidden_dps.__setitem__(0, nn.Identity()),
+    r"0\.rnns\.1\.weight_hh_l0_raw is no parameter any more": lambda e: prune.l1_unstructured(
+        e.rnns[1], "weight_hh_l0_raw", 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CHANGED)
+def test_restore_refuses_what_it_would_lose(message, lm_dls):
+    learn = uf.accelerate(lm_learner(lm_dls, THEIRS))
+    CHANGED[message](learn.model[0])
+    modules = list(learn.model.modules())
+    with pytest.raises(TypeError, match=message):
+        uf.restore(learn)
+    assert list(learn.model.modules()) == modules and "accelerated" in vars(learn)

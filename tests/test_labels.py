@@ -57,7 +57,7 @@ def test_a_message_lists_few_of_many_columns(tmp_path):
         ("a text", TypeError, "valid must be .* CSV .*, got str: 'a text'$"),
         (["a", "b", "c"], TypeError, "valid must be .* CSV .*, got a list of 3$"),
         (Table(), TypeError, r"valid must be .*, got a Table: give .*\(df\['text'\], df\['label'\]\)$"),
-        ((Table(), ["a"]), TypeError, r"valid must be a list of texts, got a Table: give one column"),
+        ((Table(), ["a"]), TypeError, r"valid\[0\] must be a list of texts, got a Table: give one column"),
         ((["a"], 3), TypeError, r"valid\[1\] must be a list of labels, one per text, got int: 3"),
         ((["a"], [None]), ValueError, r"valid\[1\]\[0\] is missing: None"),
     ],

@@ -80,6 +80,14 @@ def test_to_torch_names_what_stands_in():
         lm[0].to_torch()
 
 
+@pytest.mark.parametrize("variational", [True, False])
+def test_what_salesforces_weight_drop_drops_is_said_by_it_alone(variational):
+    inner = uf.WeightDropLSTM(4, 5, weight_p=0.9, device=DEVICE)
+    dropped = WeightDrop(inner, ["weight_hh_l0"], 0.0, variational)
+    x = torch.randn(3, 2, 4, device=DEVICE)
+    assert inner.weight_p == 0 and torch.equal(dropped(x)[0], dropped.eval()(x)[0])
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
 def test_the_loss_of_an_empty_window_is_zero(shape):
     ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)

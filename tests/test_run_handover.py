@@ -129,6 +129,35 @@ def test_resume_does_what_a_kill_after_the_end_left_undone(lm, tmp_path):
     assert {p.name for p in (tmp_path / "x").iterdir()} == names
 
 
+def test_resume_reads_a_finished_run_while_another_process_tidies_it_up(lm, tmp_path):
+    shutil.copytree(lm.path, tmp_path / "x")
+    (tmp_path / "x" / "curves.png").unlink()
+    with locks.locked(tmp_path / "x" / ".lock", "x"):
+        assert uf.pretrain_lm(TEXTS, tmp_path / "x", resume=True, **ONE).metrics == lm.metrics
+        with pytest.raises(BlockingIOError, match="is in use"):
+            uf.pretrain_lm(TEXTS, tmp_path / "x", overwrite=True, **ONE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
+def test_a_forked_process_waits_for_no_thread_of_its_parent():
+    held, done = threading.Event(), threading.Event()
+
+    def train():
+        with fitting._one_thread:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if fitting._one_thread.acquire(blocking=False) else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_resume_reads_a_finished_run_where_it_may_not_write(lm, tmp_path, monkeypatch):
     shutil.copytree(lm.path, tmp_path / "x")
     (tmp_path / "x" / "curves.png").unlink()

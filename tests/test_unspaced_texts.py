@@ -18,6 +18,7 @@ UNSPACED = {
 SPACED = {
     "Chinese": "今天 的 天气 非常 好 我们 一起 去 公园 散步 吧 ， 然后 再 去 看 一 场 好看 的 电影 。",
     "Japanese": "今日 は とても 天気 が いい ので 公園 へ 散歩 に 行く 。 コーヒー を 飲む 。",
+    "loanwords": "コンピューター の プログラミング は インターネット で 学習 する こと が できる 。",
     "Thai": "วันนี้ อากาศ ดี มาก เรา ไป เดินเล่น ที่ สวนสาธารณะ กัน เถอะ แล้วก็ ไป ดู หนัง เรื่อง ใหม่ ด้วยกัน",
     "Korean": "오늘은 날씨가 아주 좋으니 공원으로 산책을 가고 나서 영화를 봅시다.",
     "German": "Donaudampfschifffahrtsgesellschaftskapitäne und Rechtsschutzversicherungsgesellschaften.",

@@ -94,7 +94,9 @@ def test_dropouts_of_other_kinds():
     model.hidden_dps[0], model.hidden_dps[1] = nn.Identity(), nn.Dropout(0.0)
     assert torch.equal(model(ids, seed=3), expected)
     model.set_dropout(hidden_p=0.5)
-    assert model.hidden_dps[1].p == 0.5 and not torch.equal(model(ids), model(ids))
+    assert model.hidden_dps[1].p == 0.5
+    model.reset()
+    assert not torch.equal(model(ids, seed=3), expected)
 
 
 class Swapped(nn.Module):
@@ -126,5 +128,9 @@ def test_lstm_takes_weights_in_place_of_its_own():
     lstm, other = (uf.WeightDropLSTM(E, H).to(DEVICE).double() for _ in range(2))
     x = torch.randn(5, 3, E, dtype=torch.float64).to(DEVICE)
     torch.testing.assert_close(lstm(x, weights=dict(other.named_parameters()))[0], other(x)[0])
+    with pytest.raises(TypeError, match="weights must be a dict of tensors by name, got list"):
+        lstm(x, weights=lstm.all_weights)
+    with pytest.raises(ValueError, match=r"weight_p must be .*got 1\.5"):
+        lstm(x, weight_p=1.5)
     with pytest.raises(ValueError, match="weights must be .* weight_hh_l0, bias_ih_l0.*got 'weight_hh'"):
         lstm(x, weights={"weight_hh": other.weight_hh_l0})

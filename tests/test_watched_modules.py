@@ -88,6 +88,16 @@ def test_the_loss_calls_the_whole_decoder():
     )
 
 
+@pytest.mark.parametrize("hooked", [True, False])
+def test_targets_are_as_many_as_the_rows(hooked):
+    lm, h = language_model(), torch.randn(2, 3, E, device=DEVICE)
+    if hooked:
+        lm[1].decoder.register_forward_hook(lambda module, args, out: out)
+    for shape in ((3, 2), (6,)):
+        with pytest.raises(ValueError, match=r"targets must be \(2, 3\)"):
+            lm[1](h, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
+
+
 def test_validation_calls_the_decoder():
     lm, docs = language_model(), [torch.arange(2, V).numpy()]
     lm[1].decoder.register_forward_hook(lambda module, args, out: out * 0)

@@ -109,9 +109,9 @@ def read_labelled(
         texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     elif is_path(texts):
         texts = read_texts(texts, argument)
-    texts = check_texts(texts, argument)
-    labels = check_labels(labels, "labels" if argument == "texts" else f"{argument}[1]")
-    check_one_length(texts, labels, argument)
+    names = (argument, "labels") if argument == "texts" else (f"{argument}[0]", f"{argument}[1]")
+    texts, labels = check_texts(texts, names[0]), check_labels(labels, names[1])
+    check_one_length(texts, labels, *names)
     return texts, labels
 
 
@@ -136,10 +136,10 @@ def read_valid(valid: object, classes: list) -> tuple[list[str], list[str] | lis
     return texts, labels
 
 
-def check_one_length(texts: list[str], labels: list, argument: str = "texts") -> None:
+def check_one_length(texts: list[str], labels: list, name: str = "texts", of_labels: str = "labels") -> None:
     if len(texts) != len(labels):
         raise ValueError(
-            f"{argument} and labels must have one length, got {len(texts)} texts and {len(labels)} labels"
+            f"{name} and {of_labels} must have one length, got {len(texts)} texts and {len(labels)} labels"
         )
 
 

@@ -251,7 +251,7 @@ class AWDLSTM(nn.Module):
             return None
         dropouts = [(self.encoder_dp, "embed_p"), *((rnn, "weight_p") for rnn in self.rnns)]
         dropouts += [(dropout, "p") for dropout in (self.input_dp, *self.hidden_dps[:-1])]
-        active = any(getattr(module, p, 0) > 0 for module, p in dropouts)  # a stand-in may have none
+        active = any((getattr(module, p, 0) or 0) > 0 for module, p in dropouts)  # a stand-in may have none
         return draw_seed(self.encoder.weight.device) if active else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AWDLSTM":

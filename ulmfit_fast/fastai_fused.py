@@ -32,6 +32,7 @@ _METADATA = {
     Tensor.numel,
     Tensor.__len__,
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn")),
 }
 _SAMPLED = 2**14  # elements of a weight, at most, in which a change is looked for
 
@@ -103,7 +104,8 @@ class Logits(Tensor):
 
     def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.h, self.weight, self.bias, self.made = h, weight, bias, None
-        self._seen = [_looks(t) for t in (weight, bias)]
+        self.wanted = (False, False, False)  # the gradients of these three
+        self._seen = [_looks(t) for t in (h, weight, bias)]
         self._dtype = _dtype_of_product(h, weight)
         self._values: Tensor | None = None
 
@@ -113,10 +115,8 @@ class Logits(Tensor):
     def make(self) -> Tensor:
         """The real logits, in the graph where these are."""
         if self.made is None:
-            # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
-            kind = TensorBase if type(self.h) is Tensor else type(self.h)
             with torch.inference_mode(False), torch.enable_grad():
-                self.made = _Read.apply(self).as_subclass(kind)
+                self.made = _Read.apply(self)
         return self.made
 
     def values(self) -> Tensor:
@@ -130,18 +130,25 @@ class Logits(Tensor):
     def parts(self, elements: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """The decoder's input, weight and bias at its call; RuntimeError if they have been changed since.
 
+        Those of which no gradient was wanted then are detached.
+
         elements: compare some of these too, which on CUDA waits for the device.
         """
-        for tensor, seen in zip((self.weight, self.bias), self._seen, strict=True):
+        parts = self.h, self.weight, self.bias
+        for tensor, seen in zip(parts, self._seen, strict=True):
             now = _looks(tensor)
             same = now[0] == seen[0]
             if not same or (elements and not torch.allclose(now[1], seen[1], 0, 0, equal_nan=True)):
                 raise RuntimeError(
-                    "these logits are computed when they are first read, and the decoder's weights have been "
-                    "changed before that: read them before the optimizer's step (in after_pred or "
-                    "after_loss), or restore(learn) for a decoder that makes them in each call"
+                    "these logits are computed when they are first read, and the decoder's weights, or its "
+                    "input, have been changed before that: read them before the optimizer's step (in "
+                    "after_pred or after_loss), or restore(learn) for a decoder that makes them in each call"
                 )
-        return self.h.as_subclass(Tensor), self.weight, self.bias
+        h, weight, bias = (
+            part if part is None or wanted else part.detach()
+            for part, wanted in zip(parts, self.wanted, strict=True)
+        )
+        return h.as_subclass(Tensor), weight, bias
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore
@@ -163,7 +170,13 @@ class Logits(Tensor):
 
 def waiting(decoder: nn.Linear, h: Tensor) -> Logits:
     """decoder(h), not computed yet."""
-    return _Wait.apply(h, decoder.weight, decoder.bias)
+    parts = h, decoder.weight, decoder.bias
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in parts]
+    if not any(wanted):  # autograd would read the output of a function that has no gradient
+        return Logits(*parts)
+    logits = _Wait.apply(*parts)
+    logits.wanted = tuple(wanted)
+    return logits
 
 
 class _Wait(torch.autograd.Function):
@@ -193,7 +206,10 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits):  # type: ignore
-        return logits.values()
+        # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
+        kind = TensorBase if type(logits.h) is Tensor else type(logits.h)
+        # and no view, as as_subclass makes one, which autograd would not let anyone change in place
+        return Tensor._make_subclass(kind, logits.values())
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore
@@ -245,12 +261,18 @@ class FusedLoss(CrossEntropyLossFlat):
     def __call__(self, inp: Tensor, targ: Tensor, **kwargs: Any) -> Tensor:
         if not isinstance(inp, Logits) or inp.made is not None or kwargs or _why_other_numbers(self):
             return super().__call__(inp, targ, **kwargs)
+        target = targ.as_subclass(Tensor)
+        if target.is_floating_point() or target.numel() != inp.shape[:-1].numel():  # an error, and theirs
+            return super().__call__(inp, targ, **kwargs)
+        target, ignored = target.long().reshape(inp.shape[:-1]), self.func.ignore_index
         loss = ops.linear_cross_entropy(
             *inp.parts(elements=not inp.is_cuda),
-            targ.as_subclass(Tensor).long(),
-            ignore_index=self.func.ignore_index,
+            target,
+            ignore_index=ignored,
             label_smoothing=self.func.label_smoothing,
             reduction=self.func.reduction,
         )
-        # as fastai's, which casts float64 by the way
+        if self.func.reduction == "mean":  # torch's mean over nothing is NaN, the op's 0
+            loss = loss.where((target != ignored).any(), torch.nan)
+        # fastai's loss is a TensorBase, whose constructor makes float32 of float64
         return TensorBase(loss.flatten() if loss.dim() else loss)

@@ -18,7 +18,8 @@ except ModuleNotFoundError as error:
 
 from . import nn as own
 from . import ops
-from .encoder import AWDLSTM, WeightDropLayer
+from .encoder import AWDLSTM
+from .layer import WeightDropLayer
 from .nn import Seed, WeightDropLSTM, draw_seed
 
 __all__ = [

@@ -120,10 +120,14 @@ def restore(learn: Learner) -> Learner:
 
     Raises:
         ValueError: learn was not accelerated.
+        TypeError: a module of its encoder was replaced or pruned meanwhile.
     """
     record = _record(learn)
     if not record:
         raise ValueError("learn was not accelerated, so there is nothing to restore")
+    for _, name, old, new in record.swapped:
+        if type(old) is awdlstm.AWD_LSTM:
+            _check_restorable(old, new, name)
     for parent, name, old, new in reversed(record.swapped):
         if type(old) is awdlstm.AWD_LSTM:
             _copy_state(old, new)
@@ -206,6 +210,21 @@ def _check_alike(theirs: nn.Module, ours: nn.Module, name: str) -> None:
         raise _unlike(f"{name}.{key}", None, "a module")
 
 
+def _check_restorable(theirs: awdlstm.AWD_LSTM, ours: AWD_LSTM, name: str) -> None:
+    """TypeError, naming the module, if one of ours is none that `accelerate` made."""
+    for key, module in theirs.named_modules():
+        twin = ours.get_submodule(key) if key in dict(ours.named_modules()) else None
+        if _THEIRS.get(type(twin)) is not type(module):
+            raise TypeError(
+                f"{name}.{key} is a {type(twin).__name__} now: put its own module back, then restore(learn)"
+            )
+        if isinstance(twin, WeightDropout) and "weight_hh_l0_raw" not in twin._parameters:
+            raise TypeError(
+                f"{name}.{key}.weight_hh_l0_raw is no parameter any more, as after pruning, and fastai's "
+                "module needs it: torch.nn.utils.prune.remove, then restore(learn)"
+            )
+
+
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if isinstance(module, nn.LSTM):  # fastai's weight_p = 0 leaves a second name of the raw weight there
@@ -228,7 +247,8 @@ def _copy_state(to: nn.Module, source: nn.Module) -> None:
             rnn.module.weight_hh_l0 = None  # the last call's, with which nothing can be deep-copied
     for name, module in source.named_modules():
         twin = to.get_submodule(name)
-        vars(twin).update({key: vars(module)[key] for key in _MODULE_STATE})
+        kept = _MODULE_STATE | ({"num_embeddings"} if isinstance(twin, nn.Embedding) else set())
+        vars(twin).update({key: vars(module)[key] for key in kept})
         for key, parameter in twin._parameters.items():
             setattr(twin, key, parameter)  # nn.LSTM keeps a list of them besides
     to.encoder_dp.embed_p, to.input_dp.p = float(source.encoder_dp.embed_p), float(source.input_dp.p)

@@ -1,6 +1,7 @@
 """From the initial model of a stage to its finished run, for the language model and for the classifier."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -165,17 +166,30 @@ def check_cuda_graph(config, team):
 _one_thread = threading.RLock()
 
 
+def _after_fork() -> None:
+    """A fork has only the thread that forked: what another one holds would stay locked."""
+    global _one_thread
+    if not _one_thread.acquire(blocking=False):
+        _one_thread = threading.RLock()
+    else:
+        _one_thread.release()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextlib.contextmanager
 def own_randomness(seed, job):
     """Seeds torch's default generators inside the block, and restores the caller's state after it. Waits
     while another thread is in such a block.
     """
-    if not _one_thread.acquire(blocking=False):
+    lock = _one_thread
+    if not lock.acquire(blocking=False):
         announce(f"{job.run.path} waits: another thread of this process is training", job.progress)
-        _one_thread.acquire()
+        lock.acquire()
     try:
         with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:
-        _one_thread.release()
+        lock.release()

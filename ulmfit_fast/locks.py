@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 import warnings
 
 from .checkpoints import name_file
@@ -65,13 +66,17 @@ def locked(path, what):
 
 
 def _acquire(path, what):
+    tries = 0
     while True:
         file = open(path, "a+", encoding="ascii")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                raise BlockingIOError(in_use(what, _process(file))) from None
+                if (tries := tries + 1) == 10:  # whoever asks for the `holder` has it for a moment
+                    raise BlockingIOError(in_use(what, _process(file))) from None
+            time.sleep(0.01)
+            continue
         except OSError as error:
             warnings.warn(
                 f"{what} cannot be locked ({error.strerror}): see to it that no other process trains there",

@@ -168,6 +168,8 @@ class WeightDropLSTM(nn.Module):
 
     def _matrices(self, replaced: dict[str, Tensor]) -> list[list[Tensor]]:
         known = [name for names in self.weight_names for name in names]
+        if not isinstance(replaced, dict):
+            raise TypeError(f"weights must be a dict of tensors by name, got {type(replaced).__name__}")
         if unknown := [name for name in replaced if name not in known]:
             raise ValueError(f"weights must be named as one of {', '.join(known)}, got {unknown[0]!r}")
 
@@ -229,7 +231,7 @@ class WeightDropLSTM(nn.Module):
                 too, with its type and message.
         """
         x = input  # nn.LSTM's name
-        matrices = self._matrices(weights or {})
+        matrices = self._matrices({} if weights is None else weights)
         self._check_input(x, matrices[0][0], lengths)
         seed = check_seed("WeightDropLSTM", seed)
         if dropout_p is None and dropout_seed is not None:
@@ -240,7 +242,9 @@ class WeightDropLSTM(nn.Module):
         if not batched:
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        weight_p = (self.weight_p if weight_p is None else weight_p) if self.training else 0.0
+        if weight_p is None:
+            weight_p = self.weight_p
+        weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p) if self.training else 0.0
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)

@@ -40,9 +40,7 @@ FILES = (CONFIG, TOKENIZER, MODEL, METRICS, CURVES, STATE)
 
 
 def as_directory(path: str | os.PathLike[str], argument: str) -> pathlib.Path:
-    """`path` as a pathlib.Path; TypeError if it is not a path, ValueError if it is empty: that would be the
-    current folder.
-    """
+    """`path` as a Path; TypeError if it is none, ValueError if it is empty: that is the current folder."""
     wanted = f"{argument} must be the path of a run directory"
     try:
         directory = pathlib.Path(path)
@@ -108,12 +106,16 @@ class RunDirectory:
         if resume and overwrite:
             raise ValueError("resume=True and overwrite=True contradict each other")
         self._lines = 0
-        if process := holder(self.path / LOCK):
+        # another process may hold the lock of a finished run too, to draw its curves
+        if (process := holder(self.path / LOCK)) and not (resume and self._is_finished()):
             raise BlockingIOError(in_use(self._where, process))
         with _naming(self._where):
-            old = self._existing()
-            if not (old and old["finished"]):
+            if not self._is_finished():
                 _try_to_write(self.path)
+
+    def _is_finished(self) -> bool:
+        old = self._existing()
+        return bool(old and old["finished"])
 
     @property
     def _where(self) -> str:
@@ -163,14 +165,14 @@ class RunDirectory:
         return old
 
     def _complete(self, record: dict[str, Any]) -> None:
-        """Does what a process that was killed after it had finished the run could not do any more."""
-        left = (self.path / STATE).exists() or (self.path / LOCK).exists()
-        drawn = (self.path / CURVES).exists()
-        if (drawn and not left) or not os.access(self.path, os.W_OK):
+        """Tidies up a finished run whose process was killed before it could: state, lock, curves."""
+        state, lock, curves = ((self.path / name).exists() for name in (STATE, LOCK, CURVES))
+        if (curves and not state and not lock) or not os.access(self.path, os.W_OK):
             return
-        with locked(self.path / LOCK, self._where):
+        # the run is whole without it: a full disk, or a process that does the same, is no reason to fail
+        with contextlib.suppress(OSError), locked(self.path / LOCK, self._where):
             (self.path / STATE).unlink(missing_ok=True)
-            if not drawn:
+            if not curves:
                 self.record = record
                 self.plot()
 

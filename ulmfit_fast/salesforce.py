@@ -71,6 +71,8 @@ class WeightDrop(nn.Module):
             module = _fused(module)
         elif isinstance(module, nn.RNNBase):
             raise TypeError(f"WeightDrop takes no {type(module).__name__}: of torch's RNNs the LSTM alone")
+        if isinstance(module, WeightDropLSTM):
+            module.weight_p = 0.0  # `dropout` says how much is dropped, once
         self.module, self.weights = module, list(weights)
         self.dropout, self.variational = dropout, variational
         for name in self.weights:

@@ -142,12 +142,13 @@ def check_texts(
     return texts
 
 
-# Runs of letters that only a text without spaces has: of Han and kana more than 5, of Thai, Lao, Burmese and
-# Khmer, whose words are longer, more than 15.
+# Runs of letters that only a text without spaces has: of Han and kana more than 5, but of katakana alone, as
+# in loanwords, and of Thai, Lao, Burmese and Khmer, whose words are longer, more than 15.
 _UNSPACED = re.compile(
     r"[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]{6,}"
     r"|[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{16,}"
 )
+_KATAKANA = re.compile("[\u30a0-\u30ff]{,15}")
 _SAMPLE = 1000  # texts, and characters of each
 
 
@@ -157,7 +158,7 @@ def warn_of_unspaced(texts: Sequence[str], argument: str) -> None:
     for text in texts[:: -(-len(texts) // _SAMPLE) or 1]:
         text = text[:_SAMPLE]
         letters += sum(map(str.isalnum, text))
-        unspaced += sum(map(len, _UNSPACED.findall(text)))
+        unspaced += sum(len(run) for run in _UNSPACED.findall(text) if not _KATAKANA.fullmatch(run))
     if unspaced and unspaced >= 0.2 * letters:
         warnings.warn(
             f"{argument} has no spaces between words in {min(1, unspaced / letters):.0%} of its letters, as "

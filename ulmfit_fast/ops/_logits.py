@@ -57,6 +57,8 @@ def logits(decoder: nn.Module, h: Tensor) -> Tensor:
 
 def cross_entropy(decoder: nn.Module, h: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The mean cross-entropy of decoder(h), which is not made where the decoder is a plain nn.Linear."""
+    if target.shape != h.shape[:-1]:
+        raise ValueError(f"targets must be {tuple(h.shape[:-1])}, as the rows, got {tuple(target.shape)}")
     if is_plain(decoder, nn.Linear):
         return linear_cross_entropy(h, decoder.weight, decoder.bias, target, ignore_index=ignore_index)
     out = decoder(h).flatten(0, -2)
