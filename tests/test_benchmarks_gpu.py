@@ -51,8 +51,8 @@ def refusal(monkeypatch, capsys):
 
 
 def test_options_of_a_gpu_are_checked(refusal):
-    said = refusal(lstm, "--precision", "fp16")
-    assert "argument --precision: fp16 is not measured with --device cpu" in said
+    said = refusal(lstm, "--precision", "fp16-autocast")
+    assert "argument --precision: fp16-autocast is not measured with --device cpu" in said
     said = refusal(on_gpu, "--stages", "build,shine")
     assert "argument --stages: 'shine' is none of build, test, bench, sanitize" in said
     assert "argument --limit: must be more than 5 seconds, got 0" in refusal(on_gpu, "--limit", "0")
