@@ -291,8 +291,8 @@ def test_targets_as_fastais_loss_takes_them(lm_dls):
 
 
 CHANGED = {
-    r"model\.0|0\.hidden_dps\.0 is a Identity now": lambda e: e.hidden_dps.__setitem__(0, nn.Identity()),
-    r"0\.rnns\.1\.weight_hh_l0_raw is no parameter any more": lambda e: prune.l1_unstructured(
+    r"learn\.model\.0\.hidden_dps\.0 is a Identity now": lambda e: e.hidden_dps.__setitem__(0, nn.Identity()),
+    r"learn\.model\.0\.rnns\.1\.weight_hh_l0_raw is no parameter any more": lambda e: prune.l1_unstructured(
         e.rnns[1], "weight_hh_l0_raw", 0.5
     ),
 }

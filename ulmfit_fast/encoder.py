@@ -220,9 +220,9 @@ class AWDLSTM(nn.Module):
             first = _FIRST_LAYER + 2 * layer
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
             options: dict[str, Any] = {"lengths": lengths, "seed": derive_seed(seed, first)}
-            mask_seed, dropped = derive_seed(seed, first + 1), []
-            drops = layer < self.n_layers - 1 and dropout.training
-            if drops and _may_fuse(rnn, dropout):
+            last, dropped = layer == self.n_layers - 1, []
+            mask_seed = None if last else derive_seed(seed, first + 1)
+            if not last and dropout.training and _may_fuse(rnn, dropout):
                 options |= {"dropout_p": dropout.p, "dropout_seed": mask_seed}
             if isinstance(rnn, WeightDropLayer):
                 output, state, *dropped = rnn(output, hx, **options)
@@ -232,7 +232,7 @@ class AWDLSTM(nn.Module):
                 raise ValueError(f"lengths must be None where rnns[{layer}] is a {type(rnn).__name__}")
             raw_outputs.append(output)
             new_hidden.append(state)
-            if layer < self.n_layers - 1:
+            if not last:
                 output = dropped[0] if dropped else _call(dropout, output, mask_seed)
         return raw_outputs, new_hidden
 

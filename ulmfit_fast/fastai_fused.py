@@ -34,7 +34,7 @@ _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn")),
 }
-_SAMPLED = 2**14  # elements of a weight, at most, in which a change is looked for
+_SAMPLED = 2**14  # elements of a tensor, at most, in which a change is looked for
 
 
 def why_not_fused(decoder: core.LinearDecoder, loss: Callable) -> str:
@@ -92,8 +92,8 @@ class Logits(Tensor):
     Shape, dtype and device are known; every other operation has the real ones made first, and kept.  As
     fastai's mixed precision expects, they are float32 where the input has 16 bits.  Whoever reads them, and
     in whatever mode, gradients arrive as those of the decoder's call: `waiting` makes them its output in
-    autograd's graph.  RuntimeError where the weights were changed before the first reading, so that they
-    cannot be made any more.
+    autograd's graph.  RuntimeError where the weights or the input were changed before the first reading, so
+    that they cannot be made any more.
     """
 
     @staticmethod
@@ -180,7 +180,7 @@ def waiting(decoder: nn.Linear, h: Tensor) -> Logits:
 
 
 class _Wait(torch.autograd.Function):
-    """F.linear whose output waits; its backward serves whoever reads the logits, but not the fused loss."""
+    """F.linear whose output waits.  Its backward serves those who read it; the fused loss has its own."""
 
     @staticmethod
     def forward(ctx, h, weight, bias):  # type: ignore
@@ -222,7 +222,7 @@ def _dtype_of_product(h: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _looks(tensor: Tensor | None) -> tuple[tuple, Tensor]:
-    """A fingerprint of a weight: autograd's version counter, and some of its elements.
+    """A fingerprint of a tensor: autograd's version counter, and some of its elements.
 
     The elements are needed because fastai's optimizers write to `p.data`, which autograd does not count.
     """

@@ -125,9 +125,10 @@ def restore(learn: Learner) -> Learner:
     record = _record(learn)
     if not record:
         raise ValueError("learn was not accelerated, so there is nothing to restore")
+    paths = {module: f"learn.model.{path}".rstrip(".") for path, module in learn.model.named_modules()}
     for _, name, old, new in record.swapped:
         if type(old) is awdlstm.AWD_LSTM:
-            _check_restorable(old, new, name)
+            _check_restorable(old, new, paths.get(new, name))
     for parent, name, old, new in reversed(record.swapped):
         if type(old) is awdlstm.AWD_LSTM:
             _copy_state(old, new)
@@ -211,9 +212,10 @@ def _check_alike(theirs: nn.Module, ours: nn.Module, name: str) -> None:
 
 
 def _check_restorable(theirs: awdlstm.AWD_LSTM, ours: AWD_LSTM, name: str) -> None:
-    """TypeError, naming the module, if one of ours is none that `accelerate` made."""
+    """TypeError, naming the module, if one of ours, which is `name`, is none that `accelerate` made."""
+    twins = dict(ours.named_modules())
     for key, module in theirs.named_modules():
-        twin = ours.get_submodule(key) if key in dict(ours.named_modules()) else None
+        twin = twins.get(key)
         if _THEIRS.get(type(twin)) is not type(module):
             raise TypeError(
                 f"{name}.{key} is a {type(twin).__name__} now: put its own module back, then restore(learn)"
