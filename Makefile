@@ -48,6 +48,7 @@ bench: $(STAMPS)/built
 
 lint: $(STAMPS)/lint-tools
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
 	  | xargs $(BIN)clang-format --dry-run -Werror
 
@@ -160,7 +161,7 @@ $(STAMPS)/fastai: $(TORCH_STAMP) tests/requirements-fastai.txt
 
 # pinned: other versions want other formatting
 $(STAMPS)/lint-tools: $(TORCH_STAMP)
-	$(PY) -m pip install --quiet ruff==0.17.6 clang-format==23.1.5
+	$(PY) -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	touch $@
 
 build/cmake-tool:

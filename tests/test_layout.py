@@ -19,7 +19,7 @@ SOURCES = [
 
 # who may import whom: only names of the same or a lower level; what is not named is part of training, level 6
 LEVELS = dict.fromkeys(("config", "schedules", "text", "extras", "devices", "reference", "checkpoints"), 0)
-LEVELS |= dict.fromkeys(("archives", "foreign", "unpickling"), 0) | {"layer": 3, "to_torch": 3}
+LEVELS |= dict.fromkeys(("archives", "foreign", "unpickling"), 0) | {"stack": 2, "layer": 3, "to_torch": 3}
 LEVELS |= {"_C": 0, "_build_info": 0, "ops": 1, "nn": 2, "encoder": 3, "classifier": 4, "model": 5, "cli": 7}
 LEVELS |= {"fastai_modules": 8, "fastai_fused": 8, "fastai_swap": 9, "fastai": 10}  # nothing stands on them
 

@@ -2,12 +2,16 @@
 documents.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from .text import PAD_ID
 
 IGNORE = -100
+Docs = Sequence[np.ndarray]  # the indices of each document
 
 
 class TokenStream:
@@ -19,7 +23,7 @@ class TokenStream:
     targets), both (columns, T) int64 with T = bptt but for the last.
     """
 
-    def __init__(self, docs, batch_size, bptt):
+    def __init__(self, docs: Docs, batch_size: int, bptt: int) -> None:
         stream = np.concatenate(docs) if len(docs) else np.zeros(0, np.int32)
         if len(stream) < 3:
             raise ValueError(
@@ -33,17 +37,17 @@ class TokenStream:
         self.targets = torch.from_numpy(stream[1 : columns * length + 1].reshape(columns, length))
         self.bptt, self.length = bptt, length
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-self.length // self.bptt)
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
         if not 0 <= k < len(self):
             raise IndexError(k)
         window = slice(k * self.bptt, (k + 1) * self.bptt)
         return self.ids[:, window].long(), self.targets[:, window].long()
 
 
-def epoch_stream(docs, batch_size, bptt, seed, epoch, shuffle):
+def epoch_stream(docs: Docs, batch_size: int, bptt: int, seed: int, epoch: int, shuffle: bool) -> TokenStream:
     """The stream of one epoch, a function of (seed, epoch) alone.
 
     shuffle: a new order of the texts. Otherwise the order stays and the stream begins at another text each
@@ -54,11 +58,11 @@ def epoch_stream(docs, batch_size, bptt, seed, epoch, shuffle):
         docs = [docs[i] for i in rng.permutation(len(docs))]
     elif epoch and len(docs) > 1:
         first = int(rng.integers(len(docs)))
-        docs = docs[first:] + docs[:first]
+        docs = [*docs[first:], *docs[:first]]
     return TokenStream(docs, batch_size, bptt)
 
 
-def evaluation_windows(docs, batch_size, bptt):
+def evaluation_windows(docs: Docs, batch_size: int, bptt: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows (ids, targets) that score every token of the stream but its first exactly once.
 
     Columns beyond the end are filled with xxpad whose target is IGNORE.
@@ -71,12 +75,13 @@ def evaluation_windows(docs, batch_size, bptt):
     length = -(-n // columns)
     ids, targets = np.full(columns * length, PAD_ID, np.int64), np.full(columns * length, IGNORE, np.int64)
     ids[:n], targets[:n] = stream[:-1], stream[1:]
-    ids, targets = (torch.from_numpy(x.reshape(columns, length)) for x in (ids, targets))
+    rows = torch.from_numpy(ids.reshape(columns, length))
+    answers = torch.from_numpy(targets.reshape(columns, length))
     for start in range(0, length, bptt):
-        yield ids[:, start : start + bptt], targets[:, start : start + bptt]
+        yield rows[:, start : start + bptt], answers[:, start : start + bptt]
 
 
-def pad_batch(docs):
+def pad_batch(docs: Docs) -> tuple[Tensor, Tensor]:
     """(ids (B, T) int64 padded on the right with xxpad, lengths (B,) int64) of some documents."""
     # on the host, whatever torch's default device is
     lengths = torch.tensor([len(d) for d in docs], dtype=torch.int64, device="cpu")
@@ -86,7 +91,7 @@ def pad_batch(docs):
     return ids, lengths
 
 
-def shuffled_buckets(lengths, batch_size, seed, epoch):
+def shuffled_buckets(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Index lists of batches of like length in random order, a function of (seed, epoch) alone.
 
     The documents are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches
@@ -109,14 +114,14 @@ def shuffled_buckets(lengths, batch_size, seed, epoch):
 class DocumentBatches:
     """Batches (ids, lengths, classes) of one epoch of labelled documents."""
 
-    def __init__(self, docs, targets, batch_size, seed, epoch):
+    def __init__(self, docs: Docs, targets: Sequence[int], batch_size: int, seed: int, epoch: int) -> None:
         self.docs, self.targets = docs, targets
         self.order = shuffled_buckets([len(d) for d in docs], batch_size, seed, epoch)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         chosen = self.order[k]
         targets = torch.tensor([self.targets[i] for i in chosen], device="cpu")
         return *pad_batch([self.docs[i] for i in chosen]), targets

@@ -7,6 +7,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def name_file(error: OSError, path: PathLike) -> None:
         error.filename = str(path)
 
 
-def atomic_write(path: PathLike, data: str | bytes) -> None:
+def atomic_write(path: PathLike, data: str | bytes | memoryview) -> None:
     """Write text (as UTF-8) or bytes to `path` such that it holds either all of it or what it held before."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -70,7 +71,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def save_model(
-    path: PathLike, model: nn.Module | Mapping[str, Tensor], metadata: Mapping | None = None
+    path: PathLike, model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write a module's state, or a state dict, as safetensors, atomically; shared tensors are written once.
 
@@ -80,17 +81,18 @@ def save_model(
     safetensors = need("safetensors.torch")
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     _check_tensors(state, "model")
-    tensors, shared = {}, {}
+    tensors: StateDict = {}
+    shared: dict[str, str] = {}
     for keys in _shared_groups(state):
         tensors[keys[0]] = state[keys[0]].detach().cpu().contiguous().clone()
         shared |= dict.fromkeys(keys[1:], keys[0])
-    header = {"shared": shared, "metadata": dict(metadata or {})}
+    header: dict[str, Any] = {"shared": shared, "metadata": dict(metadata or {})}
     header["crc32"] = _crc32(tensors, header)
     # one entry: of several, safetensors draws the order anew in each process
     atomic_write(path, safetensors.save(tensors, {_HEADER: json.dumps(header, sort_keys=True)}))
 
 
-def read_model(path: PathLike) -> tuple[StateDict, dict]:
+def read_model(path: PathLike) -> tuple[StateDict, dict[str, Any]]:
     """The tensors, on the CPU, and the metadata of a safetensors file, ours or another program's.
 
     Raises OSError if it cannot be read, ValueError if it is truncated or not a safetensors file, or, in a
@@ -115,16 +117,16 @@ def read_model(path: PathLike) -> tuple[StateDict, dict]:
     return state, metadata
 
 
-def _crc32(tensors: Mapping[str, Tensor], header: Mapping) -> int:
+def _crc32(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
     crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
         crc = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, crc)
     return crc
 
 
-def load_model(path: PathLike, model: nn.Module) -> dict:
+def load_model(path: PathLike, model: nn.Module) -> dict[str, Any]:
     """Load a safetensors file into `model` (`load_state` says how strictly) and return its metadata."""
     state, metadata = read_model(path)
     load_state(model, state, source=str(path))
@@ -181,7 +183,7 @@ def _sizes_that_differ(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
 
 def _shared_groups(state: Mapping[str, Tensor]) -> list[list[str]]:
     """The keys, those of one and the same tensor together, in the order of the first of each."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in state.items():
         view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         # empty and meta tensors have no address to tell them apart

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor, fx, nn
 from . import ops, to_torch
 from .devices import to_device
 from .encoder import AWDLSTM, is_exporting
-from .nn import Stack, unique_groups
 from .ops._common import check_probability, check_size
+from .stack import Stack, unique_groups
 
 # Token budget per chunk (64 documents x 72 steps) where chunk borders cannot affect results. Weights are
 # repacked for every chunk, so fewer chunks are cheaper. Longer chunks of 64 documents were slower: they no
@@ -84,6 +85,9 @@ class SentenceEncoder(nn.Module):
             pooled = torch.cat([pooled, pooled.new_zeros(missing, pooled.size(1))])
         return pooled[torch.argsort(rows)]
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _read(self, ids: Tensor, rows: Tensor, lengths: Tensor, counts: list[int] | None) -> Tensor:
         """Pooled features of the documents that have tokens; lengths and counts are those of ids[rows].
 
@@ -114,10 +118,10 @@ class SentenceEncoder(nn.Module):
         counts: tokens of each document, the longest first.
         """
         longest = counts[0] if counts else 0
-        cut = self.max_len is not None and (torch.is_grad_enabled() or self.module.n_dir == 2)
+        cut = self.max_len if torch.is_grad_enabled() or self.module.n_dir == 2 else None
         chunks, near = [], 0
         while near < longest:
-            border = self.max_len if cut and near < self.max_len < longest else longest
+            border = cut if cut is not None and near < cut < longest else longest
             far = near + self._chunk_steps(border - near, sum(count > near for count in counts))
             chunks.append((far, near))
             near = far
@@ -138,9 +142,9 @@ class SentenceEncoder(nn.Module):
         longest = ids.size(1)
         if self.module.n_dir == 2:
             return self._chunks([longest])
-        cut = torch.is_grad_enabled() and not is_exporting() and self.max_len is not None
-        if cut and longest > self.max_len:
-            return [(longest, self.max_len), (self.max_len, 0)]
+        cut = self.max_len if torch.is_grad_enabled() and not is_exporting() else None
+        if cut is not None and longest > cut:
+            return [(longest, cut), (cut, 0)]
         return [(longest, 0)]
 
 
@@ -214,7 +218,7 @@ class PoolingLinearClassifier(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if len(ps) != len(dims) - 1:
             raise ValueError(
                 f"ps must have one dropout for each of {len(dims) - 1} linear layers, got {list(ps)}"
@@ -230,7 +234,9 @@ class PoolingLinearClassifier(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh weights and statistics."""
-        for norm, _, linear, *_ in self.layers:
+        block: Any  # a Sequential does not say what it holds
+        for block in self.layers:
+            norm, _, linear, *_ = block
             norm.reset_parameters()
             nn.init.constant_(norm.bias, 1e-3)
             linear.reset_parameters()
@@ -238,8 +244,11 @@ class PoolingLinearClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
-class TextClassifier(Stack):
+
+class TextClassifier(Stack[SentenceEncoder, PoolingLinearClassifier]):
     """Documents to classes: model[0] the `SentenceEncoder` over `encoder`, model[1] the head, as in fastai.
 
     The head is made on the device and in the dtype of the encoder.
@@ -273,7 +282,7 @@ class TextClassifier(Stack):
 
     @classmethod
     def from_language_model(
-        cls, lm: nn.Sequential, n_classes: int, *, dropout: dict[str, float] | None = None, **options
+        cls, lm: nn.Sequential, n_classes: int, *, dropout: dict[str, float] | None = None, **options: Any
     ) -> "TextClassifier":
         """A classifier on a copy of a language model's encoder, with a fresh head.
 
@@ -295,6 +304,9 @@ class TextClassifier(Stack):
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (B, n_classes) of ids (B, T) and lengths (B,), as `SentenceEncoder.forward` takes them."""
         return self[1](self[0](ids, lengths))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def reset(self) -> None:
         """Forget the encoder's state."""

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from . import __version__, info
-from .config import PRESETS, STAGES
+from .config import PRESETS, STAGES, field_type
 
 EXAMPLES = {
     "pretrain": "ulmfit-fast pretrain wiki.txt --out runs/general --preset small",
@@ -188,6 +188,7 @@ def _stage_options(sub, stage, default_preset=None):
     sub.add_argument("--quiet", action="store_true", help="no progress, no summary")
     group = sub.add_argument_group("hyper-parameters", "Defaults in brackets: ulmfit / small / tiny.")
     for f in dataclasses.fields(STAGES[stage]):
+        kind = field_type(f)
         defaults = [PRESETS[p][stage].get(f.name, f.default) for p in ("ulmfit", "small", "tiny")]
         shown = " / ".join(f"{d:g}" if isinstance(d, float) else str(d).lower() for d in defaults)
         shown = shown if len(set(defaults)) > 1 else shown.split(" / ")[0]
@@ -195,9 +196,9 @@ def _stage_options(sub, stage, default_preset=None):
             "--" + f.name.replace("_", "-"),
             dest=f"option_{f.name}",
             default=argparse.SUPPRESS,
-            type=_boolean if f.type is bool else f.type,
+            type=_boolean if kind is bool else kind,
             choices=f.metadata["choices"],
-            metavar=None if f.metadata["choices"] else f.type.__name__.upper(),
+            metavar=None if f.metadata["choices"] else kind.__name__.upper(),
             help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"),
         )
 
@@ -270,7 +271,7 @@ def _predict(sub):
 def _run_predict(a):
     from .corpus import TABLES, read_lines, read_texts, split_lines
     from .ensemble import ClassifierEnsemble
-    from .results import TrainedLM, load
+    from .results import TrainedClassifier, TrainedLM, load
     from .runs import CONFIG
 
     texts = a.texts
@@ -281,16 +282,18 @@ def _run_predict(a):
         texts = split_lines(sys.stdin.read().removeprefix("\ufeff"))
     if not texts:
         raise ValueError("no text to predict: give one as an argument, in --file or on standard input")
-    result = load(a.run_dir, a.device)
+    result: TrainedLM | TrainedClassifier | ClassifierEnsemble = load(a.run_dir, a.device)
     if a.average:
         for text in a.texts:
             if os.path.isfile(os.path.join(text, CONFIG)):
                 raise ValueError(f"{text!r} is a run, not a text: give --average once for each run")
+        classifiers: dict[str, TrainedClassifier] = {}
         runs = {a.run_dir: result, **{run: load(run, a.device) for run in a.average}}
         for run, each in runs.items():
             if isinstance(each, TrainedLM):
                 raise ValueError(f"--average needs classifiers, but {run!r} is a language model's run")
-        result = ClassifierEnsemble([runs[run] for run in (a.run_dir, *a.average)])
+            classifiers[run] = each
+        result = ClassifierEnsemble(classifiers[run] for run in (a.run_dir, *a.average))
     if isinstance(result, TrainedLM):
         if a.proba:
             raise ValueError(f"--proba needs a classifier, but {a.run_dir!r} is a language model's run")

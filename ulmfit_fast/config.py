@@ -19,11 +19,12 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
 _Config = TypeVar("_Config", bound="_Checked")
+Options = Mapping[str, Any]
 
 
 def _f(
@@ -40,7 +41,7 @@ def _f(
     return field(default=default, metadata=meta)
 
 
-def _same(cls: type, name: str) -> Any:
+def _same(cls: "type[_Checked]", name: str) -> Any:
     """The field `name` of the dataclass `cls` once more."""
     f = cls.__dataclass_fields__[name]
     return field(default=f.default, metadata=f.metadata)
@@ -60,28 +61,34 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _check_field(owner: "_Checked", f: dataclasses.Field) -> None:
+def _check_field(owner: "_Checked", f: dataclasses.Field[Any]) -> None:
     value, meta = getattr(owner, f.name), f.metadata
-    where = f"{type(owner).__name__}.{f.name}"
-    kind = {int: numbers.Integral, float: numbers.Real, bool: np.bool_}.get(f.type, f.type)
-    if isinstance(value, kind) and not isinstance(value, bool):  # numpy's too
-        value = f.type(value)
+    where, wanted = f"{type(owner).__name__}.{f.name}", field_type(f)
+    kinds: dict[type, type] = {int: numbers.Integral, float: numbers.Real, bool: np.bool_}
+    if isinstance(value, kinds.get(wanted, wanted)) and not isinstance(value, bool):  # numpy's too
+        value = wanted(value)
         object.__setattr__(owner, f.name, value)
-    if type(value) is not f.type:
-        raise TypeError(f"{where} must be {f.type.__name__}, got {value!r} ({type(value).__name__})")
+    if type(value) is not wanted:
+        raise TypeError(f"{where} must be {wanted.__name__}, got {value!r} ({type(value).__name__})")
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, meta['choices']))}, got {value!r}")
-    if f.type is float and not math.isfinite(value):
+    if wanted is float and not math.isfinite(value):
         raise ValueError(f"{where} must be finite, got {value!r}")
     if meta["below_one"] and not 0 <= value < 1:
-        kind = "is a dropout probability and " if f.name.endswith("_p") else ""
-        raise ValueError(f"{where} {kind}must be in [0, 1), got {value!r}")
+        what = "is a dropout probability and " if f.name.endswith("_p") else ""
+        raise ValueError(f"{where} {what}must be in [0, 1), got {value!r}")
     if meta["low"] is not None and value < meta["low"]:
         raise ValueError(f"{where} must be at least {meta['low']}, got {value!r}")
     if meta["high"] is not None and value > meta["high"]:
         raise ValueError(f"{where} must be at most {meta['high']}, got {value!r}")
 
 
+def field_type(f: dataclasses.Field[Any]) -> Any:
+    """int, float, bool or str. Without `from __future__ import annotations` it is the type, not its name."""
+    return f.type
+
+
+@dataclass(frozen=True)
 class _Checked:
     """Checks on construction, and conversion to and from plain dicts."""
 
@@ -248,12 +255,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@overload
 def make_config(
-    stage: str,
-    preset: str = "ulmfit",
-    config: _Stage | dict[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Any:
+    stage: Literal["pretrain"], preset: str = ..., config: object = ..., overrides: Options | None = ...
+) -> PretrainConfig: ...
+@overload
+def make_config(
+    stage: Literal["finetune"], preset: str = ..., config: object = ..., overrides: Options | None = ...
+) -> FinetuneConfig: ...
+@overload
+def make_config(
+    stage: Literal["classify"], preset: str = ..., config: object = ..., overrides: Options | None = ...
+) -> ClassifierConfig: ...
+def make_config(
+    stage: str, preset: str = "ulmfit", config: object = None, overrides: Options | None = None
+) -> _Stage:
     """The configuration of a stage: `config` over `preset`, `overrides` over both.
 
     Args:

@@ -7,13 +7,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO, TypeGuard
 
 from .checkpoints import listed
 from .text import as_list, check_texts
 
 Sources = str | pathlib.Path | Iterable[str | pathlib.Path]
-Labels = Iterable[str] | Iterable[int]
+Label = str | int
+Labels = Iterable[Label]  # all str or all int
 
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".txt", *TABLES)
@@ -21,7 +22,7 @@ SUFFIXES = (".txt", *TABLES)
 UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".zip", ".json", ".jsonl", ".parquet", ".xlsx")
 
 
-def is_path(source: object) -> bool:
+def is_path(source: object) -> TypeGuard[str | pathlib.Path]:
     """Whether `source`, given alone, is a file: a pathlib.Path, a str that ends in .txt, .csv or .tsv, or one
     that is the name of a file.
     """
@@ -70,12 +71,12 @@ def read_texts(sources: Sources, argument: str = "texts") -> list[str]:
     one text a row, of its column `text`.
     """
     if is_path(sources):
-        sources, found = [sources], [True]
+        given, found = [sources], [True]
     else:
-        sources = as_list(sources, argument, "texts or paths, or the path of a file")
-        found = [_listed_path(source, f"{argument}[{i}]") for i, source in enumerate(sources)]
-    texts = []
-    for source, is_file in zip(sources, found, strict=True):
+        given = as_list(sources, argument, "texts or paths, or the path of a file")
+        found = [_listed_path(source, f"{argument}[{i}]") for i, source in enumerate(given)]
+    texts: list[Any] = []
+    for source, is_file in zip(given, found, strict=True):
         if not is_file:
             texts.append(source)
         elif str(source).lower().endswith(TABLES):
@@ -83,14 +84,14 @@ def read_texts(sources: Sources, argument: str = "texts") -> list[str]:
         else:
             texts += [line for line in map(str.strip, read_lines(source, argument)) if line]
     if not texts:
-        what = f"{len(sources)} files without a line of text" if sources else "no text"
+        what = f"{len(given)} files without a line of text" if given else "no text"
         raise ValueError(f"{argument} is empty: {what}")
     return check_texts(texts, argument)
 
 
 def read_labelled(
     texts: str | pathlib.Path | Iterable[str], labels: Labels | None = None, argument: str = "texts"
-) -> tuple[list[str], list[str] | list[int]]:
+) -> tuple[list[str], list[Label]]:
     """(texts, labels): two lists, or a CSV with the columns `text` and `label` and no `labels`.
 
     With `labels` every entry of a list is a text, whatever it looks like.
@@ -110,18 +111,18 @@ def read_labelled(
     elif is_path(texts):
         texts = read_texts(texts, argument)
     names = (argument, "labels") if argument == "texts" else (f"{argument}[0]", f"{argument}[1]")
-    texts, labels = check_texts(texts, names[0]), check_labels(labels, names[1])
-    check_one_length(texts, labels, *names)
-    return texts, labels
+    checked, known = check_texts(texts, names[0]), check_labels(labels, names[1])
+    check_one_length(checked, known, *names)
+    return checked, known
 
 
-def read_valid(valid: object, classes: list) -> tuple[list[str], list[str] | list[int]]:
+def read_valid(valid: object, classes: list[Any]) -> tuple[list[str], list[Label]]:
     """(texts, labels) of a classifier's validation set: of that pair, or of a CSV."""
     # a str as the second of two is another text, and labels are missing
     if isinstance(valid, (tuple, list)) and len(valid) == 2 and not isinstance(valid[1], (str, os.PathLike)):
-        texts, labels = read_labelled(*valid, argument="valid")
+        texts, labels = read_labelled(valid[0], valid[1], "valid")
     elif is_path(valid):
-        texts, labels = read_labelled(valid, argument="valid")
+        texts, labels = read_labelled(valid, None, "valid")
     else:
         got = f"{type(valid).__name__}: {valid!r:.60}"
         if isinstance(valid, (tuple, list)):
@@ -136,46 +137,48 @@ def read_valid(valid: object, classes: list) -> tuple[list[str], list[str] | lis
     return texts, labels
 
 
-def check_one_length(texts: list[str], labels: list, name: str = "texts", of_labels: str = "labels") -> None:
+def check_one_length(
+    texts: list[str], labels: list[Label], name: str = "texts", of_labels: str = "labels"
+) -> None:
     if len(texts) != len(labels):
         raise ValueError(
             f"{name} and {of_labels} must have one length, got {len(texts)} texts and {len(labels)} labels"
         )
 
 
-def check_labels(labels: Labels, argument: str = "labels") -> list[str] | list[int]:
+def check_labels(labels: Labels, argument: str = "labels") -> list[Label]:
     """Labels as a list of str or of int (numpy scalars and tensors become Python's)."""
-    labels = as_list(labels, argument, "labels, one per text")
-    for i, label in enumerate(labels):
+    given = as_list(labels, argument, "labels, one per text")
+    for i, label in enumerate(given):
         shape = tuple(getattr(label, "shape", ()))
         if math.prod(shape) != 1:
             raise TypeError(
                 f"{argument}[{i}] must be one label, got an array of shape {shape}; of one-hot rows, "
                 "labels.argmax(1) gives the labels"
             )
-    labels = [x.item() if hasattr(x, "item") else x for x in labels]
-    for i, label in enumerate(labels):
+    checked = [x.item() if hasattr(x, "item") else x for x in given]
+    for i, label in enumerate(checked):
         # also pandas' NA and NaT, which make a column of int one of float
         if label is None or type(label).__name__ in ("NAType", "NaTType") or label != label:
             raise ValueError(
                 f"{argument}[{i}] is missing: {label!r}; leave out its text, or give it a label of its own"
             )
-    kinds = {type(x) for x in labels}
+    kinds = {type(x) for x in checked}
     if kinds and (len(kinds) > 1 or not kinds <= {str, int, bool}):
         i, odd = next(
             (i, x)
-            for i, x in enumerate(labels)
-            if type(x) is not type(labels[0]) or type(x) not in (str, int, bool)
+            for i, x in enumerate(checked)
+            if type(x) is not type(checked[0]) or type(x) not in (str, int, bool)
         )
         got = f"{odd!r:.60} ({type(odd).__name__}) in {argument}[{i}]"
         raise TypeError(f"{argument} must be all str or all int, got {got}")
-    blank = next((i for i, x in enumerate(labels) if isinstance(x, str) and not x.strip()), None)
+    blank = next((i for i, x in enumerate(checked) if isinstance(x, str) and not x.strip()), None)
     if blank is not None:
-        raise ValueError(f"{argument}[{blank}] is blank: {labels[blank]!r}")
-    return labels
+        raise ValueError(f"{argument}[{blank}] is blank: {checked[blank]!r}")
+    return checked
 
 
-def check_known(labels: list, classes: list, argument: str = "labels") -> None:
+def check_known(labels: list[Label], classes: list[Any], argument: str = "labels") -> None:
     """ValueError for a label that is not one of `classes`, the classes of training."""
     known = set(classes)
     for label in labels:
@@ -184,7 +187,7 @@ def check_known(labels: list, classes: list, argument: str = "labels") -> None:
             raise ValueError(f"{argument} has the label {label!r}, which the training labels lack: {some}")
 
 
-def label_classes(labels: list) -> list[str] | list[int]:
+def label_classes(labels: list[Any]) -> list[Label]:
     """The classes in order; fewer than two are refused."""
     classes = sorted(set(labels))
     if len(classes) < 2:
@@ -261,7 +264,7 @@ def _read_csv(path: str | pathlib.Path, columns: list[str], argument: str) -> li
 def _records(file: TextIO, path: str | pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     """(place, fields) of the heading and of each row. A TSV has no quoting: its quotation marks are text."""
     tsv = str(path).lower().endswith(".tsv")
-    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else {}
+    form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else {}
     reader = csv.reader(file, strict=True, **form)
     while True:
         where = f"{str(path)!r}, line {reader.line_num + 1}"

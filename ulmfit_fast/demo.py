@@ -3,28 +3,44 @@
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from .batches import epoch_stream
 from .config import make_config
 from .demo_text import general_text, labelled_text, split
+from .fitting import Show
 from .results import build_lm, load
 from .runs import as_directory
 from .stock import StockLanguageModel
+from .text import Tokenizer
 from .train import finetune_lm, pretrain_lm, train_classifier
 
 WIDTH = 78
 NO_GAIN = "  (So little pre-training does not help here; see benchmarks/README.md.)"
 
 
-def run_demo(out="runs/demo", preset="tiny", seed=0, progress=None, overwrite=True, say=print, **overrides):
+def run_demo(
+    out: str | Path = "runs/demo",
+    preset: str = "tiny",
+    seed: int = 0,
+    progress: Show = None,
+    overwrite: bool = True,
+    say: Callable[[str], object] = print,
+    **overrides: Any,
+) -> dict[str, Any]:
     """Trains the three stages and a classifier from scratch in `out`, and returns the figures it prints.
 
     overrides: options of all stages, for example epochs=1.
     """
     out, start = as_directory(out, "out"), time.perf_counter()
-    options = dict(preset=preset, seed=seed, progress=progress, overwrite=overwrite, **overrides)
+    options: dict[str, Any] = dict(
+        preset=preset, seed=seed, progress=progress, overwrite=overwrite, **overrides
+    )
     say("Reading the documentation of the Python standard library and of torch ...")
     general, (train, held) = general_text(), split(*labelled_text(), seed=seed)
     classes = sorted(set(train[1]))
@@ -55,7 +71,14 @@ def run_demo(out="runs/demo", preset="tiny", seed=0, progress=None, overwrite=Tr
     return figures
 
 
-def compare_steps(texts, tokenizer, preset="tiny", steps=12, warm_up=2, seed=0):
+def compare_steps(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    preset: str = "tiny",
+    steps: int = 12,
+    warm_up: int = 2,
+    seed: int = 0,
+) -> dict[str, float]:
     """{"ours", "stock"}: tokens a second of stage 1's training step, medians over `steps` of each, taken in
     turn.
 
@@ -68,11 +91,12 @@ def compare_steps(texts, tokenizer, preset="tiny", steps=12, warm_up=2, seed=0):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         ours = build_lm(config.model_config(), len(tokenizer), config.dropouts()).train()
-        models = {"ours": ours, "stock": StockLanguageModel.like(ours, **config.dropouts()).train()}
+        stock = StockLanguageModel.like(ours, **config.dropouts()).train()
+        models: dict[str, nn.Module] = {"ours": ours, "stock": stock}
         optimizers = {
             name: torch.optim.AdamW(m.parameters(), lr=config.lr, fused=True) for name, m in models.items()
         }
-        seconds = {name: [] for name in models}
+        seconds: dict[str, list[float]] = {name: [] for name in models}
         for k in range(steps + warm_up):
             ids, targets = stream[k % max(1, len(stream) - 1)]
             for name, model in models.items():
@@ -87,11 +111,11 @@ def compare_steps(texts, tokenizer, preset="tiny", steps=12, warm_up=2, seed=0):
     return {name: tokens / statistics.median(times) for name, times in seconds.items()}
 
 
-def table(f, out):
+def table(f: dict[str, Any], out: str | Path) -> str:
     """The figures as text of at most 80 columns."""
     line = "-" * WIDTH
 
-    def row(name, value, note=""):
+    def row(name: str, value: str, note: str = "") -> str:
         return f"  {name:<38}{value:>12}  {note}".rstrip()
 
     minutes, seconds = divmod(round(f["seconds"]), 60)

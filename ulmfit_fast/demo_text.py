@@ -5,8 +5,11 @@ import pathlib
 import pydoc_data.topics
 import random
 import sysconfig
+from collections.abc import Iterable, Iterator
 
 import torch
+
+Labelled = tuple[list[str], list[str]]  # texts, and the label of each
 
 # Sub-packages of torch, the classes of the demo's classifier.
 PACKAGES = ("ao", "cuda", "distributed", "distributions", "fx", "nn", "onnx", "optim")
@@ -22,7 +25,7 @@ _LEFT_OUT = {
 }
 
 
-def general_text(max_words=300_000):
+def general_text(max_words: int = 300_000) -> list[str]:
     """Help topics and documentation strings of the standard library, in a fixed order, about `max_words`
     words.
     """
@@ -36,13 +39,14 @@ def general_text(max_words=300_000):
     return _take(files, max_words, start=[t for t in topics if t])
 
 
-def labelled_text(most=400, max_words=100):
+def labelled_text(most: int = 400, max_words: int = 100) -> Labelled:
     """(texts, labels): documentation strings of torch, cut to `max_words` words; the label is their
     sub-package.
 
     At most `most` of each sub-package; one that this torch lacks or that has under 40 is left out.
     """
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[str] = []
     for package in PACKAGES:
         files = sorted((pathlib.Path(torch.__file__).parent / package).rglob("*.py"))
         found = _take(files, most * max_words, most=most, cut=max_words, least=8)
@@ -52,19 +56,34 @@ def labelled_text(most=400, max_words=100):
     return texts, labels
 
 
-def split(texts, labels, share=0.2, seed=0):
+def split(
+    texts: list[str], labels: list[str], share: float = 0.2, seed: int = 0
+) -> tuple[Labelled, Labelled]:
     """((texts, labels) to train on, (texts, labels) held out): a random `share` of each class is held out."""
-    chooser, parts = random.Random(seed), ([], [])
+    chooser = random.Random(seed)
+    train: list[tuple[str, str]] = []
+    test: list[tuple[str, str]] = []
     for label in sorted(set(labels)):
         mine = [t for t, other in zip(texts, labels, strict=True) if other == label]
         chooser.shuffle(mine)
         held = round(len(mine) * share)
-        parts[1].extend((t, label) for t in mine[:held])
-        parts[0].extend((t, label) for t in mine[held:])
-    return tuple(tuple(map(list, zip(*part, strict=True))) for part in parts)
+        test.extend((t, label) for t in mine[:held])
+        train.extend((t, label) for t in mine[held:])
+    return _columns(train), _columns(test)
 
 
-def _take(files, max_words, most=None, cut=None, least=3, start=()):
+def _columns(pairs: list[tuple[str, str]]) -> Labelled:
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def _take(
+    files: Iterable[pathlib.Path],
+    max_words: int,
+    most: int | None = None,
+    cut: int | None = None,
+    least: int = 3,
+    start: Iterable[str] = (),
+) -> list[str]:
     """Documentation strings of `files`, read in a random but fixed order, each once, until there are
     enough.
     """
@@ -84,7 +103,7 @@ def _take(files, max_words, most=None, cut=None, least=3, start=()):
     return list(taken)
 
 
-def _docstrings(file):
+def _docstrings(file: pathlib.Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):

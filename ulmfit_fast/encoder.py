@@ -1,18 +1,18 @@
 """The AWD-LSTM encoder, with fastai 2's attribute names and its state-dict keys in its order."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import to_torch
 from .layer import WeightDropLayer
-from .nn import EmbeddingDropout, VariationalDropout, derive_seed, draw_seed
-from .ops._common import Seed, as_int, check_probability, check_seed, check_size
+from .nn import EmbeddingDropout, State, VariationalDropout
+from .ops._common import Seed, as_int, check_probability, check_seed, check_size, derive_seed, draw_seed
 from .ops._logits import is_hooked, is_plain
 
-Hidden = list[tuple[Tensor, Tensor]]  # per layer (h, c), each (directions, B, features of one direction)
+Hidden = list[State]  # per layer (h, c), each (directions, B, features of one direction)
 
 # Which derived seed (see `derive_seed`) draws which mask of an encoder forward; then two for each layer:
 # its WeightDropLSTM's and that of the dropout after it
@@ -79,10 +79,10 @@ class AWDLSTM(nn.Module):
         self.emb_sz, self.n_hid, self.n_layers, self.pad_token = emb_sz, n_hid, n_layers, pad_token
         self.bs = 1
         self.n_dir = 2 if bidir else 1
-        factory = {"device": device, "dtype": dtype}
-        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token, **factory)
+        self.encoder = nn.Embedding(vocab_sz, emb_sz, padding_idx=pad_token, device=device, dtype=dtype)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.encoder_dp = EmbeddingDropout(self.encoder, embed_p)
+        factory = {"device": device, "dtype": dtype}
         self.rnns = nn.ModuleList(self._layer(layer, bidir, weight_p, **factory) for layer in range(n_layers))
         self.input_dp = VariationalDropout(input_p)
         self.hidden_dps = nn.ModuleList(VariationalDropout(hidden_p) for _ in range(n_layers))
@@ -93,6 +93,7 @@ class AWDLSTM(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights, those of all modules within among them."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        rnn: Any  # a ModuleList does not say what it holds
         for rnn in self.rnns:
             rnn.reset_parameters()
 
@@ -112,6 +113,8 @@ class AWDLSTM(nn.Module):
         weight_p: float | None = None,
     ) -> None:
         """Change the probabilities that are given (the language model and the classifier want others)."""
+        dropout: Any
+        rnn: Any
         if hidden_p is not None:
             for dropout in self.hidden_dps:
                 dropout.p = check_probability("AWDLSTM", "hidden_p", hidden_p)
@@ -129,10 +132,28 @@ class AWDLSTM(nn.Module):
 
     def zero_hidden(self, batch: int) -> Hidden:
         # not the weight's new_zeros: FSDP's weights are DTensors between forwards, and states must not be
-        like = {"dtype": self.encoder.weight.dtype, "device": self.encoder.weight.device}
-        shapes = [(self.n_dir, batch, self._features(layer)) for layer in range(self.n_layers)]
-        return [(torch.zeros(shape, **like), torch.zeros(shape, **like)) for shape in shapes]
+        dtype, device = self.encoder.weight.dtype, self.encoder.weight.device
 
+        def zeros(layer: int) -> Tensor:
+            return torch.zeros((self.n_dir, batch, self._features(layer)), dtype=dtype, device=device)
+
+        return [(zeros(layer), zeros(layer)) for layer in range(self.n_layers)]
+
+    @overload
+    def forward(
+        self, inp: Tensor, from_embeds: bool = ..., lengths: Tensor | None = ...,
+        return_raw: Literal[False] = ..., seed: Seed = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, inp: Tensor, from_embeds: bool = ..., lengths: Tensor | None = ...,
+        *, return_raw: Literal[True], seed: Seed = ...,
+    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, inp: Tensor, from_embeds: bool = ..., lengths: Tensor | None = ...,
+        return_raw: bool = ..., seed: Seed = ...,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: ...  # fmt: skip
     def forward(
         self,
         inp: Tensor,
@@ -167,6 +188,9 @@ class AWDLSTM(nn.Module):
             self.bs = inp.size(0)
             self.hidden, self._carries = [(h.detach(), c.detach()) for h, c in hidden], True
         return (raw_outputs[-1], raw_outputs) if return_raw else raw_outputs[-1]
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _refuse_recomputation(self) -> None:
         """RuntimeError for a forward that begins with a carried state, with gradients, inside a backward."""
@@ -266,8 +290,9 @@ class AWDLSTM(nn.Module):
 
 def _may_fuse(rnn: nn.Module, dropout: nn.Module) -> bool:
     """Whether the layer's kernel may drop its own output, which no hook of the two modules would see then."""
-    ours = isinstance(rnn, WeightDropLayer) and is_plain(dropout, VariationalDropout)
-    return ours and not is_hooked(rnn) and not is_hooked(rnn.module)
+    if not (isinstance(rnn, WeightDropLayer) and is_plain(dropout, VariationalDropout)):
+        return False
+    return not is_hooked(rnn) and not is_hooked(rnn.module)
 
 
 def _call(dropout: nn.Module, x: Tensor, seed: Seed) -> Tensor:

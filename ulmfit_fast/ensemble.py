@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .checkpoints import listed
-from .results import Predictor, TrainedClassifier
+from .results import Predictor, Probabilities, TrainedClassifier
 from .text import as_list, check_texts
 
 
@@ -17,7 +17,7 @@ class ClassifierEnsemble(Predictor):
     """
 
     def __init__(self, classifiers: Iterable[TrainedClassifier]) -> None:
-        self.classifiers = as_list(classifiers, "classifiers", "TrainedClassifiers")
+        self.classifiers: list[TrainedClassifier] = as_list(classifiers, "classifiers", "TrainedClassifiers")
         if not self.classifiers:
             raise ValueError("classifiers is empty: at least one TrainedClassifier is needed")
         for i, each in enumerate(self.classifiers):
@@ -34,13 +34,13 @@ class ClassifierEnsemble(Predictor):
                     f"[{listed(map(repr, each.classes))}]"
                 )
 
-    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> Probabilities:
         """float32 (len(texts), len(classes)): the mean of the classifiers' probabilities, in the order of
         `texts`.
         """
         texts = check_texts(texts, allow_empty=True)
         shares = [each.predict_proba(texts, batch_size) for each in self.classifiers]
-        return np.mean(shares, axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.mean(shares, axis=0, dtype=np.float64), np.float32)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.classifiers!r})"

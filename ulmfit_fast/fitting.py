@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from .history import perplexity
 from .loop import Loop
 from .model import layer_groups
 from .progress import announce, check_show
-from .results import TrainedClassifier, TrainedLM, document_logits, stream_loss
-from .runs import RunDirectory
+from .results import TrainedClassifier, TrainedLM, document_logits, load, stream_loss
 from .schedules import gradual_unfreezing_plan
-from .team import Team
+from .team import Directory, Team
 
+_Trained = TypeVar("_Trained", TrainedLM, TrainedClassifier)
 Show = bool | Literal["lines"] | None
 Callback = Callable[[dict[str, Any]], object] | None
 
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     """What a stage needs besides its model and data: processes, run directory, progress, callback."""
 
     team: Team
-    run: RunDirectory
+    run: Directory
     progress: Show
     callback: Callback
 
@@ -137,6 +137,13 @@ def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
         ).train(state)
     model.reset()
     return TrainedLM(model, tokenizer, config, job.run.path, job.run.history())
+
+
+def finished(job: Job, kind: type[_Trained]) -> _Trained:
+    """The run that `job.run.holds_finished` has found, and compared with the stage's record."""
+    result = load(job.run.path, job.device)
+    assert isinstance(result, kind)
+    return result
 
 
 def prepare(out, resume, overwrite, device, progress, callback):

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,13 @@ class Parts:
     head: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def config(self, source: str) -> dict:
+    @property
+    def tied(self) -> bool:
+        """Whether the decoder's weight is the embedding."""
+        one, other = self.decoder, self.embedding
+        return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
+
+    def config(self, source: str) -> dict[str, Any]:
         """The arguments of `AWDLSTM` that fix its shape; ValueError where no AWDLSTM has these shapes."""
         if self.embedding is None:
             raise ValueError(f"{source} holds an LSTM without an embedding, so no encoder can be built")
@@ -84,7 +91,7 @@ class Parts:
             "torch": ("", "", "head"),
         }[format]
         state = {} if self.embedding is None else {f"{where}encoder.weight": self.embedding}
-        if state and format == "fastai":
+        if self.embedding is not None and format == "fastai":
             state[f"{where}encoder_dp.emb.weight"] = self.embedding
         for i, layer in enumerate(self.layers):
             for kind, suffix in _ORDER[format]:
@@ -120,7 +127,7 @@ def parse(state: Mapping[str, Tensor], source: str) -> Parts:
     The two biases of a layer cannot be told apart by their values, nor need they be: only their sum enters an
     LSTM.  Keys in another order than fastai's are noted, as its `load_pretrained` goes by position.
     """
-    found: dict[tuple, dict[str, Tensor]] = {}
+    found: dict[tuple[Any, ...], dict[str, Tensor]] = {}
     raw, rest, heads = set(), {}, {}
     for key, tensor in state.items():
         if match := _LSTM.fullmatch(key):
@@ -154,7 +161,7 @@ def parse(state: Mapping[str, Tensor], source: str) -> Parts:
     return parts
 
 
-def _natural(path: str) -> tuple:
+def _natural(path: str) -> tuple[Any, ...]:
     """rnns.2 before rnns.10."""
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("."))
 

@@ -8,15 +8,17 @@ import numpy as np
 import torch
 
 from .archives import is_address
+from .batches import Docs
 from .config import ModelConfig
 from .locks import holder
+from .model import LanguageModel
 from .pretrained import Checkpoint, load_checkpoint
 from .results import TrainedLM
 from .runs import CONFIG, LOCK, as_directory, read_config
 from .text import own_names
 
 
-def start_from_frequencies(model, docs):
+def start_from_frequencies(model: LanguageModel, docs: Docs) -> None:
     """Sets the decoder's bias to the log of each word's share of `docs`, arrays of indices.
 
     The tied embedding then need not learn how frequent words are. Otherwise Adam, which makes steps of one
@@ -28,10 +30,12 @@ def start_from_frequencies(model, docs):
         model[1].decoder.bias.copy_((counts / counts.sum()).log())
 
 
-def starting_point(run, argument, backwards=None, decoder=True):
-    """(Checkpoint with this library's markers, ModelConfig, preset) of what a stage starts from.
+def starting_point(
+    run: object, argument: str, backwards: bool | None = None, decoder: bool = True
+) -> tuple[Checkpoint, list[str], ModelConfig, str]:
+    """(Checkpoint, its words, ModelConfig, preset) of what a stage starts from.
 
-    The Checkpoint's `backwards` is a bool.
+    The words have this library's markers, and the Checkpoint's `backwards` is a bool.
 
     run: a run directory of stage 1 or 2, a TrainedLM, a Checkpoint, or whatever `load_checkpoint` opens: a
     path or a URL. argument: its name in messages. backwards: see `direction`. decoder: whether a language
@@ -40,7 +44,7 @@ def starting_point(run, argument, backwards=None, decoder=True):
     preset = "ulmfit"
     if isinstance(run, Checkpoint):
         start = run
-    elif is_address(run) or (isinstance(run, str | Path) and Path(run).is_file()):
+    elif isinstance(run, str | Path) and (is_address(run) or Path(run).is_file()):
         start = load_checkpoint(run)
     else:
         start, preset = _of_run(run, argument)
@@ -59,11 +63,12 @@ def starting_point(run, argument, backwards=None, decoder=True):
         raise ValueError(f"{argument}={start.source!r} is bidirectional; the stages train in one direction")
     backwards = direction(start, argument, backwards)
     start = start.with_bias()  # the stages train one
-    start = dataclasses.replace(start, tokens=own_names(start.tokens), backwards=backwards)
-    return start, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
+    words = own_names(start.tokens)
+    start = dataclasses.replace(start, tokens=words, backwards=backwards)
+    return start, words, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
 
 
-def direction(start, argument, backwards):
+def direction(start: Checkpoint, argument: str, backwards: bool | None) -> bool:
     """Whether the model of a Checkpoint reads texts backwards.
 
     A run directory and a file of `save_checkpoint` say it, and `backwards` may not contradict (ValueError).
@@ -80,18 +85,18 @@ def direction(start, argument, backwards):
     return backwards
 
 
-def way(backwards):
+def way(backwards: bool | None) -> str:
     return "backwards" if backwards else "forwards"
 
 
-def check_direction(backwards):
+def check_direction(backwards: object) -> bool | None:
     """`backwards` as None or a bool of Python; TypeError unless it is one of them, or NumPy's bool."""
     if backwards is None or isinstance(backwards, (bool, np.bool_)):
         return None if backwards is None else bool(backwards)
     raise TypeError(f"backwards must be True, False or None, got {backwards!r} ({type(backwards).__name__})")
 
 
-def _of_run(run, argument):
+def _of_run(run: object, argument: str) -> tuple[Checkpoint, str]:
     """(Checkpoint, preset) of a finished run directory of stage 1 or 2, or of its TrainedLM."""
     if not isinstance(run, str | os.PathLike | TrainedLM):
         raise TypeError(
@@ -99,7 +104,7 @@ def _of_run(run, argument):
             f"Checkpoint, got {type(run).__name__}"
         )
     path = run.path if isinstance(run, TrainedLM) else as_directory(run, argument)
-    if isinstance(run, TrainedLM) and (path is None or not (path / CONFIG).exists()):
+    if path is None or (isinstance(run, TrainedLM) and not (path / CONFIG).exists()):
         where = "has no run directory" if path is None else f"is the run in {str(path)!r}, which is not there"
         raise FileNotFoundError(
             f"{argument} {where}: give the path of its directory, or of a file that save_checkpoint makes"

@@ -1,11 +1,11 @@
 """One layer of the AWD-LSTM, under fastai 2's names."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .nn import WeightDropLSTM
+from .nn import State, WeightDropLSTM
 from .ops._common import Seed, check_probability
 
 
@@ -16,11 +16,13 @@ class WeightDropLayer(nn.Module):
     dropout_p is given also output after a variational dropout.
     """
 
+    weight_hh_l0_raw: nn.Parameter
+
     def __init__(self, n_in: int, n_out: int, bidir: bool, weight_p: float, **factory: Any) -> None:
         super().__init__()
         self.weight_p = weight_p
         self.module = WeightDropLSTM(n_in, n_out, batch_first=True, bidirectional=bidir, **factory)
-        self.weight_hh_l0_raw = self.module.weight_hh_l0
+        self.weight_hh_l0_raw = self.module.get_parameter("weight_hh_l0")
         del self.module.weight_hh_l0
 
     def reset_parameters(self) -> None:
@@ -41,14 +43,17 @@ class WeightDropLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: State | None = None,
         lengths: Tensor | None = None,
         seed: Seed = None,
         **drop: Any,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         # the weights by name: what a hook of `module` puts there, as pruning does, is read after it has run
-        weights = {"weight_hh_l0": self.weight_hh_l0_raw}
+        weights: dict[str, Tensor] = {"weight_hh_l0": self.weight_hh_l0_raw}
         return self.module(x, hx, lengths=lengths, seed=seed, weights=weights, weight_p=self.weight_p, **drop)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"weight_p={self.weight_p}"

@@ -5,13 +5,16 @@ import fcntl
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 from .checkpoints import name_file
 
-_held = set()  # open lock files
+_held: set[TextIO] = set()  # open lock files
 
 
-def _close_copies():
+def _close_copies() -> None:
     """Closes a forked child's copies, which would hold the locks for as long as it lives."""
     for file in _held:
         file.close()
@@ -21,11 +24,11 @@ def _close_copies():
 os.register_at_fork(after_in_child=_close_copies)
 
 
-def in_use(what, process):
+def in_use(what: str, process: str) -> str:
     return f"{what} is in use: {process} is training there"
 
 
-def holder(path):
+def holder(path: Path) -> str | None:
     """Who holds the lock file `path`, as "process 123"; None where nobody does, as after the holder's end."""
     try:
         file = open(path, encoding="ascii")
@@ -41,14 +44,14 @@ def holder(path):
     return None
 
 
-def _process(file):
+def _process(file: TextIO) -> str:
     file.seek(0)
     number = file.read().strip()
     return f"process {number}" if number else "another process"
 
 
 @contextlib.contextmanager
-def locked(path, what):
+def locked(path: Path, what: str) -> Iterator[None]:
     """Holds the lock file `path` and removes it in the end.
 
     BlockingIOError where another process, or another thread of this one, holds it; the message begins with
@@ -65,7 +68,7 @@ def locked(path, what):
             file.close()
 
 
-def _acquire(path, what):
+def _acquire(path: Path, what: str) -> TextIO:
     tries = 0
     while True:
         file = open(path, "a+", encoding="ascii")
@@ -96,7 +99,7 @@ def _acquire(path, what):
         file.close()  # the previous holder has just removed it
 
 
-def _is_at(file, path):
+def _is_at(file: TextIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

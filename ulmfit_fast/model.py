@@ -1,6 +1,7 @@
 """The models: encoder, language model and classifier, under fastai 2's names; their layers by depth."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -8,8 +9,9 @@ from torch import Tensor, fx, nn
 from . import to_torch
 from .classifier import TextClassifier
 from .encoder import AWDLSTM
-from .nn import Stack, VariationalDropout, unique_groups
+from .nn import VariationalDropout
 from .ops._logits import cross_entropy, logits
+from .stack import Stack, unique_groups
 
 __all__ = ["AWDLSTM", "LanguageModel", "LinearDecoder", "TextClassifier", "layer_groups"]
 
@@ -47,6 +49,10 @@ class LinearDecoder(nn.Module):
         if self.decoder.bias is not None:
             nn.init.zeros_(self.decoder.bias)
 
+    @overload
+    def forward(self, x: Tensor, targets: None = ..., ignore_index: int = ...) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, targets: Tensor, ignore_index: int = ...) -> tuple[Tensor, Tensor]: ...
     def forward(
         self, x: Tensor, targets: Tensor | None = None, ignore_index: int = -100
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -55,8 +61,11 @@ class LinearDecoder(nn.Module):
             return logits(self.decoder, dropped)
         return cross_entropy(self.decoder, dropped, targets, ignore_index), dropped
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
-class LanguageModel(Stack):
+
+class LanguageModel(Stack[AWDLSTM, LinearDecoder]):
     """An AWD-LSTM and its decoder; model[0] is the encoder, model[1] the decoder, as in fastai.
 
     With tie_weights the decoder's weight is the encoder's, and stays so through copying, moving, casting
@@ -67,11 +76,20 @@ class LanguageModel(Stack):
         self, encoder: AWDLSTM, output_p: float = 0.1, tie_weights: bool = True, bias: bool = True
     ) -> None:
         embedding, weight = encoder.encoder, encoder.encoder.weight
-        tied, factory = embedding if tie_weights else None, dict(device=weight.device, dtype=weight.dtype)
-        super().__init__(encoder, LinearDecoder(*weight.shape, output_p, tied, bias, **factory))
+        tied, (words, width) = embedding if tie_weights else None, weight.shape
+        decoder = LinearDecoder(words, width, output_p, tied, bias, weight.device, weight.dtype)
+        super().__init__(encoder, decoder)
         self.tie_weights = tie_weights
         self.register_load_state_dict_post_hook(_tie)
 
+    @overload
+    def forward(
+        self, ids: Tensor, targets: None = ..., alpha: float = ..., beta: float = ..., ignore_index: int = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, ids: Tensor, targets: Tensor, alpha: float = ..., beta: float = ..., ignore_index: int = ...
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         ids: Tensor,
@@ -101,6 +119,9 @@ class LanguageModel(Stack):
             loss = loss + beta * (output[:, 1:] - output[:, :-1]).float().pow(2).mean()
         return loss, entropy
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def reset(self) -> None:
         """Forget the encoder's state."""
         self[0].reset()
@@ -113,7 +134,7 @@ class LanguageModel(Stack):
         return to_torch.to_torch(self, to_torch.LanguageModel(self))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        encoder, decoder = self
+        encoder, decoder = self[0], self[1]
         return unique_groups([*([rnn] for rnn in encoder.rnns), [encoder.encoder, decoder]])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
@@ -128,7 +149,7 @@ def _tie(model: LanguageModel, incompatible_keys: object = None) -> None:
         tie(model[1].decoder, model[0].encoder, incompatible_keys)
 
 
-def tie(decoder: nn.Module, encoder: nn.Module, incompatible_keys: object = None) -> None:
+def tie(decoder: nn.Linear, encoder: nn.Embedding, incompatible_keys: object = None) -> None:
     """Give both the decoder's weight, as loading without assign does, which copies it last; the encoder's
     where no decoder was loaded.
 

@@ -2,29 +2,17 @@
 
 import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .ops._common import Seed, check_probability, check_seed, check_size
+from .ops._common import Seed, check_probability, check_seed, check_size, derive_seed, draw_seed
 from .ops._logits import is_plain
 
-_SEED_MASK = 2**63 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed drawn by `device` itself, as the ops draw one: a CUDA graph's replay draws another."""
-    return torch.randint(_SEED_MASK, (), device=device)
-
-
-def derive_seed(seed: Seed, k: int) -> Seed:
-    """Seed of the k-th mask of a module called with `seed`; k = 0 gives `seed` itself, None stays None."""
-    return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
+State = tuple[Tensor, Tensor]  # (h, c) of an LSTM
 
 
 def refuse_options(emb: nn.Embedding, owner: str) -> None:
@@ -49,6 +37,9 @@ class VariationalDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         return ops.variational_dropout(x, self.p, seed=seed, batch_first=self.batch_first)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # here and below: nn.Module's own says Any
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + ("" if self.batch_first else ", batch_first=False")
@@ -78,6 +69,9 @@ class EmbeddingDropout(nn.Module):
                 mask = ops.dropout_mask(seed, words, p, dtype=out.dtype, device=out.device)
                 out = out * mask[ids].unsqueeze(-1)
         return out if scale is None else out * scale
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"embed_p={self.embed_p}"
@@ -145,9 +139,10 @@ class WeightDropLSTM(nn.Module):
         self.weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p)
         for layer in range(num_layers):
             n_in = input_size if layer == 0 else hidden_size * self.num_directions
-            shapes = {"weight_ih": (4 * hidden_size, n_in), "weight_hh": (4 * hidden_size, hidden_size)}
+            rows = 4 * hidden_size
+            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, n_in), "weight_hh": (rows, hidden_size)}
             if bias:
-                shapes |= {"bias_ih": (4 * hidden_size,), "bias_hh": (4 * hidden_size,)}
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for suffix in self._suffixes():
                 for name, shape in shapes.items():
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -197,10 +192,22 @@ class WeightDropLSTM(nn.Module):
     def flatten_parameters(self) -> None:
         """Does nothing, as no kernel here wants one flat buffer; there for code written for `nn.LSTM`."""
 
+    @overload
+    def forward(
+        self, input: Tensor, hx: State | None = ..., *,
+        lengths: Tensor | None = ..., seed: Seed = ..., weights: dict[str, Tensor] | None = ...,
+        weight_p: float | None = ..., dropout_p: None = ..., dropout_seed: None = ...,
+    ) -> tuple[Tensor, State]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: Tensor, hx: State | None = ..., *,
+        lengths: Tensor | None = ..., seed: Seed = ..., weights: dict[str, Tensor] | None = ...,
+        weight_p: float | None = ..., dropout_p: float, dropout_seed: Seed = ...,
+    ) -> tuple[Tensor, State, Tensor]: ...  # fmt: skip
     def forward(
         self,
         input: Tensor,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: State | None = None,
         *,
         lengths: Tensor | None = None,
         seed: Seed = None,
@@ -208,7 +215,7 @@ class WeightDropLSTM(nn.Module):
         weight_p: float | None = None,
         dropout_p: float | None = None,
         dropout_seed: Seed = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
         """All layers over input.
 
         Args:
@@ -254,7 +261,9 @@ class WeightDropLSTM(nn.Module):
         drops.append((dropout_p, dropout_seed))
         h_n, c_n = [], []
         for layer, (p, mask_seed) in enumerate(drops):
-            fused = {} if self.bidirectional else {"dropout_p": p, "dropout_seed": mask_seed}
+            fused: dict[str, Any] = {}
+            if not self.bidirectional:
+                fused = {"dropout_p": p, "dropout_seed": mask_seed}
             outputs = []
             for direction in range(self.num_directions):
                 i = layer * self.num_directions + direction
@@ -281,11 +290,14 @@ class WeightDropLSTM(nn.Module):
                 x = output
             else:  # one mask for the features of both directions
                 x = ops.variational_dropout(output, p, seed=mask_seed, batch_first=self.batch_first)
-        h_n, c_n = torch.stack(h_n), torch.stack(c_n)
+        state = torch.stack(h_n), torch.stack(c_n)
         if not batched:
             output, x = (t.squeeze(0 if self.batch_first else 1) for t in (output, x))
-            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
-        return (output, (h_n, c_n)) if dropout_p is None else (output, (h_n, c_n), x)
+            state = state[0].squeeze(1), state[1].squeeze(1)
+        return (output, state) if dropout_p is None else (output, state, x)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _check_input(self, x: Tensor, weight: Tensor, lengths: Tensor | None) -> None:
         if isinstance(x, PackedSequence):
@@ -309,7 +321,7 @@ class WeightDropLSTM(nn.Module):
         if lengths is not None and x.dim() == 2:
             raise ValueError("lengths needs a batch dimension; cut the 2-D input instead: input[:length]")
 
-    def _check_hidden(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> None:
+    def _check_hidden(self, x: Tensor, hx: State) -> None:
         if not isinstance(hx, tuple | list) or len(hx) != 2:
             raise TypeError(f"hx must be the tuple (h_0, c_0), got {type(hx).__name__}")
         if x.dim() == 2 and not hx[0].dim() == hx[1].dim() == 2:
@@ -329,17 +341,3 @@ class WeightDropLSTM(nn.Module):
         )
         changed = [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
-
-
-class Stack(nn.Sequential):
-    """An nn.Sequential with a constructor of its own, which nn.Sequential's slices would call."""
-
-    def __getitem__(self, idx: int | slice) -> nn.Module:
-        if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
-        return super().__getitem__(idx)
-
-
-def unique_groups(groups: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
-    """The parameters of each group of modules, each once."""
-    return [list(dict.fromkeys(p for module in group for p in module.parameters())) for group in groups]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Checkpoint:
         return "classifier" if parts.head else "encoder" if parts.decoder is None else "language model"
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The arguments of `AWDLSTM` that fix its shape: vocab_sz, emb_sz, n_hid, n_layers, bidir.
 
         They are read off the weights; ValueError where no AWDLSTM has these shapes.
@@ -100,7 +101,8 @@ class Checkpoint:
 
     def encoder(self, **dropouts: float) -> AWDLSTM:
         """An AWDLSTM with these weights. dropouts: its hidden_p, input_p, embed_p, weight_p."""
-        encoder = AWDLSTM(**self.config, pad_token=self._pad_token(), **dropouts)
+        options: dict[str, Any] = dropouts
+        encoder = AWDLSTM(**self.config, pad_token=self._pad_token(), **options)
         bare = dataclasses.replace(self.parts, decoder=None, bias=None, head={})
         load_state(encoder, bare.named("fastai"), self.source)
         return encoder
@@ -110,8 +112,8 @@ class Checkpoint:
         if self.tokens is not None:
             words = own_names(self.tokens)
             return words.index(PAD) if PAD in words else None
-        has_one = self.format not in ("salesforce", "torch") and len(self.parts.embedding) > PAD_ID
-        return PAD_ID if has_one else None
+        rows = 0 if self.parts.embedding is None else len(self.parts.embedding)
+        return PAD_ID if self.format not in ("salesforce", "torch") and rows > PAD_ID else None
 
     def language_model(self, output_p: float = 0.1, **dropouts: float) -> LanguageModel:
         """A LanguageModel with these weights; its decoder is tied to the embedding where they are equal.
@@ -122,13 +124,12 @@ class Checkpoint:
         if parts.decoder is None:
             raise ValueError(f"{self.source} holds no decoder; it is of kind {self.kind!r}")
         encoder = self.encoder(**dropouts)
-        tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
-        model = LanguageModel(encoder, output_p, tie_weights=tied, bias=parts.bias is not None)
+        model = LanguageModel(encoder, output_p, tie_weights=parts.tied, bias=parts.bias is not None)
         load_state(model, dataclasses.replace(parts, head={}).named("fastai"), self.source)
         return model
 
     def classifier(
-        self, n_classes: int | None = None, *, dropouts: Mapping | None = None, **options
+        self, n_classes: int | None = None, *, dropouts: Mapping[str, float] | None = None, **options: Any
     ) -> TextClassifier:
         """A TextClassifier on this encoder, with the file's head, or a fresh one of n_classes.
 
@@ -142,7 +143,7 @@ class Checkpoint:
         widths = [t.shape[0] for key, t in sorted(parts.head.items()) if key.endswith(".2.weight")]
         if n_classes not in (None, widths[-1]):
             raise ValueError(f"{self.source} has a head of {widths[-1]} classes, not n_classes={n_classes}")
-        options = {"lin_ftrs": widths[:-1], "ps": [0.4] + [0.1] * (len(widths) - 1)} | options
+        options = {"lin_ftrs": widths[:-1], "ps": [0.4] + [0.1] * (len(widths) - 1), **options}
         model = TextClassifier(self.encoder(**(dropouts or {})), widths[-1], **options)
         load_state(model, parts.named("fastai"), self.source)
         return model
@@ -171,6 +172,7 @@ def load_checkpoint(path: str | Path, tokens: Sequence[str] | str | Path | None 
     path = archives.local_copy(source) if archives.is_address(source) else Path(path)
     if isinstance(tokens, str | Path):
         tokens = read_tokens(Path(tokens).read_bytes(), str(tokens))
+    found: list[str] | None
     notes: list[str] = []
     if path.is_dir():
         backwards = read_config(path, "path")["backwards"]
@@ -213,7 +215,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(path.stem + "_itos.pkl")
 
 
-def _read_file(path: Path, source: str, notes: list[str]) -> tuple[str | None, Mapping[str, Tensor], dict]:
+def _read_file(
+    path: Path, source: str, notes: list[str]
+) -> tuple[str | None, Mapping[str, Tensor], dict[str, Any]]:
     """(format if the file says it, state dict, what it says besides: tokens, backwards); notes gets what is
     left out.
     """
@@ -234,7 +238,7 @@ def _read_file(path: Path, source: str, notes: list[str]) -> tuple[str | None, M
     return _read_safetensors(path)
 
 
-def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], dict]:
+def _read_safetensors(path: Path) -> tuple[str | None, Mapping[str, Tensor], dict[str, Any]]:
     state, metadata = read_model(path)
     state = {key: state[key] for key in sorted(state, reverse=True)}  # its order says nothing: bias_ih first
     ours = any("encoder_dp." in key for key in state)
@@ -256,8 +260,9 @@ def _torch_state(data: bytes, source: str, notes: list[str]) -> Mapping[str, Ten
         return module_state(content)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]  # fastai's {"model", "opt"}
-    items = content.items() if isinstance(content, Mapping) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in items):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(x, Tensor) for key, x in content.items()
+    ):
         raise ValueError(f"{source} must hold a state dict or a model, got {type(content).__name__}")
     return content
 

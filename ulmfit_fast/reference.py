@@ -62,7 +62,12 @@ def philox_mask(seed: int, shape: tuple[int, ...], p: float) -> np.ndarray:
 
 
 def dropout_mask(
-    seed: int, shape: tuple[int, ...], p: float, *, dtype: torch.dtype = torch.float32, device: object = None
+    seed: int,
+    shape: tuple[int, ...],
+    p: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """`philox_mask` as a tensor of `dtype`."""
     return torch.from_numpy(philox_mask(int(seed), tuple(shape), p)).to(device=device, dtype=dtype)

@@ -12,12 +12,13 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .batches import IGNORE, evaluation_windows, pad_batch
 from .classifier import TextClassifier
 from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfig
-from .corpus import Labels, Sources, check_known, check_labels, check_one_length, read_texts
+from .corpus import Label, Labels, Sources, check_known, check_labels, check_one_length, read_texts
 from .devices import pick_device
 from .history import perplexity
 from .model import AWDLSTM, LanguageModel
@@ -25,6 +26,7 @@ from .ops._common import as_int
 from .runs import TOKENIZER, as_directory, load_weights, read_config, read_history
 from .text import PAD_ID, UNK_ID, Tokenizer, check_text, check_texts
 
+Probabilities = NDArray[np.float32]
 _Model = TypeVar("_Model", bound=nn.Module)
 _Config = TypeVar("_Config")
 
@@ -35,7 +37,7 @@ def build_lm(sizes: ModelConfig, vocab_size: int, dropouts: dict[str, float]) ->
 
 
 def build_encoder(sizes: ModelConfig, vocab_size: int, dropouts: dict[str, float]) -> AWDLSTM:
-    inner = {name: dropouts[name] for name in ("hidden_p", "input_p", "embed_p", "weight_p")}
+    inner: dict[str, Any] = {name: dropouts[name] for name in ("hidden_p", "input_p", "embed_p", "weight_p")}
     return AWDLSTM(vocab_size, sizes.emb_sz, sizes.n_hid, sizes.n_layers, pad_token=PAD_ID, **inner)
 
 
@@ -168,7 +170,7 @@ class TrainedLM(_Result[LanguageModel, PretrainConfig | FinetuneConfig]):
         ids = self.tokenizer.encode([prompt])[0].tolist()
         if self.backwards:  # xxbos stands between two texts in this direction too: it comes before the first
             ids = ids[-1:] + ids[:-1]  # word that is read, and behind the last it would end the text
-        encoder, decoder = self.model
+        encoder, decoder = self.model[0], self.model[1]
         feed, hidden = ids, encoder.zero_hidden(1)
         with _evaluating(self.model):
             for _ in range(n):
@@ -198,7 +200,7 @@ def stream_loss(
     """Mean cross-entropy in nats per token of a LanguageModel over arrays of indices; leaves its mode and its
     carried state as they were. between: called after each batch; what it raises ends the measurement.
     """
-    device, (encoder, decoder) = next(model.parameters()).device, model
+    device, encoder, decoder = next(model.parameters()).device, model[0], model[1]
     hidden, total, count = encoder.zero_hidden(0), 0.0, 0
     with _evaluating(model):
         for ids, targets in evaluation_windows(docs, batch_size, bptt):
@@ -234,21 +236,21 @@ def _count(name: str, value: Any, least: int) -> int:
 class Predictor(abc.ABC):
     """What follows from `predict_proba` and `classes`, the classes in the order of its columns."""
 
-    classes: list[Any]
+    classes: list[Label]
 
     @abc.abstractmethod
-    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray: ...
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> Probabilities: ...
 
-    def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Any]:
+    def predict(self, texts: Iterable[str], batch_size: int = 64) -> list[Label]:
         """The most likely class of each text."""
         return [self.classes[i] for i in self.predict_proba(texts, batch_size).argmax(1)]
 
     def accuracy(self, texts: Iterable[str], labels: Labels, batch_size: int = 64) -> float:
         """Share of `texts` whose predicted class is their label; a label that is no class is an error."""
-        texts, labels = check_texts(texts), check_labels(labels)
-        check_one_length(texts, labels)
-        check_known(labels, self.classes)
-        return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), labels, strict=True)]))
+        texts, wanted = check_texts(texts), check_labels(labels)
+        check_one_length(texts, wanted)
+        check_known(wanted, self.classes)
+        return float(np.mean([p == t for p, t in zip(self.predict(texts, batch_size), wanted, strict=True)]))
 
 
 class TrainedClassifier(_Result[TextClassifier, ClassifierConfig], Predictor):
@@ -259,14 +261,14 @@ class TrainedClassifier(_Result[TextClassifier, ClassifierConfig], Predictor):
         model: TextClassifier,
         tokenizer: Tokenizer,
         config: ClassifierConfig,
-        classes: Iterable[str] | Iterable[int],
+        classes: Iterable[Label],
         path: str | pathlib.Path | None = None,
         history: Iterable[dict[str, Any]] = (),
     ) -> None:
         super().__init__(model, tokenizer, config, path, history)
         self.classes = list(classes)
 
-    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> np.ndarray:
+    def predict_proba(self, texts: Iterable[str], batch_size: int = 64) -> Probabilities:
         """float32 (len(texts), len(classes)): probabilities in the order of `texts`."""
         batch_size = _count("batch_size", batch_size, 1)
         docs = self.tokenizer.encode(check_texts(texts, allow_empty=True))
@@ -310,11 +312,9 @@ def load(
     config, classes = record["config"], record["classes"]
     tokenizer = Tokenizer.load(path / TOKENIZER, record["backwards"])
     if record["stage"] == "classify":
-        model = build_classifier(record["model"], len(tokenizer), len(classes), config)
-    else:
-        model = build_lm(record["model"], len(tokenizer), config.dropouts())
-    load_weights(model, path)
-    model.to(device)
-    if record["stage"] == "classify":
-        return TrainedClassifier(model, tokenizer, config, classes, path, read_history(path))
-    return TrainedLM(model, tokenizer, config, path, read_history(path))
+        classifier = build_classifier(record["model"], len(tokenizer), len(classes), config)
+        load_weights(classifier, path)
+        return TrainedClassifier(classifier.to(device), tokenizer, config, classes, path, read_history(path))
+    lm = build_lm(record["model"], len(tokenizer), config.dropouts())
+    load_weights(lm, path)
+    return TrainedLM(lm.to(device), tokenizer, config, path, read_history(path))

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 _hosts: dict[
     Any, Any
-] = {}  # {default process group: a gloo group of the same processes, for objects on the host}
+] = {}  # {default process group: a gloo one of the same processes, for objects on the host}
 
 
 class Team:
@@ -69,12 +69,13 @@ class Team:
         """Calls call() in the first process. What it returns or raises, every process returns or raises."""
         if self.size == 1:
             return call()
-        outcome, caught = [None], None
+        outcome: list[Any] = [None]
+        caught: BaseException | None = None
         if self.is_first:
             try:
                 outcome = [(call(), None)]
-            except BaseException as error:  # KeyboardInterrupt too: the others must not wait for ever
-                outcome, caught = [(None, _sendable(error))], error
+            except BaseException as raised:  # KeyboardInterrupt too: the others must not wait for ever
+                outcome, caught = [(None, _sendable(raised))], raised
         dist.broadcast_object_list(outcome, 0, self._host)
         result, error = outcome[0]
         if error is not None:
@@ -152,7 +153,7 @@ class _SharedDirectory:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._directory, name)
 
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             return self._team.run_on_first(lambda: method(*arguments))
 
         return call
@@ -167,6 +168,9 @@ class _SharedDirectory:
         with contextlib.ExitStack() as held:
             begin = self._directory.begin(record, tokenizer)
             yield self._team.run_on_first(lambda: held.enter_context(begin))
+
+
+Directory = RunDirectory | _SharedDirectory
 
 
 def is_first_process() -> bool:

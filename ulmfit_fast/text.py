@@ -96,7 +96,7 @@ def _marked_parts(text: str) -> Iterator[str]:
     yield before + _spell_out(text[begin:])
 
 
-def as_list(values: Iterable[Any], argument: str, what: str = "texts") -> list[Any]:
+def as_list(values: Any, argument: str, what: str = "texts") -> list[Any]:
     """`values` as a list; TypeError for one str, and for a table, whose entries are its columns' names."""
     if isinstance(values, (str, bytes)):
         raise TypeError(
@@ -129,17 +129,17 @@ def check_text(text: object, where: str) -> str:
 
 
 def check_texts(
-    texts: Iterable[str], argument: str = "texts", allow_empty: bool = False, what: str = "texts"
+    texts: object, argument: str = "texts", allow_empty: bool = False, what: str = "texts"
 ) -> list[str]:
     """Returns `texts` as a list of str, or raises naming the argument and the first entry that is not
     text.
     """
-    texts = as_list(texts, argument, what)
-    for i, text in enumerate(texts):
+    checked = as_list(texts, argument, what)
+    for i, text in enumerate(checked):
         check_text(text, f"{argument}[{i}]")
-    if not texts and not allow_empty:
+    if not checked and not allow_empty:
         raise ValueError(f"{argument} is empty: at least one text is needed")
-    return texts
+    return checked
 
 
 # Runs of letters that only a text without spaces has: of Han and kana more than 5, but of katakana alone, as
@@ -182,7 +182,7 @@ class Tokenizer:
     def __init__(self, inner: Any, backwards: bool = False) -> None:
         self._inner, self.backwards = inner, backwards
         vocab: dict[str, int] = inner.get_vocab()
-        self.itos: list[str] = sorted(vocab, key=vocab.get)  # type: ignore[arg-type]
+        self.itos: list[str] = sorted(vocab, key=vocab.__getitem__)
         self.stoi = vocab
         if tuple(self.itos[: len(SPECIALS)]) != SPECIALS or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"not a vocabulary of ulmfit_fast: it must start with {' '.join(SPECIALS)}")

@@ -7,13 +7,19 @@ Their code must not look at a size of its input as a Python number, or the graph
 
 import copy
 import re
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from .checkpoints import listed
 from .nn import WeightDropLSTM
+from .stack import Stack
 
+if TYPE_CHECKING:
+    from .encoder import AWDLSTM
+
+_Module = TypeVar("_Module", bound=nn.Module)
 State = tuple[tuple[Tensor, Tensor] | None, ...]  # per layer (h, c), as AWDLSTM.hidden, or None for zeros
 
 _RENAMED = (
@@ -34,10 +40,10 @@ def torch_key(key: str) -> str | None:
     return None if key == "encoder_dp.emb.weight" else key
 
 
-def to_torch(model: nn.Module, stock: nn.Module) -> fx.GraphModule:
+def to_torch(model: nn.Module, stock: "Encoder") -> fx.GraphModule:
     """The graph of `stock`, one of the classes below made for `model`, in eval, its weights copied."""
-    state = {torch_key(key): tensor.clone() for key, tensor in model.state_dict().items()}
-    state.pop(None, None)
+    named = ((torch_key(key), tensor) for key, tensor in model.state_dict().items())
+    state = {key: tensor.clone() for key, tensor in named if key is not None}
     if others := state.keys() ^ stock.state_dict().keys():
         raise ValueError(
             f"to_torch takes the weights of its own modules alone, but {type(model).__name__} differs in "
@@ -45,19 +51,20 @@ def to_torch(model: nn.Module, stock: nn.Module) -> fx.GraphModule:
             "torch.nn.utils.parametrize.remove_parametrizations) first"
         )
     stock.load_state_dict(state, assign=True)
-    if getattr(model, "tie_weights", False):
+    if isinstance(stock, LanguageModel) and getattr(model, "tie_weights", False):
         stock.decoder.weight = stock.encoder.weight
+    rnn: Any  # a ModuleList does not say what it holds
     for rnn in stock.rnns:
         rnn.flatten_parameters()  # one buffer, as cuDNN wants it
     tracer = fx.Tracer()
-    tracer.is_leaf_module = lambda module, name: True  # type: ignore[method-assign]  # the head stays whole
+    tracer.is_leaf_module = lambda m, module_qualified_name: True  # type: ignore[method-assign]  # the head stays whole
     graph = tracer.trace(stock)
     for node in graph.find_nodes(op="placeholder", target="state"):
         node.args = ((None,) * len(stock.rnns),)  # the default: nn.LSTM starts from zeros where it gets None
     return fx.GraphModule(stock, graph, type(model).__name__).eval()
 
 
-def _expect(name: str, module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _expect(name: str, module: object, kind: type[_Module]) -> _Module:
     if not isinstance(module, kind):
         raise ValueError(f"to_torch needs a {kind.__name__} as {name}, got a {type(module).__name__}")
     return module
@@ -66,14 +73,15 @@ def _expect(name: str, module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 class Encoder(nn.Module):
     """ids (B, T), state -> output (B, T, E), new state."""
 
-    def __init__(self, awd_lstm: nn.Module) -> None:
+    def __init__(self, awd_lstm: "AWDLSTM") -> None:
         super().__init__()
         lstms = [
             _expect(f"rnns[{layer}].module", getattr(rnn, "module", rnn), WeightDropLSTM)
             for layer, rnn in enumerate(awd_lstm.rnns)
         ]
+        words, width = awd_lstm.encoder.weight.shape
         with torch.device("meta"):  # the weights are assigned
-            self.encoder = nn.Embedding(*awd_lstm.encoder.weight.shape, awd_lstm.encoder.padding_idx)
+            self.encoder = nn.Embedding(words, width, awd_lstm.encoder.padding_idx)
             self.rnns = nn.ModuleList(
                 nn.LSTM(x.input_size, x.hidden_size, batch_first=True, bidirectional=x.bidirectional)
                 for x in lstms
@@ -91,7 +99,7 @@ class Encoder(nn.Module):
 class LanguageModel(Encoder):
     """ids (B, T), state -> logits (B, T, V), new state."""
 
-    def __init__(self, model: nn.Sequential) -> None:
+    def __init__(self, model: "Stack[AWDLSTM, Any]") -> None:
         super().__init__(model[0])
         linear = _expect("decoder.decoder", model[1].decoder, nn.Linear)
         words, width = linear.weight.shape
@@ -110,17 +118,18 @@ class TextClassifier(Encoder):
     was at the beginning of the one before.  It therefore reads the document with every chunk turned round.
     """
 
-    def __init__(self, model: nn.Sequential) -> None:
+    def __init__(self, model: Stack[Any, Any]) -> None:
         super().__init__(model[0].module)
         self.bptt, self.max_len = model[0].bptt, model[0].max_len
         self.head = nn.Sequential(*(nn.Sequential(*map(_stock_layer, block)) for block in model[1].layers))
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]  # a graph of its own
         position = torch.ones_like(ids).cumsum(1) - 1
         lengths = lengths.long().unsqueeze(1)
         beyond = position >= lengths
         x = self.encoder(ids.masked_fill(beyond, 0))
         turned = self._turned(position, lengths) if self.rnns[0].bidirectional else None
+        rnn: Any
         for rnn in self.rnns:
             x = rnn(x)[0] if turned is None else _read_both_ways(rnn, x, turned)
         beyond = beyond.unsqueeze(2)

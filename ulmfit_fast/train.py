@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoints import load_state
-from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, check_flag, make_config
+from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfig, check_flag, make_config
 from .corpus import Labels, Sources, label_classes, read_labelled, read_texts, read_valid
-from .fitting import Callback, Show, check_cuda_graph, fit_classifier, fit_lm, own_randomness, prepare
+from .fitting import (
+    Callback,
+    Show,
+    check_cuda_graph,
+    finished,
+    fit_classifier,
+    fit_lm,
+    own_randomness,
+    prepare,
+)
 from .initial import check_direction, start_from_frequencies, starting_point, way
 from .model import layer_groups
 from .pretrained import Checkpoint
@@ -88,7 +98,7 @@ def pretrain_lm(
     record = dict(stage="pretrain", preset=preset, model=config.model_config(), config=config, classes=None)
     record |= dict(backwards=config.backwards, data=fingerprint(texts, held_out))
     if job.run.holds_finished(record):
-        return load(job.run.path, job.device)
+        return finished(job, TrainedLM)
     announce(f"counting and encoding the words of {len(texts):,} texts", job.progress)
     tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, config.backwards)
     docs = tokenizer.encode(texts)
@@ -144,22 +154,22 @@ def finetune_lm(
     """
     backwards = check_direction(backwards)
     job = prepare(out, resume, overwrite, device, progress, callback)
-    base, sizes, base_preset = starting_point(base_run, "base_run", backwards)
+    base, words, sizes, base_preset = starting_point(base_run, "base_run", backwards)
     preset = preset or base_preset
     config = make_config("finetune", preset, config, overrides)
     check_cuda_graph(config, job.team)
-    texts, held_out = _read_unlabelled(texts, "texts", valid)
-    warn_of_unspaced(texts, "texts")
-    words = own_vocab(base.tokens)
+    lines, held_out = _read_unlabelled(texts, "texts", valid)
+    warn_of_unspaced(lines, "texts")
+    words = own_vocab(words)
     record = dict(stage="finetune", preset=preset, model=sizes, config=config, classes=None)
-    record |= dict(backwards=base.backwards, data=fingerprint(texts, held_out, words, base.state))
+    record |= dict(backwards=base.backwards, data=fingerprint(lines, held_out, words, base.state))
     if job.run.holds_finished(record):
-        return load(job.run.path, job.device)
-    announce(f"counting and encoding the words of {len(texts):,} texts", job.progress)
-    itos = target_vocab(words, texts, config.max_vocab, config.min_freq, config.keep_base_vocab)
+        return finished(job, TrainedLM)
+    announce(f"counting and encoding the words of {len(lines):,} texts", job.progress)
+    itos = target_vocab(words, lines, config.max_vocab, config.min_freq, config.keep_base_vocab)
     tokenizer = Tokenizer.from_vocab(itos, base.backwards)
-    docs = tokenizer.encode(texts)
-    del texts
+    docs = tokenizer.encode(lines)
+    del lines
     with own_randomness(config.seed, job):
         model = build_lm(sizes, len(tokenizer), config.dropouts())
         moved = base.with_tokens(itos)
@@ -222,13 +232,18 @@ def train_classifier(
     backwards = check_direction(backwards)
     from_scratch = check_flag("from_scratch", from_scratch)
     job = prepare(out, resume, overwrite, device, progress, callback)
-    base, sizes, base_preset, weights = None, None, "ulmfit", {}
+    base: Checkpoint | None = None
+    sizes: ModelConfig | None = None
+    weights: dict[str, Tensor] = {}
+    words: list[str] = []
+    base_preset = "ulmfit"
     if lm_run is not None:
         # fresh weights have no direction yet
         of_base = None if from_scratch else backwards
-        base, sizes, base_preset = starting_point(lm_run, "lm_run", of_base, decoder=False)
+        base, words, sizes, base_preset = starting_point(lm_run, "lm_run", of_base, decoder=False)
         weights = {} if from_scratch else base.state
-        base = base.with_tokens(own_vocab(base.tokens))
+        words = own_vocab(words)
+        base = base.with_tokens(words)
     preset = preset or base_preset
     backwards = bool(base and base.backwards) if backwards is None else backwards
     scratch = from_scratch or base is None
@@ -236,28 +251,29 @@ def train_classifier(
         config = SCRATCH | (config or {})
     config = make_config("classify", preset, config, overrides)
     sizes = sizes or make_config("pretrain", preset).model_config()
-    texts, labels = read_labelled(texts, labels)
-    warn_of_unspaced(texts, "texts")
-    classes = label_classes(labels)
+    documents, answers = read_labelled(texts, labels)
+    warn_of_unspaced(documents, "texts")
+    classes = label_classes(answers)
     held_out = None if valid is None else read_valid(valid, classes)
-    words = base and base.tokens
     record = dict(stage="classify", preset=preset, model=sizes, config=config, classes=classes)
     record["backwards"] = backwards
-    record["data"] = fingerprint(texts, labels, held_out, words, scratch, weights)
+    record["data"] = fingerprint(documents, answers, held_out, words or None, scratch, weights)
     if job.run.holds_finished(record):
-        return load(job.run.path, job.device)
+        return finished(job, TrainedClassifier)
     if base:
         reader = "the classifier from scratch" if scratch else base.source
         announce(f"{reader} reads {way(backwards)}", job.progress)
         tokenizer = Tokenizer.from_vocab(words, backwards)
     else:
-        tokenizer = Tokenizer.train(texts, config.max_vocab, config.min_freq, backwards)
+        tokenizer = Tokenizer.train(documents, config.max_vocab, config.min_freq, backwards)
     with own_randomness(config.seed, job):
         model = build_classifier(sizes, len(tokenizer), len(classes), config)
-        if not scratch:
+        if base and not scratch:
             load_state(model[0].module, base.encoder().state_dict(), base.source)
-        return fit_classifier(job, record, model, tokenizer, texts, labels, held_out)
+        return fit_classifier(job, record, model, tokenizer, documents, answers, held_out)
 
 
-def _read_unlabelled(sources, argument, valid):
+def _read_unlabelled(
+    sources: Sources, argument: str, valid: Sources | None
+) -> tuple[list[str], list[str] | None]:
     return read_texts(sources, argument), None if valid is None else read_texts(valid, "valid")

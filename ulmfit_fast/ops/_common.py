@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -12,12 +13,17 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Seed = int | Tensor | None
+Precision = Literal["highest", "high", "medium"]
+_SEED_MASK = 2**63 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: its multiples differ in about half of their bits
+Grads = tuple[Tensor | None, ...]  # what a backward returns
 
 
 def as_int(value: object) -> int | None:
     """value where it is an integer, of Python, NumPy or a graph's symbols; else, and for a bool, None."""
     if isinstance(value, (int, torch.SymInt)):
-        return None if isinstance(value, bool) else value
+        # a graph's symbol is typed as the int that it stands for
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
     return int(value) if isinstance(value, numbers.Integral) else None
 
 
@@ -68,8 +74,18 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
             return torch.zeros((), dtype=torch.int64, device=device)
         # drawn by the device itself, so nobody waits for it; a replayed CUDA graph draws another.
         # torch.manual_seed seeds the generators of all devices.
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+        return torch.randint(_SEED_MASK, (), dtype=torch.int64, device=device)
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed drawn by `device` itself, as the ops draw one: a CUDA graph's replay draws another."""
+    return torch.randint(_SEED_MASK, (), device=device)
+
+
+def derive_seed(seed: Seed, k: int) -> Seed:
+    """Seed of the k-th mask of a module called with `seed`; k = 0 gives `seed` itself, None stays None."""
+    return None if seed is None else seed ^ (k * _GOLDEN & _SEED_MASK)
 
 
 def check_probability(op: str, name: str, p: float) -> float:
@@ -154,6 +170,10 @@ def autocast_dtype(value: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
+@overload
+def autocast_weight(value: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def autocast_weight(value: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def autocast_weight(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A 16-bit weight in the `dtype` that autocast chose; a float32 one stays, as the ops can read it."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.bfloat16, torch.float16):
@@ -202,7 +222,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def raise_second_derivative(op: str) -> None:
+def raise_second_derivative(op: str) -> NoReturn:
     raise RuntimeError(
         f"ulmfit_fast.{op}: second derivatives are not implemented (its gradient has no gradient); "
         f"ulmfit_fast.reference.{op} has them"
@@ -224,10 +244,10 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     raise NotImplementedError(f"ulmfit_fast.{op}: {what}; ulmfit_fast.reference.{op} has them")
 
 
-def register_gradient(op: str, backward: Callable, setup_context: Callable) -> None:
+def register_gradient(op: str, backward: Callable[..., Grads], setup_context: Callable[..., None]) -> None:
     """The autograd formula of `op`; its backward op gets one that only raises an explanation."""
 
-    def checked(ctx: object, *grads: Tensor | None) -> tuple:
+    def checked(ctx: object, *grads: Tensor | None) -> Grads:
         refuse_transforms(op, *grads)
         return backward(ctx, *grads)
 

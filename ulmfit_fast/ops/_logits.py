@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +13,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from ulmfit_fast.ops._common import FLOATS, allows_high, autocast_dtype, needs_grad, readable
 from ulmfit_fast.ops.linear_cross_entropy import linear_cross_entropy
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+def has_forward_of(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """Whether its output is that of `kind` for its weights (parametrized ones too)."""
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
@@ -24,7 +27,7 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS) or _has_any_global_hook()
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """Whether its weights may be read in place of a call: `has_forward_of`, and no hooks."""
     return has_forward_of(module, kind) and not is_hooked(module)
 
@@ -51,8 +54,9 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def logits(decoder: nn.Module, h: Tensor) -> Tensor:
     """decoder(h), by `linear` where the decoder is a plain nn.Linear."""
-    plain = is_plain(decoder, nn.Linear) and isinstance(h, Tensor)  # torch.fx traces with a Proxy
-    return linear(h, decoder.weight, decoder.bias) if plain else decoder(h)
+    if is_plain(decoder, nn.Linear) and isinstance(h, Tensor):  # torch.fx traces with a Proxy
+        return linear(h, decoder.weight, decoder.bias)
+    return decoder(h)
 
 
 def cross_entropy(decoder: nn.Module, h: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -68,5 +72,5 @@ def cross_entropy(decoder: nn.Module, h: Tensor, target: Tensor, ignore_index: i
 
 
 @torch.library.register_fake("ulmfit_fast::logits")
-def _(h, weight, bias, high):  # type: ignore
+def _(h, weight, bias, high):
     return h.new_empty(h.shape[0], weight.shape[0])

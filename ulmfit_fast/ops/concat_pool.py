@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulmfit_fast.ops._common import check_input, check_lengths, refuse_transforms, register_gradient
+from ulmfit_fast.ops._common import Grads, check_input, check_lengths, refuse_transforms, register_gradient
 
 
 def concat_pool(out: Tensor, lengths: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _(dpooled: Tensor, lengths: Tensor, argmax: Tensor, time: int) -> Tensor:
     return dpooled.new_empty((batch, time, hidden))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, lengths = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.time = out.shape[1]
@@ -57,7 +57,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dpooled: Tensor | None, dargmax: Tensor | None) -> tuple:
+def _backward(ctx: Any, dpooled: Tensor | None, dargmax: Tensor | None) -> Grads:
     if dpooled is None:
         return None, None
     lengths, argmax = ctx.saved_tensors

@@ -38,8 +38,9 @@ def dropout_mask(
         TypeError, ValueError: an argument is not what is said above.
     """
     p = check_probability("dropout_mask", "p", p)
-    sizes = [as_int(n) for n in (shape if hasattr(shape, "__iter__") else [shape])]
-    if any(n is None for n in sizes):
+    given = [as_int(n) for n in (shape if hasattr(shape, "__iter__") else [shape])]
+    sizes = [n for n in given if n is not None]
+    if len(sizes) < len(given):
         raise TypeError(f"dropout_mask: shape must be integers, got {shape!r}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"dropout_mask: shape must have sizes >= 0, got {tuple(sizes)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
+    Grads,
     Seed,
     as_int,
     check_input,
@@ -74,14 +75,14 @@ def _(dy: Tensor, ids: Tensor, seed: Tensor, p: float, padding_idx: int, num_emb
     return dy.new_empty((num_embeddings, dy.shape[-1]))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, ids, seed, ctx.p, ctx.padding_idx = inputs
     ctx.words = weight.shape[0]
     ctx.save_for_backward(ids, seed)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None) -> Grads:
     dweight = None
     if dy is not None:
         ids, seed = ctx.saved_tensors

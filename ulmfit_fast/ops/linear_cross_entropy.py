@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
+    Grads,
+    Precision,
     allows_high,
     as_int,
     autocast_dtype,
@@ -35,8 +37,8 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    precision: str | None = None,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    precision: Precision | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the logits h @ weight.T + bias against target.
@@ -133,7 +135,7 @@ def linear_cross_entropy(
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
-def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, need_dw, chunk_rows):  # type: ignore
+def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, need_dw, chunk_rows):
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
     dh = h.new_empty(h.shape if grad else (0,))
@@ -141,7 +143,7 @@ def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, g
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
-def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_dw, chunk_rows):  # type: ignore
+def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_dw, chunk_rows):
     return h.new_empty(h.shape), *_weight_gradients(weight, bias, need_dw)
 
 
@@ -161,7 +163,7 @@ class _ScaleGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, dloss: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *grads: Tensor
-    ) -> tuple:
+    ) -> tuple[Tensor, ...]:
         # Out of place: the saved gradients must survive a second backward pass over a retained graph.  In
         # dloss's dtype: float32 / positions rounded to 16 bits would scale all gradients by the same error.
         # torch's product with a scalar does so by itself on a CPU, without a copy of the gradients; its
@@ -175,7 +177,7 @@ class _ScaleGradients(torch.autograd.Function):
         raise_second_derivative("linear_cross_entropy")
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, weight, bias, target, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, ctx.high, ctx.grad, \
         ctx.need_dw, ctx.chunk_rows = inputs  # fmt: skip
     _, dh, dweight, dbias = output
@@ -184,7 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple:
+def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> Grads:
     if dloss is None:
         return (None,) * 11
     need_dw = any(ctx.needs_input_grad[1:3])

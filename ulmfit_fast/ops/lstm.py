@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
+    Grads,
+    Precision,
     Seed,
     allows_high,
     autocast_dtype,
@@ -25,6 +27,20 @@ from ulmfit_fast.ops._common import (
 )
 
 
+@overload
+def lstm(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Tensor | None = ..., b_hh: Tensor | None = ..., *, weight_p: float = ..., seed: Seed = ...,
+    batch_first: bool = ..., lengths: Tensor | None = ..., reverse: bool = ...,
+    precision: Precision | None = ..., dropout_p: None = ..., dropout_seed: None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def lstm(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Tensor | None = ..., b_hh: Tensor | None = ..., *, weight_p: float = ..., seed: Seed = ...,
+    batch_first: bool = ..., lengths: Tensor | None = ..., reverse: bool = ...,
+    precision: Precision | None = ..., dropout_p: float, dropout_seed: Seed = ...,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 def lstm(
     x: Tensor,
     h0: Tensor | None,
@@ -39,7 +55,7 @@ def lstm(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reverse: bool = False,
-    precision: str | None = None,
+    precision: Precision | None = None,
     dropout_p: float | None = None,
     dropout_seed: Seed = None,
 ) -> tuple[Tensor, ...]:
@@ -90,7 +106,8 @@ def lstm(
 
     dtype = autocast_dtype(x)
     x = x.to(dtype)
-    w_ih, w_hh, b_ih, b_hh = (autocast_weight(t, dtype) for t in (w_ih, w_hh, b_ih, b_hh))
+    w_ih, w_hh = autocast_weight(w_ih, dtype), autocast_weight(w_hh, dtype)
+    b_ih, b_hh = autocast_weight(b_ih, dtype), autocast_weight(b_hh, dtype)
     weight_dtypes = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
     check_tensor(op, "w_hh", w_hh, weight_dtypes, x.device)
     if w_hh.dim() != 2 or w_hh.shape[1] == 0 or w_hh.shape[0] != 4 * w_hh.shape[1]:
@@ -139,7 +156,7 @@ def lstm(
 
 
 @torch.library.register_fake("ulmfit_fast::lstm")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,  # type: ignore
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,
       weight_p, dropout_p, batch_first, reverse, high, save):  # fmt: skip
     hidden = w_hh.shape[1]
     time, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
@@ -154,7 +171,7 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,  # type: i
 
 
 @torch.library.register_fake("ulmfit_fast::lstm_backward")
-def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, lengths, seed, dropout_seed, y, gates, cells,  # type: ignore
+def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, lengths, seed, dropout_seed, y, gates, cells,
       weight_p, dropout_p, batch_first, reverse, high, need_dx, need_dw):  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     dw_ih = w_ih.new_empty(w_ih.shape if need_dw else (0,))
@@ -163,7 +180,7 @@ def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, lengths, seed, dropout_se
     return dx, h0.new_empty(h0.shape), c0.new_empty(c0.shape), dw_ih, dw_hh, db
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, h0, c0, w_ih, w_hh, _, _, lengths, seed, dropout_seed, *options, ctx.saved = inputs
     ctx.options = options  # weight_p, dropout_p, batch_first, reverse, high
     _, dropout_p, *_ = options
@@ -180,7 +197,7 @@ def _backward(
     dc_n: Tensor | None,
     ddropped: Tensor | None,
     *_: None,
-) -> tuple:
+) -> Grads:
     if dy is None and dh_n is None and dc_n is None and ddropped is None:
         return (None,) * 16
     if not ctx.saved:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ulmfit_fast.ops._common import (
+    Grads,
     Seed,
     check_flag,
     check_input,
@@ -59,13 +60,13 @@ def _(dy: Tensor, seed: Tensor, p: float, batch_first: bool) -> Tensor:
     return dy.new_empty(dy.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, seed, ctx.p, ctx.batch_first = inputs
     ctx.save_for_backward(seed)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None) -> Grads:
     if dy is None:
         return None, None, None, None
     (seed,) = ctx.saved_tensors
