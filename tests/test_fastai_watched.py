@@ -135,7 +135,7 @@ def test_waiting_makes_nothing(wanted):
     with torch.set_grad_enabled(wanted):
         logits = waiting(decoder, h)
     assert logits.requires_grad == wanted and logits.shape == (2, 3, 7)
-    assert logits._values is None and logits.made is None
+    assert logits._read is None and logits.made is None
 
 
 def test_second_derivatives():

@@ -15,7 +15,12 @@ from ._info import __version__, info
 from ._workspace import release_workspace
 from .model import AWDLSTM, LanguageModel, TextClassifier
 from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
-from .ops import concat_pool, dropout_mask, embedding_dropout, linear_cross_entropy, lstm, variational_dropout
+from .ops.concat_pool import concat_pool
+from .ops.dropout_mask import dropout_mask
+from .ops.embedding_dropout import embedding_dropout
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.lstm import lstm
+from .ops.variational_dropout import variational_dropout
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from .ensemble import ClassifierEnsemble
@@ -54,10 +59,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name], __name__), name)
+if not TYPE_CHECKING:  # which would find any name then
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -288,9 +288,8 @@ def _run_predict(a):
             if os.path.isfile(os.path.join(text, CONFIG)):
                 raise ValueError(f"{text!r} is a run, not a text: give --average once for each run")
         classifiers: dict[str, TrainedClassifier] = {}
-        runs = {a.run_dir: result, **{run: load(run, a.device) for run in a.average}}
-        for run, each in runs.items():
-            if isinstance(each, TrainedLM):
+        for run, each in {a.run_dir: result, **{run: load(run, a.device) for run in a.average}}.items():
+            if not isinstance(each, TrainedClassifier):
                 raise ValueError(f"--average needs classifiers, but {run!r} is a language model's run")
             classifiers[run] = each
         result = ClassifierEnsemble(classifiers[run] for run in (a.run_dir, *a.average))

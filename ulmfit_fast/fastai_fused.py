@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fastai.callback.core import Callback
@@ -23,6 +23,7 @@ from . import ops
 from .encoder import is_exporting
 from .ops._logits import has_forward_of, is_plain, linear
 
+_Kind = TypeVar("_Kind", bound=Tensor)
 _READ_THE_LOSS = (AvgLoss, AvgSmoothLoss, LossMetric, Perplexity, ValueMetric)
 _METADATA = {
     torch.is_floating_point,
@@ -37,7 +38,7 @@ _METADATA = {
 _SAMPLED = 2**14  # elements of a tensor, at most, in which a change is looked for
 
 
-def why_not_fused(decoder: core.LinearDecoder, loss: Callable) -> str:
+def why_not_fused(decoder: core.LinearDecoder, loss: Callable[..., Any]) -> str:
     """Why this decoder cannot be fused with this loss, or ""."""
     if "forward" in vars(decoder):
         return "the decoder has a forward of its own"
@@ -66,7 +67,7 @@ def when_made(learn: Learner) -> str:
     return f"made in {'training and ' * _in_training(learn)}validation, for {', '.join(names)}"
 
 
-def _readers(learn: Learner) -> list:
+def _readers(learn: Learner) -> list[Any]:
     """The metrics that read logits."""
     return [metric for metric in learn.metrics if not isinstance(metric, _READ_THE_LOSS)]
 
@@ -103,13 +104,14 @@ class Logits(Tensor):
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=h.device)
 
     def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.h, self.weight, self.bias, self.made = h, weight, bias, None
+        self.h, self.weight, self.bias = h, weight, bias
+        self.made: Tensor | None = None
         self.wanted = (False, False, False)  # the gradients of these three
         self._seen = [_looks(t) for t in (h, weight, bias)]
         self._dtype = _dtype_of_product(h, weight)
-        self._values: Tensor | None = None
+        self._read: Tensor | None = None
 
-    def as_subclass(self, cls: type) -> Tensor:  # which torch does not send to __torch_function__
+    def as_subclass(self, cls: type[_Kind]) -> _Kind:  # which torch does not send to __torch_function__
         return self.make().as_subclass(cls)
 
     def make(self) -> Tensor:
@@ -121,11 +123,12 @@ class Logits(Tensor):
 
     def values(self) -> Tensor:
         """The real logits without a graph."""
-        if self._values is None:
-            parts = (None if t is None else t.to(self._dtype) for t in self.parts())
+        if self._read is None:
+            h, weight, bias = self.parts()
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._values = linear(*parts).to(self.dtype)
-        return self._values
+                bias = None if bias is None else bias.to(self._dtype)
+                self._read = linear(h.to(self._dtype), weight.to(self._dtype), bias).to(self.dtype)
+        return self._read
 
     def parts(self, elements: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """The decoder's input, weight and bias at its call; RuntimeError if they have been changed since.
@@ -144,14 +147,16 @@ class Logits(Tensor):
                     "input, have been changed before that: read them before the optimizer's step (in "
                     "after_pred or after_loss), or restore(learn) for a decoder that makes them in each call"
                 )
-        h, weight, bias = (
-            part if part is None or wanted else part.detach()
-            for part, wanted in zip(parts, self.wanted, strict=True)
-        )
+        (h, weight, bias), (for_h, for_weight, for_bias) = parts, self.wanted
+        h, weight = h if for_h else h.detach(), weight if for_weight else weight.detach()
+        if bias is not None and not for_bias:
+            bias = bias.detach()
         return h.as_subclass(Tensor), weight, bias
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -162,7 +167,9 @@ class Logits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
+    def __torch_dispatch__(  # type: ignore[override]  # torch types its own as a method of an instance
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """What comes past __torch_function__: autograd's functions, those of hooks and checkpoints too."""
         args, kwargs = tree_map_only(Logits, Logits.values, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -183,14 +190,15 @@ class _Wait(torch.autograd.Function):
     """F.linear whose output waits.  Its backward serves those who read it; the fused loss has its own."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias):  # type: ignore
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
         ctx.save_for_backward(h, weight, bias)
         ctx.dtype = _dtype_of_product(h, weight)
         return Logits(h, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore
-        h, weight, bias = (None if t is None else t.as_subclass(Tensor) for t in ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight, bias = ctx.saved_tensors
+        h, weight = h.as_subclass(Tensor), weight.as_subclass(Tensor)
         with torch.autocast(grad.device.type, enabled=False):
             rows = grad.as_subclass(Tensor).to(ctx.dtype).flatten(0, -2)
             for_h, for_weight, for_bias = ctx.needs_input_grad
@@ -205,14 +213,14 @@ class _Read(torch.autograd.Function):
     """The values of waiting logits, as an operation on them."""
 
     @staticmethod
-    def forward(ctx, logits):  # type: ignore
+    def forward(ctx: Any, logits: Logits) -> Tensor:
         # not a plain Tensor: fastai would cast it back to Logits, the type that it passed in
         kind = TensorBase if type(logits.h) is Tensor else type(logits.h)
         # and no view, as as_subclass makes one, which autograd would not let anyone change in place
         return Tensor._make_subclass(kind, logits.values())
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -221,7 +229,7 @@ def _dtype_of_product(h: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _looks(tensor: Tensor | None) -> tuple[tuple, Tensor]:
+def _looks(tensor: Tensor | None) -> tuple[tuple[Any, ...], Tensor]:
     """A fingerprint of a tensor: autograd's version counter, and some of its elements.
 
     The elements are needed because fastai's optimizers write to `p.data`, which autograd does not count.
@@ -256,7 +264,7 @@ class FusedLoss(CrossEntropyLossFlat):
     """fastai's cross-entropy, which computes it without the logits where they are not made."""
 
     def __init__(self, loss: CrossEntropyLossFlat) -> None:
-        vars(self).update(vars(loss))
+        self.__dict__.update(vars(loss))
 
     def __call__(self, inp: Tensor, targ: Tensor, **kwargs: Any) -> Tensor:
         if not isinstance(inp, Logits) or inp.made is not None or kwargs or _why_other_numbers(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class InnerLSTM(WeightDropLSTM):
     of this module by itself reads it too, and so drops nothing more.
     """
 
+    recall: Callable[[], Tensor]
+
     def __getattr__(self, name: str) -> Any:  # only for names that are not found otherwise
         if name == "weight_hh_l0" and "recall" in vars(self):
             return self.recall()
@@ -74,6 +77,8 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
     Other modules are refused: fastai's own class wraps those.
     """
 
+    _last_mask: tuple[float, Seed]
+
     def __init__(
         self, module: nn.LSTM, weight_p: float, layer_names: str | list[str] = "weight_hh_l0"
     ) -> None:
@@ -86,7 +91,7 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
             raise ValueError(f"layer_names must be 'weight_hh_l0' (its reverse is dropped too), got {names}")
         nn.Module.__init__(self)
         self.layer_names = names
-        self.module = InnerLSTM(
+        self.module = inner = InnerLSTM(
             module.input_size,
             module.hidden_size,
             batch_first=module.batch_first,
@@ -99,7 +104,7 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
         del self.module.weight_hh_l0
         for name, parameter in parameters.items():
             setattr(self.module, name, parameter)
-        self.module.recall = self._dropped_weight
+        inner.recall = self._dropped_weight
         self.reset()
 
     def forward(
@@ -118,11 +123,11 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
 
     def reset(self) -> None:
         """`module.weight_hh_l0` is the raw weight again."""
-        self._last_mask: tuple[float, Seed] = (0.0, None)
+        self._last_mask = (0.0, None)
 
     def _dropped_weight(self) -> Tensor:
         raw, (p, seed) = self.weight_hh_l0_raw, self._last_mask
-        if not p:
+        if not p or seed is None:
             return raw.clone()
         return raw * ops.dropout_mask(int(seed), tuple(raw.shape), p, dtype=raw.dtype, device=raw.device)
 
@@ -149,7 +154,9 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         weight_p: float = 0.5,
         bidir: bool = False,
     ) -> None:
-        dropouts = dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p)
+        dropouts: dict[str, Any] = dict(
+            hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p
+        )
         for name, p in dropouts.items():
             try:
                 dropouts[name] = p = float(p)  # NumPy numbers and tensors too
@@ -176,7 +183,9 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
         n_in = self.n_hid if layer else self.emb_sz
         return self._one_rnn(n_in, self._features(layer), bidir, weight_p, layer)
 
-    def forward(self, inp: Tensor, from_embeds: bool = False, **options: Any) -> Any:
+    def forward(  # type: ignore[override]  # fastai's two arguments may come without their names
+        self, inp: Tensor, from_embeds: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """inp (B, T) token numbers, or (B, T, emb_sz) embeddings with from_embeds -> (B, T, emb_sz).
 
         options are those of `AWDLSTM`.  The output is of inp's type, which in fastai is not plain Tensor.
@@ -190,6 +199,7 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
 
     def reset(self) -> None:
         """Forget the state: the next call starts from zeros."""
+        rnn: Any  # what `_one_rnn` makes
         for rnn in self.rnns:
             if hasattr(rnn, "reset"):
                 rnn.reset()

@@ -47,7 +47,7 @@ class Accelerated:
     """
 
     swapped: list[tuple[Any, str, nn.Module, nn.Module]] = field(default_factory=list)
-    loss_func: Callable | None = None  # the learner's own, while ours replaces it
+    loss_func: Callable[..., Any] | None = None  # the learner's own, while ours replaces it
     loss: str = ""
 
     def __repr__(self) -> str:
@@ -75,7 +75,8 @@ def accelerate(learn: Learner) -> Learner:
     """
     if _record(learn):
         return learn
-    record, new = Accelerated(), {}
+    record = Accelerated()
+    new: dict[nn.Module, nn.Module] = {}
     paths = {module: f"model.{path}".rstrip(".") for path, module in learn.model.named_modules()}
     swappable = (awdlstm.AWD_LSTM, core.SentenceEncoder, core.PoolingLinearClassifier, core.LinearDecoder)
     for _, name, module in _children(learn):
@@ -157,7 +158,7 @@ def _children(learn: Learner) -> Iterator[tuple[Any, str, nn.Module]]:
             yield parent, name, module
 
 
-def _with_class(module: nn.Module, kind: type) -> nn.Module:
+def _with_class(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A second module over the same parameters, children and hooks."""
     twin = copy.copy(module)
     twin.__class__ = kind
@@ -211,7 +212,7 @@ def _check_alike(theirs: nn.Module, ours: nn.Module, name: str) -> None:
         raise _unlike(f"{name}.{key}", None, "a module")
 
 
-def _check_restorable(theirs: awdlstm.AWD_LSTM, ours: AWD_LSTM, name: str) -> None:
+def _check_restorable(theirs: awdlstm.AWD_LSTM, ours: nn.Module, name: str) -> None:
     """TypeError, naming the module, if one of ours, which is `name`, is none that `accelerate` made."""
     twins = dict(ours.named_modules())
     for key, module in theirs.named_modules():
@@ -241,7 +242,7 @@ def _unlike(path: str, module: nn.Module | None, wanted: str) -> TypeError:
     )
 
 
-def _copy_state(to: nn.Module, source: nn.Module) -> None:
+def _copy_state(to: Any, source: Any) -> None:
     """From one library's encoder to the other's: parameters, buffers and hooks, in the very same dicts."""
     for rnn in source.rnns:
         rnn.module._parameters.pop("weight_hh_l0", None)  # fastai's weight_p = 0 leaves the raw one there

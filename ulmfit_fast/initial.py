@@ -61,9 +61,8 @@ def starting_point(
     sizes = start.config
     if sizes["bidir"]:
         raise ValueError(f"{argument}={start.source!r} is bidirectional; the stages train in one direction")
-    backwards = direction(start, argument, backwards)
+    words, backwards = own_names(start.tokens), direction(start, argument, backwards)
     start = start.with_bias()  # the stages train one
-    words = own_names(start.tokens)
     start = dataclasses.replace(start, tokens=words, backwards=backwards)
     return start, words, ModelConfig(sizes["emb_sz"], sizes["n_hid"], sizes["n_layers"]), preset
 

@@ -16,7 +16,8 @@ data, theirs too.
 
 import itertools
 from collections.abc import Callable, Sequence
-from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,14 @@ from torch import Tensor, nn
 from . import ops
 from .checkpoints import load_state
 from .model import tie
-from .nn import WeightDropLSTM, refuse_options
+from .nn import State, WeightDropLSTM, refuse_options
 from .pretrained import Checkpoint, load_checkpoint
 
 __all__ = ["LockedDropout", "RNNModel", "SplitCrossEntropyLoss", "WeightDrop", "embedded_dropout"]
 
 _NO_END = 100 * 1000000  # in place of the end of the vocabulary
 
-Hidden = Sequence[tuple[Tensor, Tensor]]  # per layer (h, c), each (1, B, features)
+Hidden = Sequence[State]  # per layer (h, c), each (1, B, features)
 
 
 def embedded_dropout(
@@ -54,6 +55,9 @@ class LockedDropout(nn.Module):
         if not self.training or not dropout:
             return x
         return ops.variational_dropout(x, dropout, batch_first=False)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # here and below: nn.Module's own says Any
 
 
 class WeightDrop(nn.Module):
@@ -87,7 +91,7 @@ class WeightDrop(nn.Module):
     def zoneout(self, p: float) -> None:
         self.dropout = p
 
-    def forward(self, *args: object) -> object:
+    def forward(self, *args: Any) -> Any:
         """What `module` returns for these arguments."""
         lstm = self.module
         if isinstance(lstm, WeightDropLSTM):
@@ -148,9 +152,10 @@ class RNNModel(nn.Module):
         self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
         sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
-        rnns = [WeightDropLSTM(n_in, n_out) for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)]
-        if wdrop:
-            rnns = [WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) for rnn in rnns]
+        rnns: list[nn.Module] = []
+        for n_in, n_out in itertools.pairwise(sizes):
+            rnn = WeightDropLSTM(n_in, n_out)
+            rnns.append(WeightDrop(rnn, ["weight_hh_l0"], dropout=wdrop) if wdrop else rnn)
         self.rnns = nn.ModuleList(rnns)
         self.decoder = nn.Linear(sizes[-1], ntoken)
         if tie_weights:
@@ -159,16 +164,16 @@ class RNNModel(nn.Module):
         self.init_weights()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint | str | PathLike, **options: float) -> "RNNModel":
+    def from_checkpoint(cls, checkpoint: Checkpoint | str | Path, **options: float) -> "RNNModel":
         """A model with the weights of what `load_checkpoint` opens. options: the class's five dropouts."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint)
         parts, source = checkpoint.parts.with_bias(), checkpoint.source
         if parts.embedding is None or parts.decoder is None:
             raise ValueError(f"{source} is no language model: an RNNModel has an embedding and a decoder")
-        tied = parts.decoder.shape == parts.embedding.shape and torch.equal(parts.decoder, parts.embedding)
-        n_hid = parts.layers[0]["weight_hh"].shape[1]
-        model = cls("LSTM", *parts.embedding.shape, n_hid, len(parts.layers), tie_weights=tied, **options)
+        (ntoken, ninp), nhid = parts.embedding.shape, parts.layers[0]["weight_hh"].shape[1]
+        dropouts: dict[str, Any] = options
+        model = cls("LSTM", ntoken, ninp, nhid, len(parts.layers), tie_weights=parts.tied, **dropouts)
         load_state(model, parts.named("salesforce" if options.get("wdrop") else "torch"), source)
         return model
 
@@ -182,7 +187,15 @@ class RNNModel(nn.Module):
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> tuple:
+    @overload
+    def forward(
+        self, input: Tensor, hidden: Hidden, return_h: Literal[False] = ...
+    ) -> tuple[Tensor, list[State]]: ...
+    @overload
+    def forward(
+        self, input: Tensor, hidden: Hidden, return_h: Literal[True]
+    ) -> tuple[Tensor, list[State], list[Tensor], list[Tensor]]: ...
+    def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> tuple[Any, ...]:
         """input (T, B) word numbers, hidden as of `init_hidden` -> (output (T * B, features), new hidden).
 
         With return_h also two lists: every layer's output (T, B, features) before and after its dropout.
@@ -198,6 +211,9 @@ class RNNModel(nn.Module):
             outputs.append(output)
         result = output.reshape(-1, output.size(2))
         return (result, new_hidden, raw_outputs, outputs) if return_h else (result, new_hidden)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def init_hidden(self, bsz: int) -> Hidden:
         """Zeros, on the model's device and in its dtype."""
@@ -291,16 +307,20 @@ class SplitCrossEntropyLoss(nn.Module):
                 total = total + ops.linear_cross_entropy(*inner, reduction="sum")
         return (total / len(targets)).type_as(weight)
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
-def _dict(*args: object) -> dict:
+
+def _dict(*args: object) -> dict[Any, Any]:
     """Read in place of a pickled defaultdict, which is still empty then: torch.load fills only dicts."""
     return {}
 
 
-torch.serialization.add_safe_globals(
+_known: list[Any] = (
     [RNNModel, WeightDrop, LockedDropout, SplitCrossEntropyLoss, WeightDropLSTM, _tie]
     + [nn.ModuleList, nn.Embedding, nn.Linear, nn.CrossEntropyLoss]
     + [torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam]
     + [(SplitCrossEntropyLoss, "splitcross.SplitCrossEntropyLoss")]
     + [dict, list, (_dict, "collections.defaultdict")]
 )
+torch.serialization.add_safe_globals(_known)

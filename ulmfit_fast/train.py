@@ -167,7 +167,7 @@ def finetune_lm(
         return finished(job, TrainedLM)
     announce(f"counting and encoding the words of {len(lines):,} texts", job.progress)
     itos = target_vocab(words, lines, config.max_vocab, config.min_freq, config.keep_base_vocab)
-    tokenizer = Tokenizer.from_vocab(itos, base.backwards)
+    tokenizer = Tokenizer.from_vocab(itos, bool(base.backwards))
     docs = tokenizer.encode(lines)
     del lines
     with own_randomness(config.seed, job):

@@ -8,7 +8,7 @@ kernel and the autograd formula.
 import torch  # noqa: F401  (loads libtorch, which _C links against)
 
 try:
-    from ulmfit_fast import _C  # noqa: F401
+    from ulmfit_fast import _C  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"ulmfit_fast's compiled library ulmfit_fast._C could not be loaded: {error}. "
