@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def _isa() -> tuple[str, tuple[str, ...]]:
         return f"error: {str(error).splitlines()[0]}", available
 
 
-def _missing(build: dict, capabilities: list[tuple[int, int]]) -> list[str]:
+def _missing(build: dict[str, Any], capabilities: list[tuple[int, int]]) -> list[str]:
     sentences = []
     absent = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if absent:

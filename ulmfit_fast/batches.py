@@ -3,6 +3,7 @@ documents.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,13 @@ from .text import PAD_ID
 
 IGNORE = -100
 Docs = Sequence[np.ndarray]  # the indices of each document
+
+
+class Batches(Protocol):
+    """Those of an epoch, in their order."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, k: int) -> tuple[Tensor, ...]: ...
 
 
 class TokenStream:

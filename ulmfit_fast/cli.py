@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
 
 from . import __version__, info
 from .config import PRESETS, STAGES, field_type
@@ -40,11 +42,11 @@ SOURCES = "text files (one text a line) or CSV files with a column text"
 class _Parser(argparse.ArgumentParser):
     """One line on standard error for a wrong command line, exit code 2."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
@@ -65,7 +67,7 @@ def main(argv=None):
         return 2
 
 
-def _parse(argv):
+def _parse(argv: list[str]) -> argparse.Namespace:
     """Options may stand before, between and behind a command's texts and files."""
     parser, commands = _parsers()
     if argv and argv[0] in commands:
@@ -73,7 +75,7 @@ def _parse(argv):
     return parser.parse_args(argv)
 
 
-def _parsers():
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of all commands, and {name: parser} of each."""
     parser = _Parser(
         prog="ulmfit-fast",
@@ -103,7 +105,7 @@ def _parsers():
     return parser, commands.choices
 
 
-def _pretrain(sub):
+def _pretrain(sub: _Parser) -> None:
     sub.add_argument("sources", nargs="+", type=pathlib.Path, metavar="SOURCE", help=SOURCES)
     _stage_options(sub, "pretrain", default_preset="ulmfit")
     sub.set_defaults(
@@ -111,7 +113,7 @@ def _pretrain(sub):
     )
 
 
-def _finetune(sub):
+def _finetune(sub: _Parser) -> None:
     sub.add_argument(
         "base_run",
         metavar="RUN",
@@ -127,7 +129,7 @@ def _finetune(sub):
     )
 
 
-def _classify(sub):
+def _classify(sub: _Parser) -> None:
     sub.add_argument(
         "lm_run",
         metavar="RUN",
@@ -154,7 +156,7 @@ def _classify(sub):
     )
 
 
-def _direction_option(sub, default):
+def _direction_option(sub: _Parser, default: str) -> None:
     sub.add_argument(
         "--backwards",
         dest="option_backwards",
@@ -165,7 +167,7 @@ def _direction_option(sub, default):
     )
 
 
-def _stage_options(sub, stage, default_preset=None):
+def _stage_options(sub: _Parser, stage: str, default_preset: str | None = None) -> None:
     """The options that all stages share, and one for each hyper-parameter of the stage's dataclass."""
     sub.add_argument("--out", required=True, metavar="DIR", help="run directory to write")
     sub.add_argument(
@@ -203,13 +205,13 @@ def _stage_options(sub, stage, default_preset=None):
         )
 
 
-def _boolean(text):
+def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
     return text.lower() == "true"
 
 
-def _train(a, stage):
+def _train(a: argparse.Namespace, stage: Callable[[Any, dict[str, Any]], Any]) -> None:
     from . import team, train
 
     options = {k.removeprefix("option_"): v for k, v in vars(a).items() if k.startswith("option_")}
@@ -234,12 +236,12 @@ def _train(a, stage):
         print(f"{a.out}: {', '.join(said)}." + (f" Curves: {curves}" if curves.exists() else ""))
 
 
-def _progress(a):
+def _progress(a: argparse.Namespace) -> bool | Literal["lines"]:
     """A bar on a terminal, a line per epoch elsewhere."""
     return False if a.quiet else True if sys.stderr.isatty() else "lines"
 
 
-def _predict(sub):
+def _predict(sub: _Parser) -> None:
     sub.add_argument("run_dir", metavar="RUN", help="run directory of a classifier, or of a language model")
     sub.add_argument(
         "texts",
@@ -268,7 +270,7 @@ def _predict(sub):
     sub.set_defaults(run=_run_predict)
 
 
-def _run_predict(a):
+def _run_predict(a: argparse.Namespace) -> None:
     from .corpus import TABLES, read_lines, read_texts, split_lines
     from .ensemble import ClassifierEnsemble
     from .results import TrainedClassifier, TrainedLM, load
@@ -315,17 +317,17 @@ def _run_predict(a):
             print(f"{result.classes[row.argmax()]}\t{row.max():.1%}\t{short}")
 
 
-def _info(sub):
+def _info(sub: _Parser) -> None:
     sub.add_argument("--json", action="store_true", help="as JSON")
     sub.set_defaults(run=_run_info)
 
 
-def _run_info(a):
+def _run_info(a: argparse.Namespace) -> None:
     facts = info()
     print(json.dumps(dataclasses.asdict(facts), indent=2) if a.json else facts)
 
 
-def _demo(sub):
+def _demo(sub: _Parser) -> None:
     sub.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="where the runs go (default: runs/demo)"
     )
@@ -334,7 +336,7 @@ def _demo(sub):
     sub.set_defaults(run=_run_demo)
 
 
-def _run_demo(a):
+def _run_demo(a: argparse.Namespace) -> None:
     from .demo import run_demo, table
 
     figures = run_demo(

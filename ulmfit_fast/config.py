@@ -123,7 +123,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class _Stage(_Checked):
+class Stage(_Checked):
     """What all stages share."""
 
     epochs: int = _f(12, "epochs", low=1)
@@ -165,7 +165,7 @@ class _Stage(_Checked):
 
 
 @dataclass(frozen=True)
-class _LanguageModelStage(_Stage):
+class _LanguageModelStage(Stage):
     """What the stages of the language model share."""
 
     bptt: int = _f(70, "tokens per truncated-BPTT window", low=1)
@@ -203,7 +203,7 @@ class FinetuneConfig(_LanguageModelStage):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(_Stage):
+class ClassifierConfig(Stage):
     """Stage 3: the classifier."""
 
     epochs: int = _f(12, "epochs, those of gradual unfreezing included", low=1)
@@ -219,7 +219,7 @@ class ClassifierConfig(_Stage):
     min_freq: int = _f(2, "a word seen less often becomes xxunk (only from scratch)", low=1)
 
 
-STAGES: dict[str, type[_Stage]] = {
+STAGES: dict[str, type[Stage]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "classify": ClassifierConfig,
@@ -269,7 +269,7 @@ def make_config(
 ) -> ClassifierConfig: ...
 def make_config(
     stage: str, preset: str = "ulmfit", config: object = None, overrides: Options | None = None
-) -> _Stage:
+) -> Stage:
     """The configuration of a stage: `config` over `preset`, `overrides` over both.
 
     Args:

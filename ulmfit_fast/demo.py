@@ -13,7 +13,7 @@ from torch import nn
 from .batches import epoch_stream
 from .config import make_config
 from .demo_text import general_text, labelled_text, split
-from .fitting import Show
+from .progress import Show
 from .results import build_lm, load
 from .runs import as_directory
 from .stock import StockLanguageModel

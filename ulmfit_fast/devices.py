@@ -1,9 +1,10 @@
 """Where a run takes place, and how its batches get there."""
 
 import torch
+from torch import Tensor
 
 
-def pick_device(device=None):
+def pick_device(device: torch.device | str | None = None) -> torch.device:
     """torch.device of `device`; None means CUDA where there is a GPU and the build has its kernels, else the
     CPU. ValueError for a device that this library has no kernels for, or that is not there.
     """
@@ -12,6 +13,7 @@ def pick_device(device=None):
             "ulmfit_fast::lstm", "CUDA"
         )
         return torch.device("cuda" if usable else "cpu")
+    chosen: torch.device | None
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
@@ -26,7 +28,7 @@ def pick_device(device=None):
     return chosen
 
 
-def to_device(tensor, device):
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; the host does not wait for the copy to a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

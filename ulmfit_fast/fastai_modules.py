@@ -21,7 +21,8 @@ from . import nn as own
 from . import ops
 from .encoder import AWDLSTM
 from .layer import WeightDropLayer
-from .nn import Seed, WeightDropLSTM, draw_seed
+from .nn import WeightDropLSTM
+from .ops._common import Seed, draw_seed
 
 __all__ = [
     "AWD_LSTM",

@@ -3,27 +3,32 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .batches import DocumentBatches, epoch_stream
-from .config import check_flag
+from .batches import Docs, DocumentBatches, epoch_stream
+from .config import FinetuneConfig, PretrainConfig, check_flag
+from .corpus import Label
 from .devices import pick_device, to_device
+from .encoder import Hidden
 from .extras import check_train_extras
-from .history import perplexity
-from .loop import Loop
-from .model import layer_groups
-from .progress import announce, check_show
+from .graphed import Batch, Figures
+from .history import Line, perplexity
+from .loop import Between, Loop, Validate
+from .model import LanguageModel, TextClassifier, layer_groups
+from .progress import Show, announce, check_show
 from .results import TrainedClassifier, TrainedLM, document_logits, load, stream_loss
-from .schedules import gradual_unfreezing_plan
+from .schedules import Phase, gradual_unfreezing_plan
 from .team import Directory, Team
+from .text import Tokenizer
 
 _Trained = TypeVar("_Trained", TrainedLM, TrainedClassifier)
-Show = bool | Literal["lines"] | None
-Callback = Callable[[dict[str, Any]], object] | None
+Callback = Callable[[Line], object] | None
+Labelled = tuple[list[str], list[Label]]
 
 
 class Job(NamedTuple):
@@ -39,7 +44,15 @@ class Job(NamedTuple):
         return self.team.device
 
 
-def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
+def fit_classifier(
+    job: Job,
+    record: dict[str, Any],
+    model: TextClassifier,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    labels: list[Label],
+    held_out: Labelled | None,
+) -> TrainedClassifier:
     """Stage 3 from the initial model on. held_out: (texts, labels) or None."""
     config, classes, device = record["config"], record["classes"], job.device
     model.to(device)
@@ -47,25 +60,25 @@ def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
     index = {c: i for i, c in enumerate(classes)}
     targets = [index[label] for label in labels]
 
-    def measures(logits, wanted):
+    def measures(logits: Tensor, wanted: Tensor) -> Figures:
         return {
             "loss": F.cross_entropy(logits, wanted),
             "accuracy": (logits.argmax(1) == wanted).double().mean(),
         }
 
-    def loss_of(model, batch):
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         ids, lengths, wanted = batch
         wanted = to_device(wanted, device)
         logits = model(to_device(ids, device), lengths).float()
         loss = F.cross_entropy(logits, wanted, label_smoothing=config.label_smoothing)
         return loss, measures(logits, wanted)
 
-    validate = None
+    validate: Validate | None = None
     if held_out:
         documents = tokenizer.encode(held_out[0])
         answers = torch.tensor([index[label] for label in held_out[1]], device="cpu")
 
-        def validate(between):
+        def validate(between: Between) -> dict[str, float]:
             logits = document_logits(model, documents, len(classes), 2 * config.batch_size, between)
             return {name: float(value) for name, value in measures(logits, answers).items()}
 
@@ -88,28 +101,36 @@ def fit_classifier(job, record, model, tokenizer, texts, labels, held_out):
     return TrainedClassifier(model, tokenizer, config, classes, job.run.path, job.run.history())
 
 
-def fit_lm(job, record, model, tokenizer, docs, held_out, plan):
+def fit_lm(
+    job: Job,
+    record: dict[str, Any],
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    docs: Docs,
+    held_out: list[str] | None,
+    plan: list[Phase],
+) -> TrainedLM:
     """Stages 1 and 2 from the initial model on. docs: arrays of indices; held_out: texts or None."""
     config, finetune, device = record["config"], record["stage"] == "finetune", job.device
     shuffle = finetune and config.shuffle_texts
     epoch_stream(
         docs, config.batch_size, config.bptt, config.seed, 0, shuffle
     )  # raises here if the text is too short
-    valid_docs = held_out and tokenizer.encode(held_out)
+    valid_docs = tokenizer.encode(held_out) if held_out else []
     if valid_docs and sum(map(len, valid_docs)) < 2:
         raise ValueError("valid is too short: 1 token, a perplexity needs at least 2")
     model.to(device)
 
-    def loss_of(model, batch):
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         ids, targets = (to_device(x, device) for x in batch)
         loss, entropy = model(ids, targets, alpha=config.alpha, beta=config.beta)
         return loss, {"loss": entropy}
 
-    def validate(between):
+    def validate(between: Between) -> dict[str, float]:
         loss = stream_loss(model, valid_docs, config.batch_size, config.bptt, between)
         return {"loss": loss, "perplexity": perplexity(loss)}
 
-    def set_hidden(hidden):
+    def set_hidden(hidden: Hidden) -> None:
         model[0].hidden = hidden
         model[0].bs = hidden[0][0].shape[1]
 
@@ -146,7 +167,14 @@ def finished(job: Job, kind: type[_Trained]) -> _Trained:
     return result
 
 
-def prepare(out, resume, overwrite, device, progress, callback):
+def prepare(
+    out: str | os.PathLike[str],
+    resume: bool,
+    overwrite: bool,
+    device: str | torch.device | None,
+    progress: Show,
+    callback: Callback,
+) -> Job:
     """Validates the arguments that all stages share, before a base model or a text is read, and returns the
     Job.
     """
@@ -161,7 +189,7 @@ def prepare(out, resume, overwrite, device, progress, callback):
     return Job(team, run, progress if team.is_first else False, callback)
 
 
-def check_cuda_graph(config, team):
+def check_cuda_graph(config: PretrainConfig | FinetuneConfig, team: Team) -> None:
     if config.cuda_graph and team.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got device={str(team.device)!r}")
     if config.cuda_graph and team.size > 1:
@@ -186,7 +214,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
-def own_randomness(seed, job):
+def own_randomness(seed: int, job: Job) -> Iterator[None]:
     """Seeds torch's default generators inside the block, and restores the caller's state after it. Waits
     while another thread is in such a block.
     """

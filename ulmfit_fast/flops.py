@@ -5,6 +5,8 @@ Not imported by the package itself: where torch has CUDA, flop_counter imports t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -18,7 +20,10 @@ def _(x: Shape, h0: Shape, c0: Shape, w_ih: Shape, w_hh: Shape, *rest: object, *
 
 
 @register_flop_formula(_OPS.lstm_backward)
-def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, *rest, **_):
+def _(
+    dy: Any, dh_n: Any, dc_n: Any, ddropped: Any, x: Shape, h0: Shape, c0: Shape, w_ih: Shape, w_hh: Shape,
+    *rest: Any, **_: object,
+) -> int:  # fmt: skip
     need_dx, need_dw = rest[-2:]
     inputs, hidden = w_ih[1], w_hh[1]
     return 2 * x[0] * x[1] * w_ih[0] * (need_dx * inputs + hidden + need_dw * (inputs + hidden))

@@ -2,14 +2,25 @@
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import schedules
-from .graphed import GraphedStep
-from .history import perplexity
+from .batches import Batches
+from .config import Stage
+from .graphed import Batch, Figures, GraphedStep
+from .history import Line, Sums, perplexity
 from .interrupts import DelayedInterrupt
-from .progress import Progress
+from .nn import State
+from .progress import Progress, Show
+from .schedules import Phase
+from .team import Directory, Team
+
+Between = Callable[[], object] | None  # called after each batch of a validation
+Validate = Callable[[Between], dict[str, float]]
 
 
 class Loop:
@@ -38,25 +49,25 @@ class Loop:
 
     def __init__(
         self,
-        model,
-        groups,
-        plan,
-        config,
-        run,
+        model: nn.Module,
+        groups: list[list[nn.Parameter]],
+        plan: list[Phase],
+        config: Stage,
+        run: Directory,
         *,
-        team,
-        batches,
-        loss_of,
-        tokens_of,
-        validate=None,
-        validate_first=False,
-        before_epoch=None,
-        get_hidden=list,
-        set_hidden=lambda hidden: None,
-        title="",
-        progress=None,
-        callback=None,
-    ):
+        team: Team,
+        batches: Callable[[int], Batches],
+        loss_of: Callable[[nn.Module, Batch], tuple[Tensor, Figures]],
+        tokens_of: Callable[[Batch], int],
+        validate: Validate | None = None,
+        validate_first: bool = False,
+        before_epoch: Callable[[], object] | None = None,
+        get_hidden: Callable[[], list[State]] = list,
+        set_hidden: Callable[[list[State]], None] = lambda hidden: None,
+        title: str = "",
+        progress: Show = None,
+        callback: Callable[[Line], object] | None = None,
+    ) -> None:
         self.model, self.groups, self.plan, self.config, self.run = model, groups, plan, config, run
         self.team, self.batches, self.loss_of, self.tokens_of = team, batches, loss_of, tokens_of
         self.validate = validate
@@ -76,19 +87,20 @@ class Loop:
             fused=True,
             capturable=graphed,
         )
-        self.take_step = self._take_step
+        self.take_step: Callable[[Batch], Figures] = self._take_step
         if graphed:
             self.take_step = GraphedStep(self._take_step, self.device, self.get_hidden, self.set_hidden)
         self._place_rates()
         self.epochs = sum(phase.epochs for phase in plan)
         self.epoch = self.batch = self.step = 0
         self.between_steps = True
-        self.n_trainable, self.rate = None, 0.0
+        self.n_trainable, self.rate = 0, 0.0
         self.wrapped, self.loss_share = model, 1.0  # DDP-wrapped model; loss weight of this process's rows
-        self.saved = None  # the step of the state that the directory holds
-        self.since_line, self.in_epoch = _Sums(), _Sums()
+        self.saved: int | None = None  # the step of the state that the directory holds
+        self.bar: Progress | None = None
+        self.since_line, self.in_epoch = Sums(), Sums()
 
-    def train(self, state=None):
+    def train(self, state: dict[str, Any] | None = None) -> None:
         """Runs to the end from `state` (what `run.begin` gave back) or from the beginning.
 
         Ctrl-C or SIGTERM ends the step under way, or the batch of a validation, saves the state and raises
@@ -104,10 +116,9 @@ class Loop:
             self._restore(state)
         else:
             self.team.own_randomness(self.config.seed)
-            if self.validate_first:
+            if self.validate_first and self.validate:
                 self._log_valid(0, self.validate(None))
         with DelayedInterrupt(self.team) as self.interrupt:
-            self.bar = None
             try:
                 while self.epoch < self.epochs:
                     self._train_epoch()
@@ -127,7 +138,7 @@ class Loop:
         self.run.finish(self.model)
         self.run.plot()
 
-    def _train_epoch(self):
+    def _train_epoch(self) -> None:
         batches = self.batches(self.epoch)
         first_epoch, phase = self._phase()
         steps = phase.epochs * len(batches)
@@ -160,13 +171,13 @@ class Loop:
         self.run.log(line)
         valid = figures and self._log_valid(self.epoch + 1, figures)
         self.bar.epoch(self.epoch + 1, self.epochs, line, valid)
-        self.epoch, self.batch, self.in_epoch = self.epoch + 1, 0, _Sums()
+        self.epoch, self.batch, self.in_epoch = self.epoch + 1, 0, Sums()
         if self.epoch < self.epochs:
             self.save()
             self.run.save_model(self.model)
         self.interrupt.check()
 
-    def _phase(self):
+    def _phase(self) -> tuple[int, Phase]:
         """(first epoch, phase) of the present epoch. The rate has a schedule of its own in each phase."""
         first = 0
         for phase in self.plan:
@@ -175,7 +186,7 @@ class Loop:
             first += phase.epochs
         raise IndexError(self.epoch)
 
-    def _freeze(self, n_trainable):
+    def _freeze(self, n_trainable: int) -> None:
         for position, group in enumerate(self.groups):
             for parameter in group:
                 parameter.requires_grad_(position >= len(self.groups) - n_trainable)
@@ -185,7 +196,7 @@ class Loop:
                 self.take_step.forget()
         self.n_trainable = n_trainable
 
-    def _set_rate(self, t, steps):
+    def _set_rate(self, t: int, steps: int) -> None:
         c = self.config
         if c.schedule == "stlr":
             self.rate = schedules.stlr(t, steps, c.lr, c.cut_frac, c.ratio)
@@ -199,14 +210,14 @@ class Loop:
             else:
                 group["lr"] = self.rate * factor
 
-    def _place_rates(self):
+    def _place_rates(self) -> None:
         """Puts learning rates on the device if steps replay a CUDA graph, which reads them there."""
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
             graphed = isinstance(self.take_step, GraphedStep)
             group["lr"] = torch.tensor(rate, device=self.device) if graphed else rate
 
-    def _take_step(self, batch):
+    def _take_step(self, batch: Batch) -> Figures:
         """One update. Nothing here may wait for the device, or a CUDA graph could not capture it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures = self.loss_of(self.wrapped, batch)
@@ -218,7 +229,7 @@ class Loop:
         self.optimizer.step()
         return {name: value.detach() for name, value in figures.items()}
 
-    def _account(self, batch):
+    def _account(self, batch: Batch) -> None:
         start = time.perf_counter()
         mine, self.loss_share = self.team.share(batch)
         targets, tokens = batch[-1].numel(), self.tokens_of(batch)
@@ -226,22 +237,21 @@ class Loop:
         totals = {name: x.double() * part for name, x in self.take_step(mine).items()}
         self.since_line.add(totals, targets, tokens, time.perf_counter() - start)
 
-    def _log(self):
+    def _log(self) -> Line:
         """Logs the means since the last line and adds the sums to the epoch's."""
         start = time.perf_counter()
-        totals, *counts = self.since_line.numbers()  # waits for the device
-        sums = _Sums(self.team.sum(totals), *counts)
-        sums.seconds += time.perf_counter() - start
+        totals, targets, tokens, seconds = self.since_line.numbers()  # waits for the device
+        sums = Sums(self.team.sum(totals), targets, tokens, seconds + time.perf_counter() - start)
         loss = sums.totals["loss"] / sums.targets
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} before step {self.step} at {self._advice()}")
         line = self._line("train", sums)
         self.run.log(line)
         self.in_epoch.add(*sums.numbers())
-        self.since_line = _Sums()
+        self.since_line = Sums()
         return line
 
-    def _line(self, kind, sums):
+    def _line(self, kind: str, sums: Sums) -> Line:
         """A metrics line: means over the targets that `sums` holds, tokens or documents."""
         means = {name: total / sums.targets for name, total in sums.totals.items()}
         if "accuracy" not in means:
@@ -250,18 +260,18 @@ class Loop:
         speed = sums.tokens / max(sums.seconds, 1e-9)
         return {**place, **means, "lr": self.rate, "tokens_per_s": round(speed, 1)}
 
-    def _tell(self, line):
-        def call():
+    def _tell(self, line: Line) -> None:
+        def call() -> None:
             self.callback(line)
 
         self.team.run_on_first(call)
 
-    def _log_valid(self, epoch, figures):
+    def _log_valid(self, epoch: int, figures: dict[str, float]) -> Line:
         line = {"kind": "valid", "step": self.step, "epoch": epoch, **figures}
         self.run.log(line)
         return line
 
-    def _check_weights(self):
+    def _check_weights(self) -> None:
         """Refuses to save infinite or NaN weights: the loss shows a bad update only at the next step."""
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -269,7 +279,7 @@ class Loop:
                     f"the weights ({name}) became infinite or NaN by step {self.step} at {self._advice()}"
                 )
 
-    def _advice(self):
+    def _advice(self) -> str:
         c = self.config
         kept = "no state yet" if self.saved is None else f"the state saved after step {self.saved}"
         lower = "a lower lr or clip" if c.clip else "a lower lr or a clip above 0"
@@ -278,7 +288,7 @@ class Loop:
             f"another out: resume=True (--resume) keeps both. {self.run.path} keeps {kept}"
         )
 
-    def save(self):
+    def save(self) -> None:
         """Saves everything that later steps depend on."""
         self._check_weights()
         self.run.save_state(
@@ -295,7 +305,7 @@ class Loop:
         )
         self.saved = self.step
 
-    def _own_state(self):
+    def _own_state(self) -> dict[str, Any]:
         """The part of the state that differs between processes."""
         on_gpu = self.device.type == "cuda"
         return {
@@ -305,7 +315,7 @@ class Loop:
             "since_line": self.since_line.numbers(),
         }
 
-    def _restore(self, state):
+    def _restore(self, state: dict[str, Any]) -> None:
         if len(state["processes"]) != self.team.size:
             raise ValueError(
                 f"resume needs as many processes as the run in {self.run.path} was started with: "
@@ -321,22 +331,5 @@ class Loop:
         torch.set_rng_state(own["random"])
         if self.device.type == "cuda" and own["cuda_random"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(own["cuda_random"], self.device)
-        self.since_line, self.in_epoch = _Sums(*own["since_line"]), _Sums(*state["in_epoch"])
+        self.since_line, self.in_epoch = Sums(*own["since_line"]), Sums(*state["in_epoch"])
         self.run.keep_lines(state["metric_lines"])
-
-
-class _Sums:
-    """Figures summed over targets, with their number, and the tokens and seconds of their steps."""
-
-    def __init__(self, totals=None, targets=0, tokens=0, seconds=0.0):
-        self.totals, self.targets, self.tokens, self.seconds = dict(totals or {}), targets, tokens, seconds
-
-    def add(self, totals, targets, tokens, seconds=0.0):
-        for name, total in totals.items():
-            self.totals[name] = self.totals.get(name, 0) + total
-        self.targets, self.tokens = self.targets + targets, self.tokens + tokens
-        self.seconds += seconds
-
-    def numbers(self):
-        """The arguments that build an equal object, with totals as floats on the host."""
-        return {name: float(x) for name, x in self.totals.items()}, self.targets, self.tokens, self.seconds

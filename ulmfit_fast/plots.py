@@ -2,8 +2,11 @@
 
 import io
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from .extras import need
+from .history import Line
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9722c", "#8a8a8a"
 TITLES = {
@@ -13,7 +16,7 @@ TITLES = {
 }
 
 
-def curves(history, stage):
+def curves(history: Sequence[Line], stage: str) -> bytes:
     """The picture as PNG bytes. history: the dicts of metrics.jsonl."""
     figure = need("matplotlib.figure").Figure(
         figsize=(11, 3.4), layout="constrained"
@@ -48,13 +51,13 @@ def curves(history, stage):
     return buffer.getvalue()
 
 
-def _line(axis, lines, key, colour, label, **style):
+def _line(axis: Any, lines: Sequence[Line], key: str, colour: str, label: str, **style: Any) -> None:
     # a log axis that goes up to the largest floats overflows in matplotlib; a gap says as much
     values = [x[key] if x[key] < 1e100 else math.nan for x in lines]
     axis.plot([x["step"] for x in lines], values, color=colour, label=label, **style)
 
 
-def _smoothed(lines, key):
+def _smoothed(lines: Sequence[Line], key: str) -> list[Line]:
     """The mean over about a twentieth of the points, half of them before and half after each."""
     half, out = max(1, len(lines) // 40), []
     for i, line in enumerate(lines):

@@ -12,7 +12,6 @@ from .config import ClassifierConfig, FinetuneConfig, ModelConfig, PretrainConfi
 from .corpus import Labels, Sources, label_classes, read_labelled, read_texts, read_valid
 from .fitting import (
     Callback,
-    Show,
     check_cuda_graph,
     finished,
     fit_classifier,
@@ -23,7 +22,7 @@ from .fitting import (
 from .initial import check_direction, start_from_frequencies, starting_point, way
 from .model import layer_groups
 from .pretrained import Checkpoint
-from .progress import announce
+from .progress import Show, announce
 from .results import TrainedClassifier, TrainedLM, build_classifier, build_lm, load
 from .runs import fingerprint
 from .schedules import Phase, head_first_plan

@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _fill(storage: Tensor, key: str, content: bytes) -> None:
         storage.copy_(torch.frombuffer(bytearray(content), dtype=storage.dtype))
 
 
-def _stand_in(name: str) -> Callable:
+def _stand_in(name: str) -> Callable[..., object]:
     """What a global other than a tensor's becomes: a new class each time, so that files stay apart."""
     if name == "collections.defaultdict":
         return lambda *args: {}
@@ -208,7 +209,7 @@ class _TensorsOnly(pickle.Unpickler):
             return lambda sizes: tuple(sizes)
         return OrderedDict if path == "collections.OrderedDict" else _stand_in(path)
 
-    def persistent_load(self, pid: tuple) -> object:
+    def persistent_load(self, pid: tuple[Any, ...]) -> object:
         if pid[0] == "module":  # with the source of its class, which stays unread
             return pid[1]
         kind, dtype, key, _, count, *view = pid

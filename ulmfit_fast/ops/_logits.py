@@ -72,5 +72,5 @@ def cross_entropy(decoder: nn.Module, h: Tensor, target: Tensor, ignore_index: i
 
 
 @torch.library.register_fake("ulmfit_fast::logits")
-def _(h, weight, bias, high):
+def _(h: Tensor, weight: Tensor, bias: Tensor | None, high: bool) -> Tensor:
     return h.new_empty(h.shape[0], weight.shape[0])

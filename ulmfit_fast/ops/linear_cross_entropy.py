@@ -135,7 +135,10 @@ def linear_cross_entropy(
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy")
-def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, grad, need_dw, chunk_rows):
+def _(
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float,
+    reduction: int, high: bool, grad: bool, need_dw: bool, chunk_rows: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = h.new_empty(target.shape if reduction == _NONE else (), dtype=dtype)
     dh = h.new_empty(h.shape if grad else (0,))
@@ -143,7 +146,10 @@ def _(h, weight, bias, target, ignore_index, label_smoothing, reduction, high, g
 
 
 @torch.library.register_fake("ulmfit_fast::linear_cross_entropy_backward")
-def _(dloss, h, weight, bias, target, ignore_index, label_smoothing, high, need_dw, chunk_rows):
+def _(
+    dloss: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
+    label_smoothing: float, high: bool, need_dw: bool, chunk_rows: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return h.new_empty(h.shape), *_weight_gradients(weight, bias, need_dw)
 
 

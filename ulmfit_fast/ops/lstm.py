@@ -156,8 +156,11 @@ def lstm(
 
 
 @torch.library.register_fake("ulmfit_fast::lstm")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,
-      weight_p, dropout_p, batch_first, reverse, high, save):  # fmt: skip
+def _(
+    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    lengths: Tensor | None, seed: Tensor, dropout_seed: Tensor, weight_p: float, dropout_p: float,
+    batch_first: bool, reverse: bool, high: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     hidden = w_hh.shape[1]
     time, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     y = x.new_empty((x.shape[0], x.shape[1], hidden))
@@ -171,8 +174,12 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, seed, dropout_seed,
 
 
 @torch.library.register_fake("ulmfit_fast::lstm_backward")
-def _(dy, dh_n, dc_n, ddropped, x, h0, c0, w_ih, w_hh, lengths, seed, dropout_seed, y, gates, cells,
-      weight_p, dropout_p, batch_first, reverse, high, need_dx, need_dw):  # fmt: skip
+def _(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, ddropped: Tensor | None, x: Tensor,
+    h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, lengths: Tensor | None, seed: Tensor,
+    dropout_seed: Tensor, y: Tensor, gates: Tensor, cells: Tensor, weight_p: float, dropout_p: float,
+    batch_first: bool, reverse: bool, high: bool, need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     dw_ih = w_ih.new_empty(w_ih.shape if need_dw else (0,))
     dw_hh = w_hh.new_empty(w_hh.shape if need_dw else (0,))
