@@ -244,7 +244,8 @@ class AWDLSTM(nn.Module):
             first = _FIRST_LAYER + 2 * layer
             hx = _usable(hidden[layer][0], output), _usable(hidden[layer][1], output)
             options: dict[str, Any] = {"lengths": lengths, "seed": derive_seed(seed, first)}
-            last, dropped = layer == self.n_layers - 1, []
+            dropped: list[Tensor] = []
+            last = layer == self.n_layers - 1
             mask_seed = None if last else derive_seed(seed, first + 1)
             if not last and dropout.training and _may_fuse(rnn, dropout):
                 options |= {"dropout_p": dropout.p, "dropout_seed": mask_seed}

@@ -21,7 +21,7 @@ from . import nn as own
 from . import ops
 from .encoder import AWDLSTM
 from .layer import WeightDropLayer
-from .nn import WeightDropLSTM
+from .nn import State, WeightDropLSTM
 from .ops._common import Seed, draw_seed
 
 __all__ = [
@@ -111,11 +111,11 @@ class WeightDropout(WeightDropLayer, _Plain, awdlstm.WeightDropout):
     def forward(
         self,
         x: Tensor,
-        hx: tuple[Tensor, Tensor] | None = None,
+        hx: State | None = None,
         lengths: Tensor | None = None,
         seed: Seed = None,
         **drop: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
         p = self.weight_p if self.training else 0.0
         if p and seed is None:
             seed = draw_seed(x.device)
@@ -177,7 +177,7 @@ class AWD_LSTM(AWDLSTM, _Plain, awdlstm.AWD_LSTM):
     def _one_rnn(self, n_in: int, n_out: int, bidir: bool, weight_p: float, layer: int) -> nn.Module:
         return WeightDropout(nn.LSTM(n_in, n_out, batch_first=True, bidirectional=bidir), weight_p)
 
-    def _one_hidden(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _one_hidden(self, layer: int) -> State:
         return self.zero_hidden(self.bs)[layer]
 
     def _layer(self, layer: int, bidir: bool, weight_p: float, **factory: Any) -> nn.Module:

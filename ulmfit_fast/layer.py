@@ -47,7 +47,7 @@ class WeightDropLayer(nn.Module):
         lengths: Tensor | None = None,
         seed: Seed = None,
         **drop: Any,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
         # the weights by name: what a hook of `module` puts there, as pruning does, is read after it has run
         weights: dict[str, Tensor] = {"weight_hh_l0": self.weight_hh_l0_raw}
         return self.module(x, hx, lengths=lengths, seed=seed, weights=weights, weight_p=self.weight_p, **drop)
