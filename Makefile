@@ -160,7 +160,7 @@ $(STAMPS)/fastai: $(TORCH_STAMP) tests/requirements-fastai.txt
 	  && touch $@ || echo "fastai cannot be installed here: its tests will skip"
 
 # pinned: other versions want other formatting
-$(STAMPS)/lint-tools: $(TORCH_STAMP)
+$(STAMPS)/lint-tools: $(TORCH_STAMP) Makefile
 	$(PY) -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	touch $@
 

@@ -15,6 +15,8 @@ from ._info import __version__, info
 from ._workspace import release_workspace
 from .model import AWDLSTM, LanguageModel, TextClassifier
 from .nn import EmbeddingDropout, VariationalDropout, WeightDropLSTM
+
+# from their own files, as `ops` has a module and a function of each name, and mypy would take the module
 from .ops.concat_pool import concat_pool
 from .ops.dropout_mask import dropout_mask
 from .ops.embedding_dropout import embedding_dropout
