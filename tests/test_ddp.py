@@ -56,12 +56,14 @@ def test_each_process_carries_the_state_of_its_rows(results):
 
 
 def test_the_state_is_no_dtensor_where_fsdp_shards_the_weights():
+    from torch.distributed.fsdp import fully_shard
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         lm = uf.LanguageModel(uf.AWDLSTM(30, 6, 10, 2)).double().eval()
         ids = torch.randint(30, (2, 5))
         expected = lm(ids)
-        torch.distributed.fsdp.fully_shard(lm)
+        fully_shard(lm)
         lm.reset()
         close(lm(ids), expected)
     finally:
