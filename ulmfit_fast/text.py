@@ -51,9 +51,11 @@ _CLEAN = [  # what corpora write in place of plain text: HTML line ends, WikiTex
     (re.compile(r"``|''"), '"'),
     (re.compile(r"<unk>"), f" {UNK} "),
 ]
-_REPEATED_CHARACTER = re.compile(r"([^\s\d])\1{2,}")
-_REPEATED_WORD = re.compile(r"(?<!\S)(\S+)((?:\s+\1){2,})(?!\S)")
-_WORD = re.compile(r"[^\W\d_]{2,}")
+# These three see every character of a corpus, so they are written to fail early: a sign's kind is looked at
+# once it repeats, a word is not tried again by a letter less, and one that begins with a to z has no marker.
+_REPEATED_CHARACTER = re.compile(r"(\S)\1{2,}(?<!\d)")
+_REPEATED_WORD = re.compile(r"(?<!\S)(?=(\S+))\1(?:\s+\1){2,}(?!\S)")
+_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_a-z][^\W\d_]+")
 # The space behind a plain word, where no rule reaches over. " @-@ " would join the word to the one before,
 # and a repeated sign at the beginning of the next one would put xxrep there.
 _SEAM = re.compile(r"[^\s@]\s+([^\W_]{1,30})[ \n](?=([^\W_])(?!\2))")
