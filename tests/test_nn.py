@@ -231,6 +231,8 @@ def test_errors_name_the_argument():
             ours(x, lengths=torch.tensor([2, 5, 1]))
     with pytest.raises(TypeError, match="hx"):
         ours(x, torch.zeros(1, 3, 7, device=DEVICE))
+    with pytest.raises(ValueError, match="weight_p"):
+        ours.eval()(x, weight_p=1.5)
     for bidirectional in (False, True):
         lstm = uf.WeightDropLSTM(5, 7, bidirectional=bidirectional, device=DEVICE)
         with pytest.raises(ValueError, match="dropout_seed needs dropout_p, got 3 alone"):

@@ -249,8 +249,8 @@ class WeightDropLSTM(nn.Module):
         if not batched:
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        p = check_probability("WeightDropLSTM", "weight_p", self.weight_p if weight_p is None else weight_p)
-        weight_p = p if self.training else 0.0
+        weight_p = self.weight_p if weight_p is None else weight_p
+        weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p) * self.training
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)
