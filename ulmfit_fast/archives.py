@@ -184,9 +184,9 @@ def read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
                     kind = {".pth": "weights", ".h5": "weights", ".pkl": "tokens"}.get(
                         PurePosixPath(name).suffix
                     )
-                    wanted = kind and kind not in found and not name.startswith("._")
-                    if kind and wanted and (content := tar.extractfile(member)):  # None for a folder
-                        found[kind] = name, content.read()
+                    if kind and kind not in found and not name.startswith("._"):
+                        if content := tar.extractfile(member):  # None for a folder
+                            found[kind] = name, content.read()
             while bounded.read(_CHUNK):  # gzip's check sum stands at the end
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:

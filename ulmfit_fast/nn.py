@@ -250,7 +250,9 @@ class WeightDropLSTM(nn.Module):
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         weight_p = self.weight_p if weight_p is None else weight_p
-        weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p) * self.training
+        weight_p = check_probability("WeightDropLSTM", "weight_p", weight_p)
+        if not self.training:
+            weight_p = 0.0
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if seed is None and (weight_p > 0 or dropout > 0):
             seed = draw_seed(x.device)

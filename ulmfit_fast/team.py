@@ -23,9 +23,8 @@ from .text import Tokenizer
 _T = TypeVar("_T")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-_hosts: dict[
-    Any, Any
-] = {}  # {default process group: a gloo one of the same processes, for objects on the host}
+# {default process group: a gloo group of the same processes, for objects on the host}
+_hosts: dict[Any, Any] = {}
 
 
 class Team:

@@ -231,9 +231,8 @@ def _check_opcodes(file: io.BytesIO, allowed: frozenset[str]) -> None:
     for code, argument, _ in pickletools.genops(file):
         if code.name not in allowed:
             raise ValueError(f"it holds {code.name} {'' if argument is None else argument!s:.60}".rstrip())
-        if (
-            code.name == "LONG_BINPUT" and int(argument or 0) > size
-        ):  # the unpickler would make room for as many
+        # the unpickler would make room for as many
+        if code.name == "LONG_BINPUT" and int(argument or 0) > size:
             raise ValueError(f"it numbers an object {argument}")
     file.seek(start)
 

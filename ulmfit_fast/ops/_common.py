@@ -72,15 +72,15 @@ def seed_tensor(op: str, seed: Seed, p: float, device: torch.device | None, name
     if seed is None:
         if p == 0:
             return torch.zeros((), dtype=torch.int64, device=device)
-        # drawn by the device itself, so nobody waits for it; a replayed CUDA graph draws another.
-        # torch.manual_seed seeds the generators of all devices.
-        return torch.randint(_SEED_MASK, (), dtype=torch.int64, device=device)
+        return draw_seed(device)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed drawn by `device` itself, as the ops draw one: a CUDA graph's replay draws another."""
-    return torch.randint(_SEED_MASK, (), device=device)
+def draw_seed(device: torch.device | None) -> Tensor:
+    """A seed drawn by `device` itself, so nobody waits for it, and a replayed CUDA graph draws another.
+    torch.manual_seed seeds the generators of all devices.
+    """
+    return torch.randint(_SEED_MASK, (), dtype=torch.int64, device=device)
 
 
 def derive_seed(seed: Seed, k: int) -> Seed:
