@@ -63,15 +63,14 @@ std::vector<typename Tile::Compute> product(int64_t M, int64_t N, int64_t K, con
     pack_rows(a, 0, static_cast<int>(M), 0, K);
     std::vector<T> tiles(panels * M * kCols, T(1));
     gemm<Tile>(
-        M, K, panels, b.get(), threads(count), PackedRows<Tile>{a, depth},
-        [](int64_t, int, int64_t, const T*) {},
+        M, K, N, b.get(), threads(count), PackedRows<Tile>{a, depth}, [](int64_t, int, int64_t, const T*) {},
         [&](int64_t row0, int64_t panel) { return tiles.data() + (panel * M + row0) * kCols; }, true);
     for (int64_t m = 0; m < M; ++m)
       for (int64_t n = 0; n < N; ++n) C[m * N + n] = tiles[(n / kCols * M + m) * kCols + n % kCols] - 1;
     return C;
   }
   gemm<Tile>(
-      M, K, panels, b.get(), threads(count),
+      M, K, N, b.get(), threads(count),
       [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
         if (form == kRows) return pack_rows(a, row0, rows, k0, kc);
         pack_a_columns<Tile>(a, row0, rows, k0, kc, [&](int64_t k, int64_t first, int64_t n, Element* out) {

@@ -17,7 +17,7 @@ int main() {
     check_product<FmaTile<double>>(M, N, K);
   };
   for (int64_t M : {1, 2, 7, 25})
-    for (int64_t N : {1, 16, 33})
+    for (int64_t N : {1, 16, 32, 33, 80})
       for (int64_t K : {1, 5, 64, 65}) check(M, N, K);
   check(30, 300, 1300);  // several depth blocks, groups of panels and row blocks
 }

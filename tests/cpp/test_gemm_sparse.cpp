@@ -43,14 +43,17 @@ void check(int64_t M, int64_t N, int64_t K, double kept, bool by_rows, bool accu
   constexpr int64_t kCols = Tile::kCols;
   const int64_t panels = ceil_div(N, kCols);
   Scratch<float> a(Tile::a_elements(M, K)), b(panels * panel_elements<Tile>(K));
-  for (int64_t m = 0; m < M; ++m)
+  for (int64_t m = 0; m < M; m += kLanes)
     for (int64_t k = 0; k < K; k += kLanes) {
       const int n = static_cast<int>(K - k < kLanes ? K - k : kLanes);
-      Tile::store_a_vector(a, K, m, k, load_n(A.data() + m * K + k, n), n);
+      const int count = static_cast<int>(M - m < kLanes ? M - m : kLanes);
+      VF lines[kLanes];
+      for (int i = 0; i < count; ++i) lines[i] = load_n(A.data() + (m + i) * K + k, n);
+      store_a_vectors<Tile>(a.get(), K, m, count, k, lines, n);
     }
   pack<Tile>(B, N, K, by_rows, b);
   std::vector<float> C(panels * M * kCols, 0.5f);
-  panel_product<Tile>(K, a.get(), static_cast<int>(M), b.get(), panels, b.get(), C.data(), accumulate);
+  panel_product<Tile>(K, a.get(), static_cast<int>(M), b.get(), N, b.get(), C.data(), accumulate);
 
   const double tolerance = 2 * (K + 1) * std::numeric_limits<float>::epsilon();
   for (int64_t m = 0; m < M; ++m)

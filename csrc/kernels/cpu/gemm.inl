@@ -184,6 +184,17 @@ inline void load_from_panels(const typename Tile::Packed* panels, int64_t rows, 
     j += run;
   }
 }
+// Writes n values at depth k of each of `count` rows, the first a multiple of L: up to L rows' at once, as a
+// tile may lie transposed. v is spent.
+template <class Tile, class V>
+ULMFIT_HD void store_a_vectors(typename Tile::Packed* a, int64_t K, int64_t row, int count, int64_t k, V* v,
+                               int n) {
+  if constexpr (Tile::kSparse) {
+    Tile::store_a_vectors(a, K, row, count, k, v, n);
+  } else {
+    for (int i = 0; i < count; ++i) Tile::store_a_vector(a, K, row + i, k, v[i], n);
+  }
+}
 // A that lies packed already, with its whole padded depth.
 template <class Tile>
 struct PackedRows {
@@ -191,11 +202,19 @@ struct PackedRows {
   int64_t depth;
 };
 
-// c[panel][rows][kCols] (+)= A (packed with its whole padded depth K, from its row 0 on) * `panels` panels of
-// B. Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
+// Of N columns in panels, how many are in this one.
+template <class Tile>
+inline int columns_there(int64_t N, int64_t panel) {
+  const int64_t left = N - panel * Tile::kCols;
+  return left < Tile::kCols ? static_cast<int>(left) : Tile::kCols;
+}
+
+// c[panel][rows][kCols] (+)= A (packed with its whole padded depth K, from its row 0 on) * the panels that N
+// columns of B lie in. Depth is the outer loop: A's block and the sums stay in L2 while B streams by, once.
 template <class Tile, class T = typename Tile::Compute>
 inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, const typename Tile::Packed* b,
-                          int64_t panels, const typename Tile::Packed* next, T* c, bool accumulate) {
+                          int64_t N, const typename Tile::Packed* next, T* c, bool accumulate) {
+  const int64_t panels = ceil_div(N, Tile::kCols);
   if (K == 0 && !accumulate) std::memset(c, 0, panels * rows * Tile::kCols * sizeof(T));
   const int64_t depth = block_depth<Tile>(K);
   const auto block_b = [&](int64_t p, int64_t k) { return b + Tile::b_elements(p * K + k); };
@@ -203,22 +222,23 @@ inline void panel_product(int64_t K, const typename Tile::Packed* a, int rows, c
     for (int64_t p = 0; p < panels; ++p) {
       const auto* after = p + 1 < panels ? block_b(p + 1, k) : k + depth < K ? block_b(0, k + depth) : next;
       Tile::block_product(K - k < depth ? K - k : depth, a + Tile::a_offset(k), K, rows, block_b(p, k), after,
-                          c + p * rows * Tile::kCols, accumulate || k > 0);
+                          c + p * rows * Tile::kCols, accumulate || k > 0, columns_there<Tile>(N, p));
     }
 }
 
-// C (M x panels * kCols) = A (M x K) * B (packed).
+// C (M x N) = A (M x K) * B (packed).
 // A is PackedRows, or a function (a, row0, rows, k0, kc) that packs a block of it; store(row0, rows, panel,
 // c) takes a finished [rows][kCols] tile. With place(row0, panel), which gives a tile's memory, tiles grow
 // where they belong, and are added to what is there if `accumulate` says so.
 template <class Tile, class A, class Store, class Place = std::nullptr_t>
-void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, const Parallel& parallel,
+void gemm(int64_t M, int64_t K, int64_t N, const typename Tile::Packed* b, const Parallel& parallel,
           const A& rows_of_a, Store&& store_tile, Place&& place = nullptr, bool accumulate = false) {
   using T = typename Tile::Compute;
   using Packed = typename Tile::Packed;
   constexpr bool kPacked = std::is_same_v<A, PackedRows<Tile>>;
   constexpr bool kPlaced = !std::is_same_v<std::decay_t<Place>, std::nullptr_t>;
   constexpr int64_t kWholeBytes = 8 << 20;  // of packed A, a thread: it must stay in L3 beside B
+  const int64_t panels = ceil_div(N, Tile::kCols);
   if (M == 0 || panels == 0) return;
   const int64_t depth = block_depth<Tile>(K);
   // Where the depth takes several blocks, a thread holds the C tiles of 8 panels at once: 8 x 288 x 64
@@ -270,7 +290,7 @@ void gemm(int64_t M, int64_t K, int64_t panels, const typename Tile::Packed* b, 
         };
         for (int64_t p = p0; p < p1; ++p)
           Tile::block_product(ld, a, lda, rows, block_b(p), block_b(p + 1 < p1 ? p + 1 : p), tile_of(p),
-                              accumulate || k0 > 0);
+                              accumulate || k0 > 0, columns_there<Tile>(N, p));
       }
       packed_row = row0;
       for (int64_t p = p0; p < p1; ++p) {

@@ -79,14 +79,17 @@ struct FmaTile {
   // waiting for L3 would cost a fifth of the time.
   // Of a panel of which only the first `columns` are wanted, a tile may leave out the rest.
   static void block_product(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
-                            bool accumulate, int /*columns*/ = kCols) {
+                            bool accumulate, int columns = kCols) {
     // kRows at a time, B would come from L2 two or three times, and the calls be over before `next` is here.
     // Twice the rows by half a panel take B from L2 once, and half a panel stays in L1 for the others. With
-    // 16 registers that costs more instructions than it saves.
-    if (kRegisters == 16 || rows <= kRows || rows > 3 * kRows) {
-      multiply<kVecs>(kc, a, lda, rows, b, next, c, accumulate);
+    // 16 registers that costs more instructions than it saves, unless half a panel is all that is wanted.
+    const bool half = columns <= 2 * L, halves = kRegisters == 32 && rows > kRows && rows <= 3 * kRows;
+    if (kRegisters == 32 && columns <= L && rows >= kRows) {
+      multiply<1>(kc, a, lda, rows, b, next, c, accumulate, 1);
+    } else if (half ? rows >= kRows : halves) {
+      multiply<2>(kc, a, lda, rows, b, next, c, accumulate, half ? 1 : 2);
     } else {
-      multiply<kVecs / 2>(kc, a, lda, rows, b, next, c, accumulate);
+      multiply<kVecs>(kc, a, lda, rows, b, next, c, accumulate, 1);
     }
   }
 
@@ -95,21 +98,21 @@ struct FmaTile {
   // what else a turn has would show.
   static constexpr int kUnroll = kRegisters == 16 ? 4 : 1;
 
-  // kN vectors of the panel at a time, by even numbers of rows: a call for few rows waits for B as long as
-  // one for many.
+  // `parts` of the panel, kN vectors each, one after the other, by even numbers of rows: a call for few rows
+  // waits for B as long as one for many.
   template <int kN>
   static void multiply(int64_t kc, const T* a, int64_t lda, int rows, const T* b, const T* next, T* c,
-                       bool accumulate) {
-    constexpr int kMost = kRows * kVecs / kN, kLeast = kN == kVecs ? 1 : kRows;
+                       bool accumulate, int parts) {
+    constexpr int kMost = kN == kVecs ? kRows : 2 * kRows, kLeast = kN == kVecs ? 1 : kRows;
     const int calls = (rows + kMost - 1) / kMost;
     // All turns fetch as much of `next`: those that fetched more would wait, as memory has no pauses. Few
     // rows are done before it can be here.
     constexpr int64_t kMostAhead = 64 * kUnroll * kVecs / kN;
-    const int64_t turns = calls * (kVecs / kN) * (kc / kUnroll), bytes = kc * kCols * int64_t{sizeof(T)};
+    const int64_t turns = calls * parts * (kc / kUnroll), bytes = kc * kCols * int64_t{sizeof(T)};
     const int64_t even = turns > 0 ? (bytes + turns - 1) / turns : 0,
                   step = even < kMostAhead ? even : kMostAhead;
     const char* ahead = reinterpret_cast<const char*>(next);
-    for (int v = 0; v < kVecs; v += kN)
+    for (int v = 0; v < parts * kN; v += kN)
       for (int r = 0, left = calls; left > 0; --left) {
         const int m = (rows - r + left - 1) / left;
         const auto with_lines = [&](auto many) {

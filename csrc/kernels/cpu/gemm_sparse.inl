@@ -1,5 +1,5 @@
 // The sparse tile: products with a weight many of whose elements are zero, as DropConnect leaves W_hh. What
-// is zero is neither stored nor multiplied. For panel_product alone, whose A is written vector by vector.
+// is zero is neither stored nor multiplied. For panel_product alone, whose A is written by store_a_vectors.
 //
 // Vectors run along the batch. The columns of a panel are taken in groups of kGroup, whose sums are in
 // registers, and the depths of a group are sorted by which of its columns have a weight there: one loop for
@@ -50,9 +50,11 @@ struct SparseTile {
   // A: blocks [row / kBatch] of [k][kBatch].
   static int64_t a_elements(int64_t rows, int64_t K) { return round_up(rows, kBatch) * K; }
   static int64_t a_offset(int64_t k) { return k * kBatch; }
-  static void store_a_vector(float* a, int64_t K, int64_t row, int64_t k, VF v, int n) {
+  static void store_a_vectors(float* a, int64_t K, int64_t row, int count, int64_t k, VF* v, int n) {
     float* to = a + row / kBatch * kBatch * K + k * kBatch + row % kBatch;
-    for (int l = 0; l < n; ++l) to[l * kBatch] = v[l];
+    for (int i = count; i < L; ++i) v[i] = VF{};
+    transpose_stage<VF, 1, L>(v);
+    for (int l = 0; l < n; ++l) store_n(to + l * kBatch, v[l], count);
   }
 
   // A block of a B panel: for each group how many depths each pattern has, then the depths, then the weights,

@@ -135,7 +135,7 @@ class LinearCrossEntropyPass {
   // panels are asked.
   void find_reference(const Chunk& now, int64_t n) {
     gemm<Tile>(
-        now.rows, p.E, n, w_forward.get(), parallel,
+        now.rows, p.E, n < panels ? n * kCols : p.V, w_forward.get(), parallel,
         [&](Packed* a, int64_t r0, int rows, int64_t k0, int64_t kc) {
           pack_h(a, now.first + r0, rows, k0, kc);
         },
@@ -174,7 +174,7 @@ class LinearCrossEntropyPass {
         const int64_t last = (slice + 1) * kSlice < panels ? (slice + 1) * kSlice : panels;
         for (int64_t panel = slice * kSlice; panel < last; ++panel) {
           const Packed* w = w_forward + panel * panel_elements<Tile>(p.E);
-          panel_product<Tile>(depth, h.get(), rows, w, 1,
+          panel_product<Tile>(depth, h.get(), rows, w, kCols,
                               panel + 1 < last ? w + panel_elements<Tile>(p.E) : w, logits.get(), false);
           const int64_t in_group = panel % kGroup * kCols;
           if (exponentials(now, r0, rows, panel, logits, e, in_group))
@@ -184,10 +184,9 @@ class LinearCrossEntropyPass {
           const int64_t n = v_depth - v0 < group_depth ? v_depth - v0 : group_depth;
           for (int64_t j = 0; j < e_panels; ++j) {
             const Packed* b = w_backward + j * panel_elements<Tile>(p.V) + Tile::b_elements(v0);
-            Tile::block_product(n, e, group_depth, rows, b,
-                                j + 1 < e_panels ? b + panel_elements<Tile>(p.V) : b,
-                                dh_of(now, slice, r0, rows, j), v0 > slice * kSlice * kCols,
-                                static_cast<int>(p.E - j * kCols < kCols ? p.E - j * kCols : kCols));
+            Tile::block_product(
+                n, e, group_depth, rows, b, j + 1 < e_panels ? b + panel_elements<Tile>(p.V) : b,
+                dh_of(now, slice, r0, rows, j), v0 > slice * kSlice * kCols, columns_there<Tile>(p.E, j));
           }
         }
       }
@@ -211,21 +210,23 @@ class LinearCrossEntropyPass {
     for (int j = 0; j < kRuns; ++j) b[j] = load(bias + word + j * L);
     for (int r1 = 0; r1 < rows; r1 += L) {
       const int count = rows - r1 < L ? rows - r1 : L;
-      V row_sums[L] = {}, row_totals[L] = {};
+      V row_sums[L], row_totals[L];
       for (int i = 0; i < count; ++i) {
         const int r = r1 + i;
         const int64_t row = r0 + r, target = p.target[now.first + row] - word;
         const T* z = tile + r * kCols;
         const V from = broadcast(reference[row]);
         Element* line = b_rows + r % Tile::kDepth * kCols;
+        V sum{}, total{};
         for (int j = 0; j < kRuns; ++j) {
           const V logit = load(z + j * L) + b[j], above = first_n(logit - from, words - j * L, V{});
           const V e = first_n(exp_(above), words - j * L, V{});
           highest = above > highest ? above : highest;
-          row_sums[i] += e;
+          sum += e;
           store_as<T>(Tile::kElement, line, j * L, e, L);
-          if (smoothing) row_totals[i] += first_n(logit, words - j * L, V{});
+          if (smoothing) total += first_n(logit, words - j * L, V{});
         }
+        row_sums[i] = sum, row_totals[i] = total;
         if (target >= 0 && target < words) z_target[row] = z[target] + bias[word + target], line[target] = 0;
         if (!gradient) continue;
         if (ignored(now.first + row)) no_elements<Tile>(kCols, line);
@@ -235,6 +236,7 @@ class LinearCrossEntropyPass {
           no_elements<Tile>(kCols, b_rows + rest * kCols);
         Tile::store_b_rows(exponents_of(panel, now), row / Tile::kDepth * Tile::kDepth, b_rows);
       }
+      for (int i = count; i < L; ++i) row_sums[i] = row_totals[i] = V{};
       store_n(sums + panel * stride + r0 + r1, sum_of_each(row_sums), count);
       if (smoothing) store_n(totals + panel * stride + r0 + r1, sum_of_each(row_totals), count);
     }

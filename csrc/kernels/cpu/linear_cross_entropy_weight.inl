@@ -40,7 +40,7 @@ class WordGradient {
       for (int64_t panel = begin; panel < end; ++panel) {
         const Packed* b = e + panel * panel_elements<Tile>(rows);
         T* sums = dw + panel * lines * kCols;
-        panel_product<Tile>(depth, h_columns, static_cast<int>(lines), b, 1,
+        panel_product<Tile>(depth, h_columns, static_cast<int>(lines), b, kCols,
                             panel + 1 < end ? b + panel_elements<Tile>(rows) : b, sums, first > 0);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t column = p.target[first + r] - panel * kCols;

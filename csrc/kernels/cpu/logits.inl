@@ -44,7 +44,7 @@ void logits(const Logits& p, const Parallel& parallel) {
       pack_b_matrix<Tile>(p.weight, weight + panel * panel_elements<Tile>(p.E), p.E, panel * kCols,
                           width(panel));
   });
-  gemm<Tile>(p.N, p.E, panels, weight.get(), parallel, pack_h, store_tile);
+  gemm<Tile>(p.N, p.E, p.V, weight.get(), parallel, pack_h, store_tile);
 }
 
 ULMFIT_END

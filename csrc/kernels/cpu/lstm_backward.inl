@@ -93,6 +93,9 @@ class LstmBackwardPass {
     [[maybe_unused]] typename HTile::Session session;
     const int64_t count = panel_end - panel_begin;
     const HPacked* w = w_hh + panel_begin * panel_elements<HTile>(G);
+    // with what pads the units: it must be a number too
+    const int64_t units = blocks * L - panel_begin * HTile::kCols,
+                  columns = units < count * HTile::kCols ? units : count * HTile::kCols;
     Scratch<T> sums(count * HTile::kBlockRows * HTile::kCols);
     // Rows that the step after this one hands something down to, and those of this step. Of a row that only
     // the former have, this is where its h0 is reached.
@@ -104,21 +107,30 @@ class LstmBackwardPass {
       const int rows = static_cast<int>(given <= b0 ? 0 : (given < b1 ? given : b1) - b0);
       if (rows > 0) {
         const HPacked* next = step_dgates(step + 1) + HTile::a_elements(b0, depth);
-        panel_product<HTile>(depth, next, rows, w, count, w, sums.get(), false);
+        panel_product<HTile>(depth, next, rows, w, columns, w, sums.get(), false);
       }
       for (int64_t panel = 0; panel < count; ++panel)
         for (int v = 0; v < HTile::kVecs; ++v) {
           const int64_t block = (panel_begin + panel) * HTile::kVecs + v;
           if (block >= blocks) break;
-          for (int64_t row = b0; row < b1; ++row) {
-            const int64_t r = row - b0, at = (block * s.B + row) * L;
-            V dh_total = load(dh + at);
-            if (r < rows) dh_total += load(sums + (panel * rows + r) * HTile::kCols + v * L);
-            if (row < reached) {
-              cell_back(step, row, block, dh_total, row >= before);
-            } else {
-              store(dh + at, dh_total);
+          for (int64_t row0 = b0; row0 < b1; row0 += L) {
+            V gates[4][L];
+            int count = 0;  // of rows with gates
+            for (int64_t row = row0; row < row0 + L && row < b1; ++row) {
+              const int64_t r = row - b0, at = (block * s.B + row) * L;
+              V dh_total = load(dh + at);
+              if (r < rows) dh_total += load(sums + (panel * rows + r) * HTile::kCols + v * L);
+              if (row >= reached) {
+                store(dh + at, dh_total);
+                continue;
+              }
+              const auto d = cell_back(step, row, block, dh_total, row >= before);
+              gates[0][count] = d.a_i, gates[1][count] = d.a_f, gates[2][count] = d.a_g;
+              gates[3][count++] = d.a_o;
             }
+            const int n = units_there(s.H, block * L, L);
+            for (int g = 0; g < 4; ++g)
+              store_a_vectors<HTile>(step_dgates(step), depth, row0, count, g * s.H + block * L, gates[g], n);
           }
         }
     }
@@ -126,7 +138,7 @@ class LstmBackwardPass {
 
   // One row's L hidden units. first: of the sequence's steps. dh keeps what bypasses the recurrent product:
   // dh_n before a sequence's last step, then nothing, and what reaches h0 in the end.
-  void cell_back(int64_t step, int64_t row, int64_t block, V dh_total, bool first) const {
+  LstmCellGrad<V> cell_back(int64_t step, int64_t row, int64_t block, V dh_total, bool first) const {
     const int64_t t = time_of(step), unit = block * L, at = (block * s.B + row) * L;
     const int n = units_there(s.H, unit, L);
     const int64_t b = batch.sequence(row);
@@ -141,10 +153,8 @@ class LstmBackwardPass {
                                                  load(cell(step) + at), dh_total, load(dc + at));
     store(dc + at, d.c_prev);
     store(dh + at, V{});
-    HPacked* next = step_dgates(step);
     int64_t k = unit;
     for (V v : {d.a_i, d.a_f, d.a_g, d.a_o}) {
-      HTile::store_a_vector(next, depth, row, k, v, n);
       if constexpr (kPlain) {
         store_in_panel(batch.first(t) + row, k, v, n);
       } else if (!in_place()) {
@@ -152,6 +162,7 @@ class LstmBackwardPass {
       }
       k += s.H;
     }
+    return d;
   }
   void store_in_panel(int64_t row, int64_t k, V v, int n) const {
     const int64_t rows = batch.total(), room = kCols - k % kCols;
@@ -177,7 +188,7 @@ class LstmBackwardPass {
       load_elements<Tile>(p.w_ih.dtype, p.w_ih.row(k), col, n, out);
     });
     const auto multiply = [&](const auto& rows_of_dgates) {
-      gemm<Tile>(batch.total(), G, in_panels, w_ih.get(), parallel, rows_of_dgates,
+      gemm<Tile>(batch.total(), G, s.I, w_ih.get(), parallel, rows_of_dgates,
                  [&](int64_t row0, int rows, int64_t panel, const T* tile) {
                    const int64_t col = panel * kCols, n = s.I - col < kCols ? s.I - col : kCols;
                    for (int64_t r = row0; r < row0 + rows; ++r, tile += kCols) {
@@ -247,7 +258,7 @@ class LstmBackwardPass {
   void weight_gradient(int64_t inputs, const Packed* packed, DType dtype, void* dw, const Dropout& mask,
                        LoadInput&& load_input) {
     gemm<Tile>(
-        inputs, batch.total(), ceil_div(G, kCols), packed, parallel,
+        inputs, batch.total(), G, packed, parallel,
         [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
           pack_a_columns<Tile>(a, row0, rows, k0, kc, load_input);
         },

@@ -68,6 +68,7 @@ class LstmForwardPass {
  private:
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t state_size() const { return blocks * s.B * L; }
+  static int there(int64_t n) { return static_cast<int>(n < L ? n : L); }
   T* cell(int64_t step) const {
     if (p.cells == nullptr) return c_rolling + step % 2 * state_size();
     return static_cast<T*>(p.cells) + time_of(step) * state_size();
@@ -83,8 +84,12 @@ class LstmForwardPass {
     for (HPacked* h : {h_even.get(), h_odd.get()}) {
       std::memset(h, 0, HTile::a_elements(s.B, depth) * sizeof(HPacked));
       for (int64_t unit = 0; unit < s.H; unit += L)
-        for (int64_t b = 0; b < s.B; ++b)
-          HTile::store_a_vector(h, depth, b, unit, load(h0 + unit * s.B + b * L), units_there(s.H, unit, L));
+        for (int64_t b = 0; b < s.B; b += L) {
+          const int count = there(s.B - b);
+          V lines[L];
+          for (int i = 0; i < count; ++i) lines[i] = load(h0 + unit * s.B + (b + i) * L);
+          store_a_vectors<HTile>(h, depth, b, count, unit, lines, units_there(s.H, unit, L));
+        }
     }
   }
 
@@ -140,7 +145,7 @@ class LstmForwardPass {
       });
     }
     gemm<Tile>(
-        rows, s.I, blocks, w_ih.get(), parallel, pack_x, [](int64_t, int, int64_t, const T*) {},
+        rows, s.I, blocks * kCols, w_ih.get(), parallel, pack_x, [](int64_t, int, int64_t, const T*) {},
         [&](int64_t row0, int64_t block) { return projected + (block * chunk_rows + row0) * kCols; });
   }
 
@@ -167,10 +172,16 @@ class LstmForwardPass {
         } else {
           const HPacked* panel = w_hh + block * panel_elements<HTile>(s.H);
           const HPacked* next = block + 1 < block_end ? panel + panel_elements<HTile>(s.H) : panel;
-          panel_product<HTile>(depth, h + HTile::a_elements(b0, depth), rows, panel, 1, next, sums, true);
+          panel_product<HTile>(depth, h + HTile::a_elements(b0, depth), rows, panel, kCols, next, sums, true);
         }
-        for (int64_t row = b0; row < b0 + rows; ++row, sums += kCols)
-          update_cell(step, row, block, sums, row >= before, row >= after);
+        for (int64_t row = b0; row < b0 + rows; row += L) {
+          const int count = there(b0 + rows - row);
+          V lines[L];
+          for (int i = 0; i < count; ++i, sums += kCols)
+            lines[i] = update_cell(step, row + i, block, sums, row + i >= before, row + i >= after);
+          store_a_vectors<HTile>(step % 2 == 0 ? h_odd : h_even, depth, row, count, block * L, lines,
+                                 units_there(s.H, block * L, L));
+        }
       }
     }
     for (int64_t row = reached > row_begin ? reached : row_begin; row < row_end; ++row)
@@ -179,8 +190,8 @@ class LstmForwardPass {
   }
 
   // One row's L hidden units: pre-activations[gate][L] -> new state, y, and what backward needs. first, last:
-  // of the sequence's steps.
-  void update_cell(int64_t step, int64_t row, int64_t block, const T* pre, bool first, bool last) const {
+  // of the sequence's steps. -> h
+  V update_cell(int64_t step, int64_t row, int64_t block, const T* pre, bool first, bool last) const {
     const int64_t at = (block * s.B + row) * L, b = batch.sequence(row), unit = block * L;
     const int n = units_there(s.H, unit, L);
     const DType dtype = p.y.dtype;
@@ -188,12 +199,12 @@ class LstmForwardPass {
     LstmCell<V> state = lstm_cell_forward(input(0), input(1), input(2), input(3),
                                           load((first ? c_first.get() : cell(step - 1)) + at));
     state.h = round_as<T>(dtype, state.h);  // the next step multiplies what y holds
-    HTile::store_a_vector(step % 2 == 0 ? h_odd : h_even, depth, row, unit, state.h, n);
     if (last) {
       store_as<T>(dtype, p.h_n, b * s.H + unit, state.h, n);
       store_as<T>(dtype, p.c_n, b * s.H + unit, state.c, n);
     }
     store_cell(time_of(step), row, block, state);
+    return state.h;
   }
   ULMFIT_HD void store_cell(int64_t t, int64_t row, int64_t block, const LstmCell<V>& state) const {
     const int64_t at = (block * s.B + row) * L;

@@ -81,10 +81,11 @@ ULMFIT_HD Vec<T> broadcast(T x) {  // minus, as -0.0 + 0.0 would be +0.0
 // v with the lanes from n on taken from rest.
 template <class V>
 ULMFIT_HD V first_n(V v, int n, V rest) {
-  constexpr int L = sizeof(V) / sizeof(v[0]);
-  if (n >= L) return v;
-  for (int l = n > 0 ? n : 0; l < L; ++l) v[l] = rest[l];
-  return v;
+  using Lane = std::conditional_t<sizeof(v[0]) == 8, int64_t, int32_t>;
+  constexpr int L = sizeof(V) / sizeof(Lane);
+  typename VectorOf<Lane, L>::type lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return lane < static_cast<Lane>(n) ? v : rest;
 }
 
 // Lane i of the result is lane `lane[i]` of a and b, one after the other.
