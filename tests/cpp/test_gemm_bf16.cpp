@@ -35,6 +35,7 @@ void run() {
     for (int64_t N : {1, 32, 48, 65})
       for (int64_t K : {1, 31, 64, 130}) check(M, N, K);
   check(200, 130, 1300);  // several depth blocks, panels and row blocks
+  check(20, 700, 1300);   // groups of panels, not all of one size
 }
 }  // namespace ulmfit_fast::gemm_bf16_test
 #ifdef __clang__
