@@ -93,7 +93,7 @@ class LstmBackwardPass {
     [[maybe_unused]] typename HTile::Session session;
     const int64_t count = panel_end - panel_begin;
     const HPacked* w = w_hh + panel_begin * panel_elements<HTile>(G);
-    // with what pads the units: it must be a number too
+    // with what pads the units: a sum of it is read
     const int64_t units = blocks * L - panel_begin * HTile::kCols,
                   columns = units < count * HTile::kCols ? units : count * HTile::kCols;
     Scratch<T> sums(count * HTile::kBlockRows * HTile::kCols);
@@ -101,7 +101,6 @@ class LstmBackwardPass {
     // the former have, this is where its h0 is reached.
     const int64_t given = batch.rows(time_of(step + 1)), reached = batch.rows(time_of(step));
     const int64_t most = given > reached ? given : reached, end = row_end < most ? row_end : most;
-    const int64_t before = batch.rows(time_of(step - 1));
     for (int64_t b0 = row_begin; b0 < end; b0 += HTile::kBlockRows) {
       const int64_t b1 = end - b0 < HTile::kBlockRows ? end : b0 + HTile::kBlockRows;
       const int rows = static_cast<int>(given <= b0 ? 0 : (given < b1 ? given : b1) - b0);
@@ -113,27 +112,35 @@ class LstmBackwardPass {
         for (int v = 0; v < HTile::kVecs; ++v) {
           const int64_t block = (panel_begin + panel) * HTile::kVecs + v;
           if (block >= blocks) break;
-          for (int64_t row0 = b0; row0 < b1; row0 += L) {
-            V gates[4][L];
-            int count = 0;  // of rows with gates
-            for (int64_t row = row0; row < row0 + L && row < b1; ++row) {
-              const int64_t r = row - b0, at = (block * s.B + row) * L;
-              V dh_total = load(dh + at);
-              if (r < rows) dh_total += load(sums + (panel * rows + r) * HTile::kCols + v * L);
-              if (row >= reached) {
-                store(dh + at, dh_total);
-                continue;
-              }
-              const auto d = cell_back(step, row, block, dh_total, row >= before);
-              gates[0][count] = d.a_i, gates[1][count] = d.a_f, gates[2][count] = d.a_g;
-              gates[3][count++] = d.a_o;
-            }
-            const int n = units_there(s.H, block * L, L);
-            for (int g = 0; g < 4; ++g)
-              store_a_vectors<HTile>(step_dgates(step), depth, row0, count, g * s.H + block * L, gates[g], n);
-          }
+          for (int64_t row = b0; row < b1; row += L)
+            rows_back(step, block, row, b1, sums + (panel * rows + row - b0) * HTile::kCols + v * L,
+                      b0 + rows);
         }
     }
+  }
+
+  // L hidden units of up to L rows. Rows before `summed` have a part of dh in sums[row][kCols].
+  void rows_back(int64_t step, int64_t block, int64_t row0, int64_t end, const T* sums,
+                 int64_t summed) const {
+    const int64_t reached = batch.rows(time_of(step)), before = batch.rows(time_of(step - 1));
+    V gates[4][L];
+    int count = 0;  // of rows with gates, which are the first
+    for (int64_t row = row0; row < row0 + L && row < end; ++row, sums += HTile::kCols) {
+      const int64_t at = (block * s.B + row) * L;
+      V dh_total = load(dh + at);
+      if (row < summed) dh_total += load(sums);
+      if (row >= reached) {
+        store(dh + at, dh_total);
+        continue;
+      }
+      const auto d = cell_back(step, row, block, dh_total, row >= before);
+      gates[0][count] = d.a_i, gates[1][count] = d.a_f, gates[2][count] = d.a_g, gates[3][count] = d.a_o;
+      ++count;
+    }
+    if (count == 0) return;
+    for (int g = 0; g < 4; ++g)
+      store_a_vectors<HTile>(step_dgates(step), depth, row0, count, g * s.H + block * L, gates[g],
+                             units_there(s.H, block * L, L));
   }
 
   // One row's L hidden units. first: of the sequence's steps. dh keeps what bypasses the recurrent product:
