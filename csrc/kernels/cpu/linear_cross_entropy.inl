@@ -89,7 +89,7 @@ class LinearCrossEntropyPass {
     if (N <= kItemRows) return N;
     return round_up(ceil_div(N, ceil_div(N, kChunkRows)), 4 * kUnit);
   }
-  int64_t width(int64_t panel) const { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; }
+  int width(int64_t panel) const { return columns_there<Tile>(p.V, panel); }
   bool ignored(int64_t row) const { return p.target[row] == p.ignore_index; }
   T upstream(int64_t row) const { return static_cast<const T*>(p.row_gradient)[row]; }
   T target_share() const { return 1 - static_cast<T>(p.label_smoothing); }
@@ -204,7 +204,7 @@ class LinearCrossEntropyPass {
                     int64_t column) const {
     constexpr int kRuns = kCols / L;
     alignas(64) Element b_rows[Tile::kDepth * kCols];
-    const int words = static_cast<int>(width(panel));
+    const int words = width(panel);
     const int64_t word = panel * kCols;
     V b[kRuns], highest = broadcast(T(0));
     for (int j = 0; j < kRuns; ++j) b[j] = load(bias + word + j * L);

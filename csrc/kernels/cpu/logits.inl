@@ -10,12 +10,12 @@ void logits(const Logits& p, const Parallel& parallel) {
   using Packed = typename Tile::Packed;
   constexpr int L = lanes_of<T>, kCols = Tile::kCols;
   const int64_t panels = ceil_div(p.V, kCols), depth = padded_depth<Tile>(p.E);
-  const auto width = [&](int64_t panel) { return p.V - panel * kCols < kCols ? p.V - panel * kCols : kCols; };
+  const auto width = [&](int64_t panel) { return columns_there<Tile>(p.V, panel); };
   const auto pack_h = [&](Packed* a, int64_t row0, int rows, int64_t k0, int64_t kc) {
     pack_a_matrix<Tile>(p.h, a, row0, rows, k0, kc);
   };
   const auto store_tile = [&](int64_t row0, int rows, int64_t panel, const T* tile) {
-    const int words = static_cast<int>(width(panel));
+    const int words = width(panel);
     alignas(64) T bias[kCols] = {};
     if (p.bias != nullptr) load_row(p.weight.dtype, p.bias, panel * kCols, words, bias);
     for (int r = 0; r < rows; ++r)
@@ -33,7 +33,7 @@ void logits(const Logits& p, const Parallel& parallel) {
       for (int64_t panel = begin; panel < end; ++panel) {
         unpacked_product<Tile>(
             p.E, h.get(), depth, 0, rows, p.weight, [&](int v) { return panel * kCols + v * L; },
-            [&](int v) { return static_cast<int>(width(panel)) - v * L; }, tile.get(), false);
+            [&](int v) { return width(panel) - v * L; }, tile.get(), false);
         store_tile(0, rows, panel, tile);
       }
     });
