@@ -84,6 +84,18 @@ def test_gradients_outlive_later_calls_and_a_release():
         assert not torch.equal(other, copy)
 
 
+def test_gradients_of_a_tied_weight_are_added_in_place():
+    """The sum of the two would be a third piece of memory as large as the vocabulary."""
+    weight = torch.randn(3000, 200).requires_grad_()
+    ids = torch.randint(3000, (300,))
+    loss = uf.linear_cross_entropy(uf.embedding_dropout(weight, ids, p=0.1, seed=0), weight, None, ids)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    shape = list(weight.shape)
+    sums = [e.name for e in profile.events() if e.input_shapes[:2] == [shape, shape] and "add" in e.name]
+    assert sums == ["aten::add_"]
+
+
 def test_threads_at_once():
     expected, failures = step(), []
 

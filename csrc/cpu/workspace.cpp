@@ -7,8 +7,11 @@ namespace {
 
 int64_t release_workspace() { return workspace_release(); }
 
+// t: a vector or a matrix. The result is no view: to a view of its own memory autograd adds nothing in place.
 Tensor lent_like(const Tensor& t) {
-  return torch::stable::view(lent(t, {t.numel()}, t.scalar_type()), t.sizes());
+  check_dim("lent_like", "t", t, t.dim() == 2 ? 2 : 1);
+  if (t.dim() == 2) return lent(t, {t.size(0), t.size(1)}, t.scalar_type());
+  return lent(t, {t.size(0)}, t.scalar_type());
 }
 
 }  // namespace
