@@ -27,14 +27,15 @@ int64_t usable(int64_t bytes) {
 }
 
 // Blocks that wait for their next use. Small ones are taken many times in a call, large ones once: a shelf
-// for each, or the large ones would push out the small ones, which cost more.
+// for each, or the large ones would push out the small ones, which cost more. The limits hold all that a step
+// of 128 sequences of the ULMFiT model takes.
 struct Shelf {
   int64_t limit;  // bytes kept, at most
   Header* kept[24];
   int64_t bytes;
 };
 constexpr int64_t kLarge = 8 << 20;
-Shelf shelves[] = {{64 << 20, {}, 0}, {320 << 20, {}, 0}};
+Shelf shelves[] = {{64 << 20, {}, 0}, {960 << 20, {}, 0}};
 Shelf& shelf_of(int64_t bytes) { return shelves[bytes >= kLarge]; }
 // Only ever tried: where another thread holds it, or held it when the process forked, malloc serves.
 std::mutex mutex;
