@@ -45,6 +45,18 @@ def test_demo_in_small(tmp_path, monkeypatch):
     demo.run_demo(tmp_path / "demo", **options)
 
 
+def test_a_demo_that_is_stopped_says_that_it_starts_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "general_text", lambda: sentences(80)[0])
+    monkeypatch.setattr(demo, "labelled_text", lambda: sentences(80))
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    options = dict(progress=False, say=str, epochs=1, batch_size=4, min_freq=1, device=DEVICE)
+    with pytest.raises(KeyboardInterrupt, match=r"^the demo was stopped; it would start anew\."):
+        demo.run_demo(tmp_path, callback=stop, **options)
+
+
 @pytest.mark.cpu_only("text alone")
 def test_text_of_this_installation():
     general = demo_text.general_text(max_words=5000)

@@ -16,11 +16,14 @@ from checks_fastai import (
     float64,
     in_order,
     lm_learner,
+    quiet,
     reviews,
     twins,
     write_reviews,
 )
+from fastai.callback.rnn import rnn_cbs
 from fastai.text.all import (
+    CrossEntropyLossFlat,
     DataLoaders,
     Learner,
     Perplexity,
@@ -134,6 +137,20 @@ def test_everything_is_kept_there_and_back(arch, lm_dls):
     inner.remove()
     fitted(learn)
     assert learn.opt.state_dict()["state"][0]["step"] == 3 * steps
+
+
+def test_a_second_learner_of_an_accelerated_model(lm_dls):
+    """Its loss is fused as the first one's is, and each is restored for itself."""
+    first = uf.accelerate(lm_learner(lm_dls, THEIRS))
+    second = quiet(Learner(lm_dls, first.model, CrossEntropyLossFlat(), cbs=rnn_cbs()))
+    assert uf.accelerate(second).accelerated.loss.startswith("decoder and loss are one op")
+    for one, other in ((first, second), (second, first)):
+        expected = one.validate()
+        uf.restore(one)
+        assert type(one.loss_func) is CrossEntropyLossFlat
+        for learn in (one, other):
+            close(torch.tensor(learn.validate()), torch.tensor(expected), rtol=1e-5)
+        uf.accelerate(one)
 
 
 @pytest.mark.parametrize("make", [lm_learner, classifier])

@@ -1,5 +1,6 @@
 """The arguments that all stages share: what is wrong is refused early, in a sentence, by the command too."""
 
+import errno
 import os
 import pathlib
 
@@ -72,8 +73,10 @@ def test_a_folder_that_cannot_be_made_later_names_out(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(pathlib.Path, "mkdir", fail)
-    with pytest.raises(PermissionError, match="out='x' cannot be used: Permission denied: 'x'"):
+    message = "^out='x' cannot be used: Permission denied: 'x'$"
+    with pytest.raises(PermissionError, match=message) as caught:
         uf.pretrain_lm(TEXTS, "x", **ONE)
+    assert caught.value.errno == errno.EACCES
 
 
 DEVICES = ["xpu", "mps", "meta", "hpu", "nonsense", "", 2.5, torch.device("meta")]

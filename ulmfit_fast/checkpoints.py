@@ -54,6 +54,20 @@ def name_file(error: OSError, path: PathLike) -> None:
         error.filename = str(path)
 
 
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where` before the system's errors, which keep their errno; those raised here have it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        file = f": {str(error.filename)!r}" if error.filename else ""
+        named = type(error)(f"{where} cannot be used: {error.strerror}{file}")
+        named.errno = error.errno
+        raise named from None
+
+
 def atomic_write(path: PathLike, data: str | bytes | memoryview) -> None:
     """Write text (as UTF-8) or bytes to `path` such that it holds either all of it or what it held before."""
     with atomic_path(path) as temporary:

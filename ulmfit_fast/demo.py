@@ -1,9 +1,10 @@
 """ulmfit-fast demo: the three stages on text that every installation has, and what each of them gains."""
 
+import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,21 @@ def run_demo(
     options: dict[str, Any] = dict(
         preset=preset, seed=seed, progress=progress, overwrite=overwrite, **overrides
     )
-    say("Reading the documentation of the Python standard library and of torch ...")
-    general, (train, held) = general_text(), split(*labelled_text(), seed=seed)
-    classes = sorted(set(train[1]))
-    say(f"Stage 1: a language model of {len(general):,} texts of the standard library")
-    pretrain_lm(general, out / "1-general", **options)
-    say(f"Stage 2: the same, tuned on {len(train[0]):,} texts of torch")
-    lm = finetune_lm(out / "1-general", train[0], out / "2-target", valid=held[0], **options)
-    say(f"Stage 3: a classifier of torch's sub-packages {', '.join(classes)}")
-    clf = train_classifier(lm, *train, out / "3-classifier", valid=held, **RATES.get(preset, {}) | options)
-    say("For comparison: the same classifier from scratch, at the rate that suits fresh weights")
-    scratch = train_classifier(lm, *train, out / "scratch", valid=held, from_scratch=True, **options)
-    say("For comparison: our training step and that of stock torch modules")
-    speed = compare_steps(general, load(out / "1-general").tokenizer, preset)
+    with _without_resume(out):
+        say("Reading the documentation of the Python standard library and of torch ...")
+        general, (train, held) = general_text(), split(*labelled_text(), seed=seed)
+        classes = sorted(set(train[1]))
+        say(f"Stage 1: a language model of {len(general):,} texts of the standard library")
+        pretrain_lm(general, out / "1-general", **options)
+        say(f"Stage 2: the same, tuned on {len(train[0]):,} texts of torch")
+        lm = finetune_lm(out / "1-general", train[0], out / "2-target", valid=held[0], **options)
+        say(f"Stage 3: a classifier of torch's sub-packages {', '.join(classes)}")
+        tuned = RATES.get(preset, {}) | options
+        clf = train_classifier(lm, *train, out / "3-classifier", valid=held, **tuned)
+        say("For comparison: the same classifier from scratch, at the rate that suits fresh weights")
+        scratch = train_classifier(lm, *train, out / "scratch", valid=held, from_scratch=True, **options)
+        say("For comparison: our training step and that of stock torch modules")
+        speed = compare_steps(general, load(out / "1-general").tokenizer, preset)
     majority = Counter(train[1]).most_common(1)[0][0]
     figures = {
         "classes": classes,
@@ -72,6 +75,17 @@ def run_demo(
     }
     say(table(figures, out))
     return figures
+
+
+@contextlib.contextmanager
+def _without_resume(out: Path) -> Iterator[None]:
+    """The stages' own word when they are stopped is of an option that the demo does not have."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"the demo was stopped; it would start anew. {out} keeps the stages that are done"
+        ) from None
 
 
 def compare_steps(

@@ -98,13 +98,15 @@ def accelerate(learn: Learner) -> Learner:
             "learn must hold fastai's AWD_LSTM itself, as language_model_learner(dls, AWD_LSTM) makes it (no "
             f"subclass of it); its model is a {type(learn.model).__name__} without one"
         )
-    decoders = [m for m in learn.model.modules() if type(m) is core.LinearDecoder]
+    # fused ones: the model is another accelerated learner's too
+    decoders = [m for m in learn.model.modules() if type(m) in (core.LinearDecoder, FusedDecoder)]
     if not decoders:
         record.loss = "no language model's decoder, whose loss could be fused"
     elif why := next(filter(None, (why_not_fused(decoder, learn.loss_func) for decoder in decoders)), ""):
         record.loss = f"logits are kept: {why}"
     else:
-        new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in decoders}
+        plain = [decoder for decoder in decoders if type(decoder) is core.LinearDecoder]
+        new |= {decoder: _with_class(decoder, FusedDecoder) for decoder in plain}
         record.loss_func, learn.loss_func = learn.loss_func, FusedLoss(learn.loss_func)
         learn.add_cb(ReadInTime())
         record.loss = f"decoder and loss are one op: logits are {when_made(learn)}"

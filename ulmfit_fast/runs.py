@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from . import history
-from .checkpoints import atomic_write, load_model, name_file, save_model
+from .checkpoints import atomic_write, load_model, name_file, naming, save_model
 from .config import STAGES, ModelConfig, unknown_key_message
 from .locks import holder, in_use, locked
 from .text import Tokenizer
@@ -109,7 +109,7 @@ class RunDirectory:
         # another process may hold the lock of a finished run too, to draw its curves
         if (process := holder(self.path / LOCK)) and not (resume and self._is_finished()):
             raise BlockingIOError(in_use(self._where, process))
-        with _naming(self._where):
+        with naming(self._where):
             if not self._is_finished():
                 _try_to_write(self.path)
 
@@ -203,7 +203,7 @@ class RunDirectory:
         options. record: as for `holds_finished`.
         """
         self.record = {"format": FORMAT, **record, "finished": False}
-        with _naming(self._where):
+        with naming(self._where):
             self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / LOCK, self._where):
             old = self._compared(record)
@@ -293,18 +293,6 @@ class RunDirectory:
         except Exception as error:  # a picture is no reason to lose a run, whatever matplotlib raises
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"{str(self.path / CURVES)!r} could not be drawn: {reason}", stacklevel=2)
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Puts `where` before the system's errors; those raised here have it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        file = f": {str(error.filename)!r}" if error.filename else ""
-        raise type(error)(f"{where} cannot be used: {error.strerror}{file}") from None
 
 
 def _try_to_write(path: pathlib.Path) -> None:

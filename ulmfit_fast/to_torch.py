@@ -76,7 +76,9 @@ class Encoder(nn.Module):
     def __init__(self, awd_lstm: "AWDLSTM") -> None:
         super().__init__()
         lstms = [
-            _expect(f"rnns[{layer}].module", getattr(rnn, "module", rnn), WeightDropLSTM)
+            _expect(f"rnns[{layer}].module", rnn.module, WeightDropLSTM)
+            if hasattr(rnn, "module")
+            else _expect(f"rnns[{layer}]", rnn, WeightDropLSTM)
             for layer, rnn in enumerate(awd_lstm.rnns)
         ]
         words, width = awd_lstm.encoder.weight.shape
