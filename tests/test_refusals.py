@@ -76,7 +76,11 @@ def test_to_torch_names_what_stands_in():
         lm.to_torch()
     lm = language_model()
     lm[0].rnns[1] = nn.LSTM(10, 6)
-    with pytest.raises(ValueError, match=r"a WeightDropLSTM as rnns\[1\]\.module, got a LSTM"):
+    with pytest.raises(ValueError, match=r"a WeightDropLSTM as rnns\[1\], got a LSTM"):
+        lm[0].to_torch()
+    lm = language_model()
+    lm[0].rnns[1].module = nn.GRU(10, 6)
+    with pytest.raises(ValueError, match=r"a WeightDropLSTM as rnns\[1\]\.module, got a GRU"):
         lm[0].to_torch()
 
 

@@ -139,16 +139,6 @@ def test_the_way_back_again():
     close(other(tokens()), stock(tokens())[0])
 
 
-def test_a_layer_of_another_kind_is_named():
-    whole, inner = encoder(), encoder()
-    whole.rnns[1] = nn.LSTM(H, H)
-    with pytest.raises(ValueError, match=r"needs a WeightDropLSTM as rnns\[1\], got a LSTM"):
-        whole.to_torch()
-    inner.rnns[1].module = nn.GRU(H, H)
-    with pytest.raises(ValueError, match=r"needs a WeightDropLSTM as rnns\[1\]\.module, got a GRU"):
-        inner.to_torch()
-
-
 def test_stock_model_learns():
     stock = classifier().to_torch().train()
     labels = torch.tensor([0, 1, 2, 0, 1, 2], device=DEVICE)
