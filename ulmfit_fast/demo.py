@@ -1,10 +1,9 @@
 """ulmfit-fast demo: the three stages on text that every installation has, and what each of them gains."""
 
-import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def run_demo(
     options: dict[str, Any] = dict(
         preset=preset, seed=seed, progress=progress, overwrite=overwrite, **overrides
     )
-    with _without_resume(out):
+    try:
         say("Reading the documentation of the Python standard library and of torch ...")
         general, (train, held) = general_text(), split(*labelled_text(), seed=seed)
         classes = sorted(set(train[1]))
@@ -60,6 +59,10 @@ def run_demo(
         scratch = train_classifier(lm, *train, out / "scratch", valid=held, from_scratch=True, **options)
         say("For comparison: our training step and that of stock torch modules")
         speed = compare_steps(general, load(out / "1-general").tokenizer, preset)
+    except KeyboardInterrupt:  # a stage's own message is of --resume, which the demo does not have
+        raise KeyboardInterrupt(
+            f"the demo was stopped; it would start anew. {out} keeps the stages that are done"
+        ) from None
     majority = Counter(train[1]).most_common(1)[0][0]
     figures = {
         "classes": classes,
@@ -75,17 +78,6 @@ def run_demo(
     }
     say(table(figures, out))
     return figures
-
-
-@contextlib.contextmanager
-def _without_resume(out: Path) -> Iterator[None]:
-    """The stages' own word when they are stopped is of an option that the demo does not have."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"the demo was stopped; it would start anew. {out} keeps the stages that are done"
-        ) from None
 
 
 def compare_steps(

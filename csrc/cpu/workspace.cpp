@@ -7,7 +7,8 @@ namespace {
 
 int64_t release_workspace() { return workspace_release(); }
 
-// t: a vector or a matrix. The result is no view: to a view of its own memory autograd adds nothing in place.
+// t: a vector or a matrix. Not a view of a flat tensor: autograd adds to a gradient in place only where
+// nothing else holds its memory.
 Tensor lent_like(const Tensor& t) {
   check_dim("lent_like", "t", t, t.dim() == 2 ? 2 : 1);
   if (t.dim() == 2) return lent(t, {t.size(0), t.size(1)}, t.scalar_type());

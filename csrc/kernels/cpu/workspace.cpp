@@ -27,8 +27,8 @@ int64_t usable(int64_t bytes) {
 }
 
 // Blocks that wait for their next use. Small ones are taken many times in a call, large ones once: a shelf
-// for each, or the large ones would push out the small ones, which cost more. The limits hold all that a step
-// of 128 sequences of the ULMFiT model takes.
+// for each, or the large ones would push out the small ones, which cost more. The large ones' limit holds all
+// that a step of 128 sequences of the ULMFiT model with 30,000 words takes.
 struct Shelf {
   int64_t limit;  // bytes kept, at most
   Header* kept[24];
