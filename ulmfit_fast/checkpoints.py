@@ -56,7 +56,7 @@ def name_file(error: OSError, path: PathLike) -> None:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Puts `where` before the system's errors, which keep their errno. Ours have none, and say it themselves."""
+    """Puts `where` before the system's errors, which keep their errno. Ours have none, and name it."""
     try:
         yield
     except OSError as error:
