@@ -48,7 +48,8 @@ def pretended_graph(monkeypatch):
             me.set_hidden([tuple(layer) for layer in me.hidden])
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream):
+        assert stream is graph.owner.side_stream, "torch's own is one of the device that captured first"
         before = [[state.clone() for state in layer] for layer in graph.owner.hidden]
         yield
         for layer, old in zip(graph.owner.hidden, before, strict=True):
@@ -61,6 +62,7 @@ def pretended_graph(monkeypatch):
         )
         monkeypatch.setattr(Graph, "owner", step, raising=False)
         monkeypatch.setattr(step, "_aside", lambda function: function())
+        step.side_stream = object()
         return step
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -112,6 +114,16 @@ def test_losses_are_those_of_steps_launched_one_by_one(cuda, tmp_path):
         losses.append([
             line["loss"] for path in (out, tmp_path / f"{use}-tuned") for line in runs.read_history(path)
         ])  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_captures_after_the_first(tmp_path):
+    losses = []
+    for device in ("cuda:0", "cuda:1"):
+        out = tmp_path / device[-1]
+        uf.pretrain_lm(TEXTS, out, cuda_graph=True, **OPTIONS | dict(device=device, drop_mult=0.0))
+        losses.append([line["loss"] for line in runs.read_history(out)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -74,7 +74,8 @@ class GraphedStep:
         self.batch = tuple(tensor.to(self.device) for tensor in batch)
         self.hidden: list[State] = [(h.clone(), c.clone()) for h, c in self.get_hidden()]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):  # records, runs nothing
+        # records, runs nothing; torch's own stream would be one of whichever device captured first
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=self.side_stream):
             self.set_hidden(list(self.hidden))
             self.figures = self.step(self.batch)
             for layer, new_layer in zip(self.hidden, self.get_hidden(), strict=True):
