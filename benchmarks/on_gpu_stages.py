@@ -97,7 +97,9 @@ def test(context):
     workers = ["-n", str(context.workers)] if context.workers > 1 else []
 
     def pytest(name, limit, *words, environment=None):
-        return Command(name, python("-m", "pytest", *words, *options, *workers), limit, environment or {})
+        shared = {"OMP_WAIT_POLICY": "passive"} if workers else {}  # as in make test: workers share the cores
+        command = python("-m", "pytest", *words, *options, *workers)
+        return Command(name, command, limit, shared | (environment or {}))
 
     left_out = [f"--ignore=tests/{name}" for name in CUDA_TESTS] + ["--ignore-glob=tests/test_benchmarks*"]
     files = [f"tests/test_{name}.py" for name in ("lstm", "cuda", "cuda_runtime", "nn", "graphed")]

@@ -86,6 +86,8 @@ def test_on_gpu_stopped_leaves_its_archive(tmp_path, monkeypatch, capsys):
 
 def test_workers_of_on_gpu_share_all_tests(tmp_path):
     commands = on_gpu_stages.test(Context(tmp_path, "GPU", (9, 0), workers=3))
+    assert all(command.environment["OMP_WAIT_POLICY"] == "passive" for command in commands)
+    assert commands[-1].environment["ULMFIT_FAST_RECURRENCE"] == "auto"
     assert all(" -n 3" in " ".join(command.words) for command in commands)
     files = [word for command in commands for word in command.words if word.startswith("tests/")]
     assert all((ROOT / name).is_file() for name in files)

@@ -4,6 +4,7 @@ aot_eager: dynamo's graphs and AOT autograd's, without waiting for a compiler; t
 """
 
 import copy
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from checks import DEVICE
 from torch import nn
 
 import ulmfit_fast as uf
+from ulmfit_fast.devices import to_device
 
 V, E, H = 30, 6, 10
 SIZES = [(4, 5), (4, 5), (3, 5), (6, 5), (2, 7), (7, 9)]  # batch, steps
@@ -91,6 +93,21 @@ def test_classifier_without_gradients():
         ids, lengths = documents(*size)
         torch.testing.assert_close(compiled(ids, lengths), model(ids, lengths), rtol=1e-10, atol=1e-12)
     assert counter.frame_count == 2  # max_len is nothing to it
+
+
+def test_classifier_whose_lengths_lie_on_the_host():
+    model = classifier(max_len=10).eval()
+    compiled, _ = counted(model)
+    ids, lengths = documents(4, 5)
+    lengths = lengths.cpu()
+    torch.testing.assert_close(compiled(ids, lengths), model(ids, lengths), rtol=1e-10, atol=1e-12)
+
+
+def test_a_graph_pins_no_memory(monkeypatch):
+    """torch's tracing cannot; without a GPU, a stand-in on the host that cannot either."""
+    host = types.SimpleNamespace(device=torch.device("cpu"), to=lambda device: device)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert to_device(host, torch.device("cuda")) == torch.device("cuda")
 
 
 def test_bidirectional_classifier_has_a_graph_for_each_width():

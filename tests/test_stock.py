@@ -19,6 +19,7 @@ def test_it_trains_evaluates_and_trains_on(weight_p):
     torch.testing.assert_close(twin.eval()(ids, ids), ours(ids, ids))
     for train in (True, False, True):
         loss, _ = twin.train(train)(ids, ids)
-        loss.backward()
+        if train:  # cuDNN goes back through an LSTM in training alone
+            loss.backward()
         twin.zero_grad()
     assert list(twin.state_dict()) == keys and all(p.is_leaf for p in twin.parameters())

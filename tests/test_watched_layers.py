@@ -107,6 +107,7 @@ class Swapped(nn.Module):
         self.lstm = lstm
 
     def forward(self, x, hx):
+        assert all(state.is_contiguous() for state in hx), "cuDNN's LSTM takes no other"
         return self.lstm(x, hx)
 
 
@@ -122,6 +123,14 @@ def test_a_layer_of_another_kind():
     assert model.train()(ids).shape == expected.shape
     with pytest.raises(ValueError, match=r"lengths must be None where rnns\[1\] is a Swapped"):
         model(ids, lengths=torch.tensor([9, 3, 0, 1], device=DEVICE))
+
+
+def test_a_layer_of_another_kind_in_both_directions_after_a_larger_batch():
+    model, ids = encoder(bidir=True), tokens()
+    model.rnns[1] = Swapped(nn.LSTM(H, H // 2, batch_first=True, bidirectional=True).to(ids.device).double())
+    model(ids)
+    assert not model.hidden[1][0][:, :2].is_contiguous(), "or this tests nothing"
+    assert model(ids[:2]).shape == (2, 9, E)
 
 
 def test_lstm_takes_weights_in_place_of_its_own():

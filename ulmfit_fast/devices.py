@@ -29,7 +29,10 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; the host does not wait for the copy to a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """`tensor` on `device`; the host does not wait for the copy to a GPU, but in a compiled graph: torch's
+    tracing knows no pinned memory.
+    """
+    to_a_gpu = device.type == "cuda" and tensor.device.type == "cpu"
+    if to_a_gpu and not torch.compiler.is_compiling():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -252,7 +252,8 @@ class AWDLSTM(nn.Module):
             if isinstance(rnn, WeightDropLayer):
                 output, state, *dropped = rnn(output, hx, **options)
             elif lengths is None:
-                output, state = rnn(output, hx)
+                # contiguous, as cuDNN's LSTM takes no other
+                output, state = rnn(output, (hx[0].contiguous(), hx[1].contiguous()))
             else:
                 raise ValueError(f"lengths must be None where rnns[{layer}] is a {type(rnn).__name__}")
             raw_outputs.append(output)
